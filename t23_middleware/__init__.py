@@ -1,0 +1,30 @@
+"""Reports the video that a WSGI app streams to TwentyThree's analytics.
+
+::
+
+    from t23_middleware import T23Middleware
+
+    app.wsgi_app = T23Middleware(app.wsgi_app)
+"""
+
+try:
+    import fcntl as _fcntl  # noqa: F401
+except ImportError as error:
+    raise ImportError("t23_middleware runs on Linux and macOS; Windows has no fcntl") from error
+
+from .capture.identity import sign_session
+from .errors import ConfigurationError, StateError, T23Error, UsageError
+from .middleware import T23Middleware
+from .settings import Settings
+from .version import VERSION as __version__
+
+__all__ = [
+    "ConfigurationError",
+    "Settings",
+    "StateError",
+    "T23Error",
+    "T23Middleware",
+    "UsageError",
+    "__version__",
+    "sign_session",
+]

@@ -1,0 +1,155 @@
+"""The state folder: what lies where in it, who may use it, and the locks that say who is alive.
+
+Locks are POSIX record locks (``fcntl(2)``): they go with the process that took them, whatever it forked. With
+``flock`` a helper that the holder forked would keep the lock after the holder's death.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import struct
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import StateError
+
+
+class Holder(NamedTuple):
+    """What a relay says of itself in the file of its lock."""
+
+    pid: int
+    version: str
+    #: :meth:`~t23_middleware.settings.Settings.relay_digest` of its settings.
+    digest: str
+    #: Started by a worker, so that it leaves when nothing is to be done.
+    automatic: bool
+
+
+class StateFolder:
+    """The folder that app and relay share; mode 0700, on a local disk, owned by the user of both."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        #: One journal file per writer and rotation, and one lock file per writer.
+        self.journals = path / "journals"
+        self.relay_lock = path / "relay.lock"
+        #: Touched by a worker that starts a relay, so that its siblings don't start one each.
+        self.relay_start = path / "relay.start"
+        self.relay_log = path / "relay.log"
+        self.outbox = path / "outbox.db"
+        #: Exists while the outbox may hold something to deliver: a look that needs no SQL.
+        self.unfinished = path / "unfinished"
+
+    def create(self) -> None:
+        """Make the folder where it is missing.
+
+        Raises :class:`~t23_middleware.errors.StateError` where it can't be made, is another user's, or a link.
+        """
+        try:
+            _make_folders(self.journals)
+            found = self.path.lstat()
+            theirs = (
+                not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or _lies_in_theirs(self.path)
+            )
+        except OSError as error:
+            raise StateError(self._remedy(error.strerror or str(error))) from error
+        if theirs:
+            raise StateError(self._remedy("it is a link or another user's, or lies in such a folder"))
+        if found.st_mode & 0o077:
+            self.path.chmod(0o700)
+        if not os.access(self.journals, os.W_OK | os.X_OK):
+            raise StateError(self._remedy("it can't be written"))
+
+    def relay_holder(self) -> Holder | None:
+        """What the relay that holds the lock, or the last that did, says of itself."""
+        try:
+            return Holder(**json.loads(self.relay_lock.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _remedy(self, why: str) -> str:
+        return (
+            f"the state folder {self.path} can't be used ({why}); set T23_STATE_DIR to a folder on a local disk"
+            f" that user {os.geteuid()} may write"
+        )
+
+    def holds_work(self) -> bool:
+        """Whether something waits here for a relay."""
+        try:
+            return self.unfinished.exists() or any(self.journals.glob("*.journal"))
+        except OSError:
+            return False
+
+
+def _make_folders(path: Path) -> None:
+    """As ``mkdir -p``, but with mode 0700 for each: ``Path.mkdir`` gives parents what a server's umask of 0 leaves."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _lies_in_theirs(path: Path) -> bool:
+    """Whether somebody else made a folder or a link on the way to *path*, where anybody may: in ``/var/tmp``."""
+    open_to_all = (folder for folder in path.parents if folder.parent.stat().st_mode & stat.S_IWOTH)
+    return any(
+        not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid())
+        for found in (folder.lstat() for folder in open_to_all)
+    )
+
+
+def hold_lock(path: Path) -> int | None:
+    """Take the lock on *path* for as long as this process lives, or ``None`` where another process has it.
+
+    The descriptor returned holds it. Nothing else in this process may open and close *path* while it does, since
+    closing any descriptor of a file drops the process's locks on it (``fcntl(2)``). Raises :class:`OSError`.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            return None
+        if _is_still(path, descriptor):
+            return descriptor
+        # Its former owner removed the file between our open and our lock: what we hold is no longer there.
+        os.close(descriptor)
+
+
+def lock_is_held(path: Path) -> bool:
+    """Whether another process holds the lock on *path*; looks without taking it (``F_GETLK``)."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, _WHOLE_FILE)
+    finally:
+        os.close(descriptor)
+    return _lock_type(answer) != fcntl.F_UNLCK
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+# struct flock: Linux begins with type and whence, the BSDs (macOS) with start and length.
+if sys.platform == "linux":
+    _WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+
+    def _lock_type(answer: bytes) -> int:
+        return int(struct.unpack_from("h", answer)[0])
+else:
+    _WHOLE_FILE = struct.pack("qqihh", 0, 0, 0, fcntl.F_WRLCK, os.SEEK_SET)
+
+    def _lock_type(answer: bytes) -> int:
+        return int(struct.unpack_from("h", answer, 20)[0])

@@ -1,0 +1,184 @@
+"""What the app's process tells the relay: the one format between the two processes.
+
+A journal is a file of lines, each ``<crc32 of the rest, 8 hex digits> <JSON array>\\n``. A line is written by a
+single ``write(2)``; the checksum tells a line that was torn by a full disk or a kill from one that is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+#: Version of this format. A relay skips the journals of a version that it does not know, and leaves them alone.
+FORMAT = 1
+
+#: Longest line that is written or believed, in bytes.
+LONGEST_LINE = 8192
+
+
+class Play(NamedTuple):
+    """Who plays what, as the request told it."""
+
+    session_id: str
+    photo_id: str
+    #: Host that the request named; ``""`` where all reports go to one site.
+    host: str = ""
+    #: 0 or 1 where the media URL or the app decided it, else ``None``.
+    skip: int | None = None
+    player_type: str | None = None
+    player_version: str | None = None
+    player_resolution: str | None = None
+
+
+class Part(NamedTuple):
+    """What part of the file a response carries: offsets of its first and last byte, and the file's length."""
+
+    first: int | None
+    last: int | None
+    total: int | None
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the part, where both ends are known."""
+        return None if self.first is None or self.last is None else self.last - self.first + 1
+
+
+class Opening(NamedTuple):
+    """A counted response that started."""
+
+    #: Its number among the responses of its writer.
+    number: int
+    #: CLOCK_MONOTONIC in ns: the order of the responses of one boot.
+    started_ns: int
+    #: Wall clock in ms since the epoch.
+    started_ms: int
+    play: Play
+    part: Part
+    status: int
+    #: Content-Length in bytes, where the app gave one.
+    length: int | None
+
+
+class Transfer(NamedTuple):
+    """A counted response that is over."""
+
+    opening: Opening
+    ended_ns: int
+    ended_ms: int
+    #: Body bytes that the next hop's kernel accepted.
+    sent: int
+
+
+class Writer(NamedTuple):
+    """First line of each journal: who writes it, and which relay it wants."""
+
+    name: str
+    format: int
+    #: Version of the package.
+    version: str
+    #: The kernel's boot id: CLOCK_MONOTONIC compares only within one boot.
+    boot: str
+    #: Wall clock in ms when the writer began; the newest-started live writer decides the relay's settings.
+    started_ms: int
+    #: :meth:`~t23_middleware.settings.Settings.relay_digest` of the writer's settings.
+    digest: str
+
+
+class Counts(NamedTuple):
+    """What happened in the app's process and is no transfer: counter name -> how often since the last such line."""
+
+    counts: dict[str, int]
+
+
+Line: TypeAlias = Writer | Opening | Transfer | Counts
+
+
+class NotALine(ValueError):
+    """These bytes are not a line of a journal."""
+
+
+class TornLine(NotALine):
+    """The line was cut short, or overwritten: its checksum does not fit."""
+
+
+class ForeignLine(NotALine):
+    """The line is whole, but not one that this version knows."""
+
+
+_dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def encode(line: Line) -> bytes:
+    """The bytes of one journal line, its newline included."""
+    payload = _dump((_WORDS[type(line)], *line)).encode()
+    return b"%08x %b\n" % (zlib.crc32(payload), payload)
+
+
+def decode(line: bytes) -> Line:
+    """The line in *line* (without its newline).
+
+    Raises :class:`TornLine` where the checksum does not fit, :class:`ForeignLine` where the content is unknown.
+    """
+    checksum, payload = line[:8], line[9:]
+    if len(line) > LONGEST_LINE or b"%08x" % zlib.crc32(payload) != checksum or line[8:9] != b" ":
+        raise TornLine(f"{len(line)} bytes")
+    try:
+        word, *fields = json.loads(payload)
+        return _READERS[word](fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ForeignLine(f"{len(line)} bytes") from error
+
+
+def _plain(kind: Callable[..., Any], *types: type | tuple[type, ...]) -> Callable[[Sequence[Any]], Any]:
+    """Reader of a tuple of plain values; a JSON ``true`` is an ``int`` to Python, but not to us."""
+
+    def read(fields: Sequence[Any]) -> Any:
+        for value, allowed in zip(fields, types, strict=True):
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise TypeError("type")
+        return kind(*fields)
+
+    return read
+
+
+_INT = (int, type(None))
+_STR = (str, type(None))
+_read_play = _plain(Play, str, str, str, _INT, _STR, _STR, _STR)
+_read_part = _plain(Part, _INT, _INT, _INT)
+
+
+def _opening(fields: list[Any]) -> Opening:
+    number, started_ns, started_ms, play, part, status, length = fields
+    parts = (number, started_ns, started_ms, _read_play(play), _read_part(part), status, length)
+    opening: Opening = _read_opening(parts)
+    return opening
+
+
+_read_opening = _plain(Opening, int, int, int, Play, Part, int, _INT)
+
+
+def _transfer(fields: list[Any]) -> Transfer:
+    opening, *rest = fields
+    transfer: Transfer = _read_transfer([_opening(opening), *rest])
+    return transfer
+
+
+_read_transfer = _plain(Transfer, Opening, int, int, int)
+
+
+def _counts(fields: list[Any]) -> Counts:
+    (counts,) = fields
+    if not all(type(value) is int for value in counts.values()):
+        raise TypeError("type")
+    return Counts(counts)
+
+
+_READERS: dict[str, Callable[[list[Any]], Line]] = {
+    "writer": _plain(Writer, str, int, str, str, int, str),
+    "open": _opening,
+    "close": _transfer,
+    "counts": _counts,
+}
+_WORDS: dict[type, str] = {Writer: "writer", Opening: "open", Transfer: "close", Counts: "counts"}

@@ -1,0 +1,154 @@
+"""The one format between the two processes."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t23_middleware.transfer import (
+    FORMAT,
+    LONGEST_LINE,
+    Counts,
+    ForeignLine,
+    NotALine,
+    Opening,
+    Part,
+    Play,
+    TornLine,
+    Transfer,
+    Writer,
+    decode,
+    encode,
+)
+
+numbers = st.integers(0, 2**62)
+optional = st.none() | numbers
+words = st.text(st.characters(exclude_categories=("Cs",)), max_size=100)
+plays = st.builds(
+    Play,
+    words,
+    words,
+    words,
+    st.none() | st.integers(0, 1),
+    st.none() | words,
+    st.none() | words,
+    st.none() | words,
+)
+openings = st.builds(
+    Opening,
+    numbers,
+    numbers,
+    numbers,
+    plays,
+    st.builds(Part, optional, optional, optional),
+    numbers,
+    optional,
+)
+lines = st.one_of(
+    openings,
+    st.builds(Transfer, openings, numbers, numbers, numbers),
+    st.builds(Writer, words, st.just(FORMAT), words, words, numbers, words),
+    st.builds(Counts, st.dictionaries(words, numbers, max_size=5)),
+)
+
+
+def sealed(content: Any) -> bytes:
+    """A line whose checksum fits, whatever it holds."""
+    payload = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return b"%08x %b" % (zlib.crc32(payload), payload)
+
+
+@given(lines)
+def test_what_is_encoded_is_one_line_and_decodes_to_the_same(line: Any) -> None:
+    encoded = encode(line)
+    assert encoded.endswith(b"\n")
+    assert encoded.count(b"\n") == 1
+    assert decode(encoded[:-1]) == line
+
+
+@given(lines, st.data())
+def test_a_line_that_was_cut_short_is_torn(line: Any, data: st.DataObject) -> None:
+    encoded = encode(line)[:-1]
+    cut = data.draw(st.integers(0, len(encoded) - 1))
+    with pytest.raises(TornLine):
+        decode(encoded[:cut])
+
+
+@given(lines, st.data())
+def test_a_line_with_a_byte_overwritten_is_torn(line: Any, data: st.DataObject) -> None:
+    encoded = bytearray(encode(line)[:-1])
+    place = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[place] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(TornLine):
+        decode(bytes(encoded))
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_decoding_raise_anything_else(line: bytes) -> None:
+    with pytest.raises(NotALine):
+        decode(line)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(st.sampled_from(["writer", "open", "close", "counts", "later"]), st.lists(json_values, max_size=8))
+def test_whole_lines_of_any_content_are_known_or_foreign(word: str, fields: list[Any]) -> None:
+    try:
+        decode(sealed([word, *fields]))
+    except ForeignLine:
+        pass
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["later", 1],
+        ["counts", [1]],
+        ["counts", {"no_session": True}],
+        ["counts", {"no_session": "3"}],
+        ["counts"],
+        ["open", True, 1, 1, ["s", "1", "", None, None, None, None], [0, 1, 2], 200, 2],
+        ["open", 1, 1, 1, ["s", "1", "", None, None, None], [0, 1, 2], 200, 2],
+        ["open", 1, 1, 1, "abcdefg", [0, 1, 2], 200, 2],
+        ["close", [1, 1, 1, ["s", "1", "", None, None, None, None], [0, 1, 2], 200, 2], 1, 1, 2.0],
+        {"open": 1},
+        [],
+        None,
+        [["open"], 1],
+        b"\xff\xfe\xff",
+        b"[" * 4000,
+    ],
+    ids=repr,
+)
+def test_whole_lines_that_this_version_does_not_know_are_foreign(content: Any) -> None:
+    with pytest.raises(ForeignLine):
+        decode(sealed(content))
+
+
+def test_a_line_that_is_too_long_is_not_believed_though_its_checksum_fits() -> None:
+    with pytest.raises(TornLine):
+        decode(sealed(["counts", {"x" * LONGEST_LINE: 1}]))
+
+
+def test_the_longest_play_that_is_taken_fits_into_a_line() -> None:
+    widest = '"' * 256
+    play = Play(widest, "9" * 20, "h" * 253, 1, '"' * 100, "\N{GRINNING FACE}" * 100, "\\" * 100)
+    part = Part(2**62, 2**62, 2**62)
+    line = Transfer(Opening(2**62, 2**62, 2**62, play, part, 206, 10**18), 2**62, 2**62, 2**62)
+    assert decode(encode(line)[:-1]) == line
+
+
+def test_the_size_of_a_part_is_known_only_with_both_its_ends() -> None:
+    assert Part(10, 19, None).size == 10
+    assert Part(10, None, 100).size is None
+    assert Part(None, None, None).size is None
