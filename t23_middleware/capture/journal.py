@@ -1,0 +1,206 @@
+"""The hand-over: this process's own journal, written with one ``os.write`` a line.
+
+Nothing here starts a thread or has anything to flush at exit, and no lock is held while a line is written. What
+the kernel has taken survives the death of the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import StateError
+from ..state import StateFolder, hold_lock
+from ..transfer import FORMAT, Counts, Line, Writer, encode
+
+log = logging.getLogger(__name__)
+
+#: A journal is followed by the next one past this size, in bytes, so that the relay can remove what it has read.
+ROTATE_AT = 1 << 20
+#: Lines that are kept for a better time when the disk takes none; what falls out is counted.
+KEPT_ASIDE = 1000
+#: Seconds between two tries to begin, while the folder can't be used.
+RETRY_BEGIN = 1.0
+
+
+#: How a close line begins, after its checksum.
+_CLOSE = b'["close"'
+_CLOSE_WITHIN = len("01234567 ") + len(_CLOSE)
+
+
+class _Files(NamedTuple):
+    """What a writer has open."""
+
+    journal: int
+    #: Of the rotation before; another thread may be about to write to it.
+    previous: int | None
+    sequence: int
+
+
+class JournalWriter:
+    """Writes the lines of one process; after a fork the child makes its own.
+
+    Its lock file is locked before the first line and never closed while the process lives: that is how the relay
+    knows that the writer does. Never raises: what the disk refuses is kept aside, tried again, and at last counted.
+    """
+
+    def __init__(self, folder: StateFolder, version: str, digest: str) -> None:
+        self._folder = folder
+        self._pid = os.getpid()
+        self.name = f"{self._pid}-{os.urandom(8).hex()}"
+        self._header = Writer(self.name, FORMAT, version, _boot_id(), time.time_ns() // 1_000_000, digest)
+        self._files: _Files | None = None
+        self._lock_file: int | None = None
+        self._size = 0
+        self._changing = threading.Lock()
+        self._counting = threading.Lock()
+        self._not_before = 0.0
+        self._refusal = ""
+        self._aside: deque[bytes] = deque()
+        self._torn = False
+        self._failing = False
+        self._counts: Counter[str] = Counter()
+
+    def count(self, name: str) -> None:
+        """Count an event that is no transfer; the figure rides with the next line that is written."""
+        with self._counting:
+            self._counts[name] += 1
+
+    def write(self, line: Line) -> bool:
+        """Append *line*; whether the disk has it. A response that a forked child ends is still its parent's."""
+        if os.getpid() != self._pid:
+            return False
+        written = self._append(encode(line))
+        if written and self._counts:
+            self._write_counts()
+        return written
+
+    def _append(self, line: bytes) -> bool:
+        try:
+            if self._aside:
+                self._write_aside()
+            self._write(line)
+        except (OSError, StateError) as error:
+            self._keep_aside(line, error)
+            return False
+        self._went_well()
+        if self._size > ROTATE_AT:
+            self._rotate()
+        return True
+
+    def _write(self, line: bytes) -> None:
+        """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
+        files = self._files or self._begin()
+        if self._torn:
+            line = b"\n" + line
+        written = os.write(files.journal, line)
+        self._size += written
+        self._torn = written < len(line)
+        if self._torn:
+            raise OSError(errno.ENOSPC, "the disk took only a part of the line")
+
+    def _write_aside(self) -> None:
+        """Write what is kept aside; each line is taken out first, so that two threads never write the same."""
+        while True:
+            try:
+                line = self._aside.popleft()
+            except IndexError:
+                return
+            try:
+                self._write(line)
+            except BaseException:
+                self._aside.appendleft(line)
+                raise
+
+    def _write_counts(self) -> None:
+        with self._counting:
+            counts, self._counts = self._counts, Counter()
+        if not counts:
+            return  # another thread took them
+        try:
+            self._write(encode(Counts(dict(counts))))
+        except (OSError, StateError):
+            with self._counting:
+                self._counts.update(counts)
+
+    def _begin(self) -> _Files:
+        """Take the writer's lock and open its first journal."""
+        with self._changing:
+            if self._files is None:
+                if self._refusal and time.monotonic() < self._not_before:
+                    raise StateError(self._refusal)
+                try:
+                    self._files = self._first_files()
+                except (OSError, StateError) as error:
+                    self._refusal = str(error)
+                    self._not_before = time.monotonic() + RETRY_BEGIN
+                    raise
+            return self._files
+
+    def _first_files(self) -> _Files:
+        self._folder.create()
+        if self._lock_file is None:
+            self._lock_file = hold_lock(self._folder.journals / f"{self.name}.lock")
+        return _Files(self._open(0), None, 0)
+
+    def _rotate(self) -> None:
+        """Go on in a new file; whoever finds another thread at it just goes on in the old one."""
+        if not self._changing.acquire(blocking=False):
+            return
+        try:
+            files = self._files
+            if files is None or self._size <= ROTATE_AT:
+                return
+            self._files = _Files(self._open(files.sequence + 1), files.journal, files.sequence + 1)
+            if files.previous is not None:
+                os.close(files.previous)
+        except OSError as error:
+            log.warning("the journal can't be rotated and grows on: %s", error)
+            self._size = 0
+        finally:
+            self._changing.release()
+
+    def _open(self, sequence: int) -> int:
+        path = self._folder.journals / f"{self.name}.{sequence:06d}.journal"
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        header = encode(self._header)
+        try:
+            size = os.write(descriptor, header)
+            if size < len(header):
+                raise OSError(errno.ENOSPC, "the disk took only a part of the journal's first line")
+        except OSError:
+            os.close(descriptor)
+            path.unlink()
+            raise
+        self._size, self._torn = size, False
+        return descriptor
+
+    def _keep_aside(self, line: bytes, error: Exception) -> None:
+        self._aside.append(line)
+        while len(self._aside) > KEPT_ASIDE:
+            # An open line that falls out is no loss: the close line has all that it said.
+            if _CLOSE in self._aside.popleft()[:_CLOSE_WITHIN]:
+                self.count("capture_lost")
+        if not self._failing:
+            self._failing = True
+            log.error(
+                "plays can't be written down, and are kept in memory (at most %d): %s", KEPT_ASIDE, error
+            )
+
+    def _went_well(self) -> None:
+        if self._failing:
+            self._failing = False
+            log.warning("plays can be written down again")
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""  # macOS: a restart is then not told from a clock that went on

@@ -1,0 +1,40 @@
+"""What part of the file a response carries (RFC 9110, section 14), parsed by werkzeug."""
+
+from __future__ import annotations
+
+from werkzeug.http import parse_content_range_header, parse_range_header
+
+from ..transfer import Part
+
+UNKNOWN = Part(None, None, None)
+#: No file is longer, in bytes; a client may write any number into a Range, and SQLite keeps none that is larger.
+LONGEST = 1 << 62
+
+
+def part_of(status: int, length: int | None, content_range: str | None, asked: str | None) -> Part:
+    """The part that a response of *status* carries.
+
+    *length* is its Content-Length in bytes, *content_range* its Content-Range, *asked* the request's Range, each
+    ``None`` where absent. A 206 that does not say what it carries is believed to carry what was asked.
+    """
+    if status != 206:
+        return Part(0, None if length is None else length - 1, length)
+    part = _said_part(content_range) or _asked_part(asked)
+    return UNKNOWN if any(number is not None and number > LONGEST for number in part) else part
+
+
+def _said_part(content_range: str | None) -> Part | None:
+    said = parse_content_range_header(content_range)
+    if said is None or (said.units or "").lower() != "bytes" or said.start is None or said.stop is None:
+        return None
+    return Part(said.start, said.stop - 1, said.length)
+
+
+def _asked_part(asked: str | None) -> Part:
+    wanted = parse_range_header(asked)
+    if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
+        return UNKNOWN
+    first, stop = wanted.ranges[0]
+    if first < 0:  # a suffix: its place is known only with the file's length
+        return UNKNOWN
+    return Part(first, None if stop is None else stop - 1, None)

@@ -1,0 +1,204 @@
+"""One response on its way from the app to the server: what was said of it, and whether it is counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from ..settings import Settings
+from .body import CountedIterable, CountedLater, CountedSequence, LentWrapper
+from .identity import Identifier, NotCounted
+from .ranges import part_of
+from .recorder import Recorder, Recording
+
+if TYPE_CHECKING:
+    from _typeshed import OptExcInfo
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+FILE_WRAPPER = "wsgi.file_wrapper"
+#: Segments of HLS and DASH: a viewing is hundreds of them, and what they would report is not settled.
+SEGMENT_TYPES = frozenset(("video/mp2t", "video/iso.segment", "audio/iso.segment"))
+SEGMENT_ENDINGS = (".ts", ".m4s")
+#: Content types whose verdict is remembered; an app that makes them up can't fill the memory.
+REMEMBERED_TYPES = 1000
+
+
+class Capture:
+    """What all responses of one middleware share: whom to count, and where to write it."""
+
+    def __init__(self, settings: Settings, version: str) -> None:
+        self.identifier = Identifier(settings)
+        self.recorder = Recorder(settings, version)
+        self._wanted = tuple(kind.removesuffix("*") for kind in settings.media_types)
+        self._verdicts: dict[str, bool] = {}
+
+    def counts_type(self, content_type: str) -> bool:
+        """Whether a response of *content_type* is media that is counted."""
+        verdict = self._verdicts.get(content_type)
+        if verdict is None:
+            kind = content_type.partition(";")[0].strip().lower()
+            verdict = kind not in SEGMENT_TYPES and any(
+                kind.startswith(wanted) if wanted.endswith("/") else kind == wanted for wanted in self._wanted
+            )
+            if len(self._verdicts) < REMEMBERED_TYPES:
+                self._verdicts[content_type] = verdict
+        return verdict
+
+    def count(self, name: str) -> None:
+        """Count an event that is no transfer."""
+        self.recorder.this_process().journal.count(name)
+
+    def wake(self) -> None:
+        """A request came: reports that a dead process left may wait for a relay. Never raises."""
+        try:
+            self.recorder.this_process().launcher.wake()
+        except Exception:
+            log.exception("the state folder could not be looked at; the app's answer is not touched")
+
+
+class Response:
+    """One response to a GET. Nothing in it raises but what the app or the server raised."""
+
+    __slots__ = (
+        "_capture",
+        "_decided",
+        "_environ",
+        "_headers",
+        "_lent",
+        "_media",
+        "_path",
+        "_recording",
+        "_start",
+        "_status",
+        "_void",
+        "_written",
+    )
+
+    def __init__(self, environ: WSGIEnvironment, start_response: StartResponse, capture: Capture) -> None:
+        self._environ = environ
+        self._path: str = environ.get("PATH_INFO", "")
+        self._start = start_response
+        self._capture = capture
+        self._status: str | None = None
+        self._headers: list[tuple[str, str]] = []
+        self._media = False
+        self._decided = False
+        self._written = 0
+        self._lent: LentWrapper | None = None
+        self._recording: Recording | None = None
+        self._void = False
+
+    # What happens while the app runs.
+
+    def lend_wrapper(self) -> None:
+        """Exchange the server's file wrapper for one that remembers what it wrapped, if the request may name a play."""
+        original = self._environ.get(FILE_WRAPPER)
+        if original is not None and self._may_name():
+            self._lent = LentWrapper(original)
+            self._environ[FILE_WRAPPER] = self._lent
+
+    def take_wrapper_back(self) -> None:
+        """Put the server's own wrapper back: gunicorn compares bodies with it after the app returned (sync.py)."""
+        there: object = self._environ.get(FILE_WRAPPER)
+        if self._lent is not None and there is self._lent:
+            self._environ[FILE_WRAPPER] = self._lent.original
+
+    def start(
+        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None
+    ) -> Callable[[bytes], object]:
+        """``start_response`` as the app sees it (PEP 3333)."""
+        write = self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
+        self._status, self._headers = status, headers
+        self._media = self._is_media()
+        if not self._media:
+            # An error page in place of media that was under way: what goes out now is not the video.
+            self._void = self._recording is not None
+            return write
+        # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
+        return write if write is None else self._counting(write)
+
+    def abandon(self) -> None:
+        """The app raised: what ``write()`` sent before is all there was."""
+        if self._recording is not None:
+            self.end(0)
+
+    # What happens to its body.
+
+    def body(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        """The body for the server: counted where this is a play, else the very object that the app returned."""
+        if self._status is None:
+            # The app may call start_response as late as its first chunk (PEP 3333, "The start_response() Callable").
+            return CountedLater(body, self, self._begin) if self._may_name() else body
+        if not self._media or not self._begin():
+            return body
+        if self._lent is not None and self._lent.arm(body, self):
+            return body
+        return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, self)
+
+    def end(self, counted: int) -> None:
+        """The body is over, and *counted* bytes of it went out beside what ``write()`` sent."""
+        if self._recording is None:
+            return
+        try:
+            self._recording.end(0 if self._void else self._written + counted)
+        except Exception:
+            log.exception("a response could not be recorded; the app's answer is not touched")
+
+    def _counting(self, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
+        def counted_write(data: bytes) -> object:
+            self._begin()
+            answer = write(data)
+            self._written += len(data)
+            return answer
+
+        return counted_write
+
+    def _begin(self) -> bool:
+        """Decide, once, whether this response is counted, and open its record; whether it is."""
+        if not self._decided and self._status is not None:
+            self._decided = True
+            try:
+                self._recording = self._record(self._status)
+            except Exception:
+                log.exception("a response could not be recorded; the app's answer is not touched")
+        return self._recording is not None
+
+    def _may_name(self) -> bool:
+        return self._capture.identifier.may_name(self._environ, self._path)
+
+    def _record(self, said: str) -> Recording | None:
+        if not self._media or self._environ.get("t23.ignore"):
+            return None
+        try:
+            play = self._capture.identifier.identify(self._environ, self._path)
+        except NotCounted as reason:
+            self._capture.count(str(reason))
+            return None
+        status = int(said[:3])
+        length = _whole_number(self._header("content-length"))
+        part = part_of(status, length, self._header("content-range"), self._environ.get("HTTP_RANGE"))
+        return self._capture.recorder.this_process().begin(play, part, status, length)
+
+    def _is_media(self) -> bool:
+        if self._status is None or self._status[:3] not in ("200", "206"):
+            return False
+        try:
+            content_type = self._header("content-type")
+        except (AttributeError, TypeError, ValueError):
+            return False  # no list of pairs of strings: for the server to judge, and it took them
+        return (
+            content_type is not None
+            and self._capture.counts_type(content_type)
+            and not self._path.endswith(SEGMENT_ENDINGS)
+        )
+
+    def _header(self, wanted: str) -> str | None:
+        return next((value for name, value in self._headers if name.lower() == wanted), None)
+
+
+def _whole_number(text: str | None) -> int | None:
+    digits = (text or "").strip()
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None

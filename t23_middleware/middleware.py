@@ -1,0 +1,86 @@
+"""The middleware: the main path of every request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from .capture.response import Capture, Response
+from .errors import ConfigurationError
+from .settings import Settings, as_text
+from .version import VERSION
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+#: In the environ of a request that passed through us: a second middleware round the same app leaves it alone.
+SEEN = "t23.seen"
+
+
+class T23Middleware:
+    """Reports what *app* streams.
+
+    *settings*, or keyword arguments named as the fields of :class:`~t23_middleware.settings.Settings`, beat the
+    environment. Never raises: with settings that are wrong the app runs on bare, and one ERROR says why.
+    """
+
+    def __init__(self, app: WSGIApplication, settings: Settings | None = None, **arguments: Any) -> None:
+        self.app = app
+        self._capture = _capture(settings, arguments)
+        self._told_of_two = False
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        capture = self._capture
+        if capture is None or self._is_inner(environ):
+            return self.app(environ, start_response)
+        capture.wake()
+        if environ.get("REQUEST_METHOD") != "GET":
+            return self.app(environ, start_response)
+        response = Response(environ, start_response, capture)
+        response.lend_wrapper()
+        try:
+            body = self.app(environ, response.start)
+        except BaseException:
+            response.abandon()
+            raise
+        finally:
+            response.take_wrapper_back()
+        return response.body(body)
+
+    def _is_inner(self, environ: WSGIEnvironment) -> bool:
+        if SEEN not in environ:
+            environ[SEEN] = True
+            return False
+        if not self._told_of_two:
+            self._told_of_two = True
+            log.warning(
+                "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away"
+            )
+        return True
+
+
+def _capture(settings: Settings | None, arguments: dict[str, Any]) -> Capture | None:
+    try:
+        if settings is None:
+            settings = Settings(**arguments)
+        elif arguments:
+            raise ConfigurationError(
+                ["T23Middleware takes either settings or arguments; put the arguments into Settings"]
+            )
+    except ConfigurationError as error:
+        if settings is None and _is_off(arguments):
+            return None
+        log.error("nothing is counted, the app runs on bare: %s", "; ".join(error.problems))
+        return None
+    for warning in settings.warnings:
+        log.warning("%s", warning)
+    return Capture(settings, VERSION) if settings.enabled else None
+
+
+def _is_off(arguments: dict[str, Any]) -> bool:
+    """Whether it is switched off; what else is wrong is then nobody's business."""
+    said = arguments.get("enabled")
+    return not Settings.is_enabled(None if said is None else {"T23_ENABLED": as_text(said)})

@@ -1,0 +1,635 @@
+"""Counted bodies: the client gets the bare app's answer to the byte, and one close line says how much it got."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from wsgiref.util import FileWrapper as WsgirefWrapper
+
+import pytest
+from flask import Flask, Response, send_file
+from flask import request as flask_request
+from gunicorn.http.wsgi import FileWrapper
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from waitress.buffers import ReadOnlyFileBasedBuffer
+
+from t23_middleware.capture import body as bodies
+from t23_middleware.capture.body import Blocks, CountedIterable, LentWrapper, Witness, witness_of
+
+from .servers import OldFileWrapper, as_gunicorn, as_waitress, ask, media, request
+
+FILM = bytes(range(256)) * 1000
+HEADERS = [("Content-Type", "video/mp4")]
+
+often = hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+chunk_lists = st.lists(st.binary(max_size=5), max_size=8)
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(FILM)
+    return path
+
+
+# Every kind of body that PEP 3333 allows.
+
+
+class Chunks:
+    """An iterator of the app's own, with a close() that knows how often it was called."""
+
+    def __init__(self, chunks: list[bytes], fails: bool = False) -> None:
+        self._chunks = iter(chunks)
+        self._fails = fails
+        self.closed = 0
+
+    def __iter__(self) -> Chunks:
+        return self
+
+    def __next__(self) -> bytes:
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            if self._fails:
+                raise OSError("the app's disk failed")
+            raise StopIteration
+        return chunk
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def in_list(chunks: list[bytes], start: Any) -> Any:
+    start("200 OK", HEADERS)
+    return chunks
+
+
+def in_tuple(chunks: list[bytes], start: Any) -> Any:
+    start("200 OK", HEADERS)
+    return tuple(chunks)
+
+
+def in_generator(chunks: list[bytes], start: Any) -> Any:
+    start("200 OK", HEADERS)
+    return (chunk for chunk in chunks)
+
+
+def in_iterator(chunks: list[bytes], start: Any) -> Any:
+    start("200 OK", HEADERS)
+    return Chunks(chunks)
+
+
+def in_failing_iterator(chunks: list[bytes], start: Any) -> Any:
+    start("200 OK", HEADERS)
+    return Chunks(chunks, fails=True)
+
+
+def late(chunks: list[bytes], start: Any) -> Iterator[bytes]:
+    start("200 OK", HEADERS)
+    yield from chunks
+
+
+def by_write(chunks: list[bytes], start: Any) -> Any:
+    write = start("200 OK", HEADERS)
+    for chunk in chunks:
+        write(chunk)
+    return []
+
+
+def by_write_and_list(chunks: list[bytes], start: Any) -> Any:
+    write = start("200 OK", HEADERS)
+    for chunk in chunks[:2]:
+        write(chunk)
+    return chunks[2:]
+
+
+def by_write_then_fails(chunks: list[bytes], start: Any) -> Any:
+    by_write(chunks, start)
+    raise OSError("the app's disk failed")
+
+
+KINDS = [
+    in_list,
+    in_tuple,
+    in_generator,
+    in_iterator,
+    in_failing_iterator,
+    late,
+    by_write,
+    by_write_and_list,
+    by_write_then_fails,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@often
+@given(chunks=chunk_lists, stop_after=st.none() | st.integers(0, 8), closes=st.integers(1, 3))
+def test_the_client_gets_the_bare_answer_and_one_close_line_has_its_bytes(
+    wrap: Any, journals: Any, kind: Any, chunks: list[bytes], stop_after: int | None, closes: int
+) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        return kind(chunks, start_response)
+
+    before = len(journals.closed())
+    bare = ask(app, stop_after=stop_after, closes=closes)
+    answer = ask(wrap(app), stop_after=stop_after, closes=closes)
+    assert (answer.status, answer.headers, answer.body) == (bare.status, bare.headers, bare.body)
+    assert (type(answer.error), str(answer.error)) == (type(bare.error), str(bare.error))
+    if kind in (late, by_write_then_fails) and not chunks:
+        assert journals.sent()[before:] in ([], [0])  # nothing began
+    else:
+        assert journals.sent()[before:] == [len(answer.body)]
+
+
+def test_a_chunk_is_counted_when_the_next_is_asked_for(wrap: Any, journals: Any) -> None:
+    body = wrap(media(b"abc", b"de"))(request(), lambda *head: None)
+    chunks = iter(body)
+    assert next(chunks) == b"abc"
+    assert next(chunks) == b"de"  # sending this one fails
+    body.close()
+    assert journals.sent() == [3]
+
+
+def test_a_body_that_was_never_started_is_closed_and_counts_nothing(wrap: Any, journals: Any) -> None:
+    own = Chunks([b"abc"])
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        return own
+
+    body = wrap(app)(request(), lambda *head: None)
+    body.close()
+    assert own.closed == 1
+    assert journals.sent() == [0]
+
+
+def test_closing_from_many_threads_at_once_ends_the_count_once(wrap: Any, journals: Any) -> None:
+    app = wrap(media(b"abc"))
+    for _ in range(50):
+        body = app(request(), lambda *head: None)
+        assert b"".join(body) == b"abc"
+        threads = [threading.Thread(target=body.close) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert journals.sent() == [3] * 50
+
+
+def test_a_close_that_fails_fails_as_bare_and_is_counted(wrap: Any, journals: Any) -> None:
+    class Broken(Chunks):
+        def close(self) -> None:
+            raise OSError("the app's close failed")
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        return Broken([b"abc"])
+
+    answer = ask(wrap(app))
+    assert str(answer.error) == "the app's close failed"
+    assert journals.sent() == [3]
+
+
+@pytest.mark.parametrize("made", [list, tuple], ids=["list", "tuple"])
+def test_the_length_of_a_list_is_kept_so_that_servers_see_one_chunk(wrap: Any, made: Any) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        return made([b"abc"])
+
+    body = wrap(app)(request(), lambda *head: None)
+    assert len(body) == 1
+    body.close()
+
+
+def test_a_generator_gets_no_length(wrap: Any) -> None:
+    body = wrap(lambda environ, start: in_generator([b"abc"], start))(request(), lambda *head: None)
+    assert not hasattr(body, "__len__")
+    body.close()
+
+
+def test_an_error_page_in_place_of_media_counts_no_bytes(wrap: Any, journals: Any) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", HEADERS)
+        yield b""  # nothing was sent yet, so the head may still be exchanged
+        try:
+            raise OSError("the app's disk failed")
+        except OSError:
+            start_response("500 Oh", [("Content-Type", "text/plain")], sys.exc_info())
+        yield b"sorry"
+
+    sent: list[bytes] = []
+    heads: list[str] = []
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        heads.append(status)
+        return sent.append
+
+    body = wrap(app)(request(), start_response)
+    assert b"".join(body) == b"sorry"
+    body.close()  # type: ignore[attr-defined]
+    assert heads == ["200 OK", "500 Oh"]
+    assert journals.sent() in ([], [0])
+
+
+def test_a_server_without_write_hands_none_to_the_app(wrap: Any) -> None:
+    seen: list[object] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        seen.append(start_response("200 OK", HEADERS))
+        return []
+
+    wrap(app)(request(), lambda *head: None)
+    assert seen == [None]
+
+
+def test_exc_info_may_be_named_as_servers_let_apps_do(wrap: Any) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        try:
+            raise OSError
+        except OSError:
+            start_response("500 Oh", [("Content-Type", "text/plain")], exc_info=sys.exc_info())
+        return [b"sorry"]
+
+    answer = ask(wrap(app))
+    assert (answer.status, answer.body, answer.error) == ("500 Oh", b"sorry", None)
+
+
+def test_the_count_is_bounded_by_content_length(wrap: Any, journals: Any) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [*HEADERS, ("Content-Length", "3")])
+        return [b"abcdef"]
+
+    ask(wrap(app))
+    assert journals.sent() == [3]
+
+
+@pytest.mark.parametrize("length", ["many", "-3", "٣", "3" * 5000, ""])
+def test_a_content_length_that_is_none_is_no_bound(wrap: Any, journals: Any, length: str) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [*HEADERS, ("Content-Length", length)])
+        return [b"abcdef"]
+
+    assert ask(wrap(app)).body == b"abcdef"
+    assert journals.sent() == [6]
+
+
+# Files.
+
+
+def wrapped_file(path: Path, *, seek: int = 0, length: int | None = None, name: str | None = None) -> Any:
+    """An app that sends a file by the server's wrapper, from *seek* on."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        file = path.open("rb")
+        file.seek(seek)
+        start_response("200 OK", HEADERS if length is None else [*HEADERS, ("Content-Length", str(length))])
+        wrapper = environ["wsgi.file_wrapper"]
+        return wrapper(file, 4096) if name is None else wrapper(file, **{name: 4096})
+
+    return app
+
+
+gunicorns = pytest.mark.parametrize(
+    "wrapper", [FileWrapper, OldFileWrapper], ids=["gunicorn", "old gunicorn"]
+)
+
+
+@gunicorns
+def test_gunicorn_gets_its_own_wrapper_back_and_the_count_is_exact(
+    wrap: Any, journals: Any, film: Path, wrapper: Any
+) -> None:
+    environ = request()
+    app = wrap(wrapped_file(film, length=len(FILM)))
+    seen: list[Any] = []
+
+    def server_side(environ: dict[str, Any], start_response: Any) -> Any:
+        seen.append(app(environ, start_response))
+        return seen[0]
+
+    answer = as_gunicorn(server_side, environ, wrapper=wrapper)
+    assert answer.body == FILM
+    assert type(seen[0]) is wrapper
+    assert environ["wsgi.file_wrapper"] is wrapper
+    assert journals.sent() == [len(FILM)]
+
+
+@gunicorns
+def test_gunicorns_client_that_hangs_up_is_counted_by_what_the_kernel_took(
+    wrap: Any, journals: Any, tmp_path: Path, wrapper: Any
+) -> None:
+    large = tmp_path / "large.mp4"
+    large.write_bytes(FILM * 40)
+    answer = as_gunicorn(wrap(wrapped_file(large)), request(), read=100_000, wrapper=wrapper)
+    assert isinstance(answer.error, OSError)
+    (sent,) = journals.sent()
+    assert len(answer.body) <= sent < large.stat().st_size
+
+
+@gunicorns
+def test_a_file_that_starts_in_its_middle_counts_only_what_is_sent(
+    wrap: Any, journals: Any, film: Path, wrapper: Any
+) -> None:
+    answer = as_gunicorn(wrap(wrapped_file(film, seek=200_000)), request(), wrapper=wrapper)
+    assert answer.body == FILM[200_000:]
+    assert journals.sent() == [len(FILM) - 200_000]
+
+
+@often
+@given(
+    seek=st.integers(0, len(FILM) - 1),
+    sends=st.none() | st.lists(st.integers(0, 1000), max_size=5),
+    told=st.booleans(),
+)
+def test_waitress_reads_seeks_back_and_skips_and_the_count_is_what_it_sent(
+    wrap: Any, journals: Any, film: Path, seek: int, sends: list[int] | None, told: bool
+) -> None:
+    before = len(journals.closed())
+    app = wrap(wrapped_file(film, seek=seek, length=len(FILM) - seek if told else None))
+    answer = as_waitress(app, request(), sends=sends)
+    expected = FILM[seek:] if sends is None else answer.body
+    assert answer.body == expected
+    assert journals.sent()[before:] == [len(expected)]
+
+
+def test_a_file_that_the_app_read_from_before_is_counted_from_there(
+    wrap: Any, journals: Any, film: Path
+) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        wrapper = environ["wsgi.file_wrapper"](film.open("rb"))
+        wrapper.seek(1000)
+        assert next(wrapper) == FILM[1000 : 1000 + 32768]
+        return wrapper
+
+    answer = as_waitress(wrap(app), request())
+    assert answer.body == FILM[33768:]
+    assert journals.sent() == [len(FILM) - 33768]
+
+
+@pytest.mark.parametrize(
+    ("serve", "name"), [(as_gunicorn, "blksize"), (as_waitress, "block_size")], ids=["gunicorn", "waitress"]
+)
+def test_the_block_size_may_be_named_as_the_servers_own_wrapper_allows(
+    wrap: Any, journals: Any, film: Path, serve: Any, name: str
+) -> None:
+    assert serve(wrap(wrapped_file(film, name=name)), request()).body == FILM
+    assert journals.sent() == [len(FILM)]
+
+
+def test_what_is_no_real_file_is_counted_by_what_was_read(wrap: Any, journals: Any) -> None:
+    class Pipe:
+        """Can be read, and nothing else."""
+
+        def __init__(self) -> None:
+            self.read = io.BytesIO(FILM).read
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        return environ["wsgi.file_wrapper"](Pipe())
+
+    environ = request(**{"wsgi.file_wrapper": FileWrapper})
+    body = wrap(app)(environ, lambda *head: None)
+    assert type(body) is FileWrapper
+    assert b"".join(body) == FILM  # as gunicorn does where there is no fileno()
+    body.close()
+    assert journals.sent() == [len(FILM)]
+
+
+def test_a_wrapper_inside_another_body_is_counted_by_its_iterator_alone(
+    wrap: Any, journals: Any, film: Path
+) -> None:
+    inner = wrapped_file(film)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        wrapper = inner(environ, start_response)
+
+        def half() -> Iterator[bytes]:
+            yield next(iter(wrapper))
+            wrapper.close()
+            wrapper.close()
+
+        return half()
+
+    answer = as_gunicorn(wrap(app), request())
+    assert answer.body == FILM[:4096]
+    assert journals.sent() == [4096]
+
+
+def test_a_file_that_was_wrapped_and_not_returned_reports_nothing(
+    wrap: Any, journals: Any, film: Path
+) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        environ["wsgi.file_wrapper"](film.open("rb")).close()
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"no film today"]
+
+    assert as_gunicorn(wrap(app), request()).body == b"no film today"
+    assert journals.files() == []
+
+
+def test_a_server_with_a_wrapper_in_c_gets_blocks_that_are_counted(
+    wrap: Any, journals: Any, film: Path
+) -> None:
+    environ = request(**{"wsgi.file_wrapper": io.FileIO})  # any type that is written in C
+    answer = ask(wrap(wrapped_file(film)), environ)
+    assert answer.body == FILM
+    assert environ["wsgi.file_wrapper"] is io.FileIO
+    assert journals.sent() == [len(FILM)]
+
+
+def test_wrapped_bodies_pass_for_instances_of_the_wrapper_while_the_app_runs(film: Path) -> None:
+    for original in (FileWrapper, io.FileIO):
+        lent: Any = LentWrapper(original)
+        with film.open("rb") as file:
+            assert isinstance(lent(file), lent)
+            assert not isinstance([], lent)
+
+
+def test_the_witness_of_each_kind_of_wrapper() -> None:
+    for known in (FileWrapper, OldFileWrapper, ReadOnlyFileBasedBuffer, WsgirefWrapper):
+        assert witness_of(known) is Witness.POSITION
+    assert witness_of(io.FileIO) is Witness.BLOCKS
+    assert witness_of(lambda file, size=8192: file) is Witness.BLOCKS
+
+
+def test_wrappers_that_are_made_anew_for_each_request_are_not_remembered(wrap: Any, film: Path) -> None:
+    import weakref
+
+    class PerRequest:
+        def wrapper(self, file: Any, size: int = 8192) -> Any:
+            return FileWrapper(file, size)
+
+    maker = PerRequest()
+    gone = weakref.ref(maker)
+    ask(wrap(wrapped_file(film)), request(**{"wsgi.file_wrapper": maker.wrapper}))
+    del maker
+    import gc
+
+    gc.collect()
+    assert gone() is None
+
+
+def test_blocks_can_be_sought_only_where_the_file_can(film: Path) -> None:
+    with film.open("rb") as file:
+        blocks: Any = Blocks(file, 10)
+        blocks.seek(100_000)
+        assert next(blocks) == FILM[100_000 : 100_000 + 65536]
+    assert not hasattr(Blocks(iter(())), "seek")
+
+
+# uWSGI: its wrapper hands back the file, and sends the descriptor from C in the request's own thread.
+
+
+@pytest.fixture
+def in_uwsgi(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    def running(**options: bytes) -> None:
+        from types import SimpleNamespace
+
+        monkeypatch.setitem(
+            sys.modules, "uwsgi", SimpleNamespace(opt={k.replace("_", "-"): v for k, v in options.items()})
+        )
+        bodies._uwsgi_accounts.cache_clear()
+
+    yield running
+    bodies._uwsgi_accounts.cache_clear()
+
+
+def uwsgi_wrapper(file: Any, size: int = 0) -> Any:
+    return file
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the thread's account is Linux's")
+def test_uwsgis_sendfile_is_counted_by_the_threads_account(
+    wrap: Any, journals: Any, film: Path, tmp_path: Path, in_uwsgi: Any
+) -> None:
+    import os
+
+    in_uwsgi()
+    environ = request(**{"wsgi.file_wrapper": uwsgi_wrapper})
+    body = wrap(wrapped_file(film))(environ, lambda *head: None)
+    with (tmp_path / "client").open("wb") as client:
+        assert os.sendfile(client.fileno(), body.fileno(), 0, 100_000) == 100_000
+    body.close()
+    assert journals.sent() == [100_000]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the thread's account is Linux's")
+def test_uwsgi_closing_in_another_thread_counts_nothing_rather_than_anything(
+    wrap: Any, journals: Any, film: Path, in_uwsgi: Any
+) -> None:
+    in_uwsgi()
+    body = wrap(wrapped_file(film))(request(**{"wsgi.file_wrapper": uwsgi_wrapper}), lambda *head: None)
+    closer = threading.Thread(target=body.close)
+    closer.start()
+    closer.join()
+    assert journals.sent() == [0]
+
+
+@pytest.mark.parametrize("option", ["offload_threads", "gevent", "async", "asyncio", "ugreen"])
+def test_uwsgi_that_sends_elsewhere_gets_blocks(in_uwsgi: Any, option: str) -> None:
+    in_uwsgi(**{option: b"1"})
+    assert witness_of(uwsgi_wrapper) is Witness.BLOCKS
+
+
+def test_uwsgi_whose_account_can_not_be_read_gets_blocks(
+    in_uwsgi: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> bytes:
+        raise PermissionError
+
+    in_uwsgi()
+    monkeypatch.setattr(bodies, "_thread_io", refused)
+    assert witness_of(uwsgi_wrapper) is Witness.BLOCKS
+
+
+def test_an_account_that_fails_in_mid_life_leaves_the_iterator_to_count(
+    wrap: Any, journals: Any, film: Path, in_uwsgi: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> bytes:
+        raise OSError(24, "Too many open files")
+
+    in_uwsgi()
+    assert witness_of(uwsgi_wrapper) is (Witness.ACCOUNT if sys.platform == "linux" else Witness.BLOCKS)
+    monkeypatch.setattr(bodies, "_thread_io", refused)
+    answer = ask(wrap(wrapped_file(film)), request(**{"wsgi.file_wrapper": uwsgi_wrapper}))
+    assert answer.body == FILM
+    assert journals.sent() == [len(FILM)]
+
+
+# Flask's send_file, on each server.
+
+
+@pytest.fixture
+def site(film: Path) -> Flask:
+    site = Flask(__name__)
+
+    @site.get("/film.mp4")
+    def send() -> Response:
+        return send_file(film, conditional="etag" not in flask_request.args)
+
+    return site
+
+
+RANGES = {
+    "whole": (None, "200 OK", 0, FILM),
+    "from the start": ("bytes=0-", "206 PARTIAL CONTENT", 0, FILM),
+    "from the middle": ("bytes=100000-", "206 PARTIAL CONTENT", 100_000, FILM[100_000:]),
+    "a piece": ("bytes=1000-200999", "206 PARTIAL CONTENT", 1000, FILM[1000:201_000]),
+    "the end": ("bytes=-500", "206 PARTIAL CONTENT", len(FILM) - 500, FILM[-500:]),
+}
+
+
+# werkzeug leaves files to the garbage collector where the wrapper is an old gunicorn's, with us as without.
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("asked", RANGES)
+@pytest.mark.parametrize(
+    "serve",
+    [as_gunicorn, lambda app, environ: as_gunicorn(app, environ, wrapper=OldFileWrapper), as_waitress, ask],
+    ids=["gunicorn", "old gunicorn", "waitress", "no wrapper"],
+)
+def test_flasks_send_file_is_answered_as_bare_and_counted_exactly(
+    wrap: Any, journals: Any, site: Flask, serve: Any, asked: str
+) -> None:
+    header, status, first, content = RANGES[asked]
+    more = {} if header is None else {"HTTP_RANGE": header}
+    bare = serve(site.wsgi_app, request(**more))
+    answer = serve(wrap(site.wsgi_app), request(**more))
+    assert (answer.status, answer.body) == (status, content)
+    without_date = [pair for pair in answer.headers if pair[0] != "Date"]
+    assert without_date == [pair for pair in bare.headers if pair[0] != "Date"]
+    assert journals.sent() == [len(content)]
+    (opening,) = journals.opened()
+    assert opening.part == (first, first + len(content) - 1, len(FILM))
+
+
+def test_a_range_that_can_not_be_met_is_not_counted(wrap: Any, journals: Any, site: Flask) -> None:
+    assert ask(wrap(site.wsgi_app), request(HTTP_RANGE="bytes=999999999-")).status == (
+        "416 REQUESTED RANGE NOT SATISFIABLE"
+    )
+    assert journals.files() == []
+
+
+def test_a_film_that_the_client_has_is_not_counted(wrap: Any, journals: Any, site: Flask) -> None:
+    app = wrap(site.wsgi_app)
+    etag = dict(ask(site.wsgi_app).headers)["ETag"]
+    answer = ask(app, request(HTTP_IF_NONE_MATCH=etag))
+    assert (answer.status, answer.body) == ("304 NOT MODIFIED", b"")
+    assert journals.files() == []
+
+
+def test_a_counted_iterable_hands_out_what_it_was_given_whatever_that_is() -> None:
+    ended: list[int] = []
+
+    class Ending:
+        def end(self, counted: int) -> None:
+            ended.append(counted)
+
+    body = CountedIterable([b"", bytearray(b"ab"), memoryview(b"cde")], Ending())  # type: ignore[list-item]
+    assert [bytes(chunk) for chunk in body] == [b"", b"ab", b"cde"]
+    body.close()
+    assert ended == [5]

@@ -1,0 +1,528 @@
+"""Who plays what: as it comes out at the journal's end."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from flask import Flask, Response, session
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from itsdangerous import Signer
+
+from t23_middleware import Settings, sign_session
+from t23_middleware.capture.identity import Identifier, NotCounted
+from t23_middleware.transfer import Play
+
+from .servers import ask, media, request
+
+LONG = "x" * 257
+
+
+def identifier(**arguments: Any) -> Identifier:
+    return Identifier(Settings(environ={}, **{"api_url": "https://video.example.com", **arguments}))
+
+
+def play(query: str = "", cookie: str = "", path: str = "/film.mp4", /, **arguments: Any) -> Play:
+    """The play of a request; ``environ`` holds more of its environ."""
+    more = arguments.pop("environ", {})
+    environ = request(path, query, HTTP_COOKIE=cookie, **more)
+    reader = identifier(**arguments)
+    assert reader.may_name(environ, path), "what names a play must pass the first look"
+    return reader.identify(environ, path)
+
+
+def reason(query: str = "", cookie: str = "", path: str = "/film.mp4", /, **arguments: Any) -> str:
+    """Why a request is not counted."""
+    more = arguments.pop("environ", {})
+    with pytest.raises(NotCounted) as caught:
+        identifier(**arguments).identify(request(path, query, HTTP_COOKIE=cookie, **more), path)
+    return str(caught.value)
+
+
+# Where session and photo stand.
+
+
+def test_session_and_photo_are_read_from_the_query() -> None:
+    assert play("session_id=abc&photo_id=12") == Play("abc", "12")
+
+
+def test_session_and_photo_are_read_from_cookies() -> None:
+    assert play("", "session_id=abc; photo_id=12") == Play("abc", "12")
+
+
+def test_the_query_wins_over_the_cookie() -> None:
+    assert play("session_id=q&photo_id=1", "session_id=c; photo_id=2")[:2] == ("q", "1")
+
+
+def test_an_empty_parameter_leaves_the_word_to_the_cookie() -> None:
+    assert play("session_id=&photo_id=", "session_id=c; photo_id=2")[:2] == ("c", "2")
+
+
+def test_names_are_tried_in_their_order() -> None:
+    names = {"session_param": "first,second", "session_cookie": "one,two"}
+    assert play("second=2&first=1&photo_id=7", **names).session_id == "1"
+    assert play("second=2&photo_id=7", **names).session_id == "2"
+    assert play("photo_id=7", "two=b; one=a", **names).session_id == "a"
+    assert play("photo_id=7", "two=b", **names).session_id == "b"
+    assert play("second=2&photo_id=7", "one=a", **names).session_id == "2"
+
+
+def test_the_first_of_two_equal_parameters_counts() -> None:
+    assert play("session_id=a&session_id=b&photo_id=1&photo_id=2")[:2] == ("a", "1")
+
+
+def test_names_and_values_may_be_percent_encoded() -> None:
+    assert play("session%5fid=a%2Bb+c&photo%5Fid=12")[:2] == ("a+b c", "12")
+
+
+def test_the_photo_is_read_from_query_then_path_then_cookie() -> None:
+    pattern = {"photo_pattern": r"^/films/(?P<photo_id>\d+)"}
+    assert play("session_id=a&photo_id=1", "photo_id=3", "/films/2", **pattern).photo_id == "1"
+    assert play("session_id=a", "photo_id=3", "/films/2", **pattern).photo_id == "2"
+    assert play("session_id=a", "photo_id=3", "/other", **pattern).photo_id == "3"
+    assert reason("session_id=a", "", "/other", **pattern) == "no_photo"
+
+
+def test_a_pattern_whose_group_took_no_part_names_no_photo() -> None:
+    assert (
+        reason("session_id=a", "", "/live", photo_pattern=r"^/(?:films/(?P<photo_id>\d+)|live)") == "no_photo"
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "photo"),
+    [
+        (
+            "/49543331/54202478/dfc90ad8eaf93453562ed3961e565a5f/video_medium/nyheder-1000-28-07-2019-video.mp4",
+            "54202478",
+        ),
+        ("/9826383/10357633/a5865685bedff3d06215fdf40b4c41e6/video_medium/mr-skanning-video.mp4", "10357633"),
+        ("/889267/921928/ebb723ef1026f39f5d12dea18973916f/video_medium/vejret-video.mp4", "921928"),
+        ("/889267/960015/adef4ccb213fcc14bc678589e6ff5855/video_medium/download-video.mp4", "960015"),
+        (
+            "/16107561/18266890/64073bd582b4e2a5187b3846f498aed6/video_medium/alpha-trailer-video.mp4",
+            "18266890",
+        ),
+        ("/64968558/68466727/66ccc7bb55115becf719e373b887792b/video_medium/a-video.mp4", "68466727"),
+        (
+            "/64968558/71884487/f01f75dc68c0080b0fc5a5322bc69a21/video_1080p/the-design-history-of-noita-10-video.mp4",
+            "71884487",
+        ),
+        ("/7340/60433/zoyZt0ugycplufdd4eiiaaJhwxgkpime/video_hd/download-video.mp4", "60433"),
+        ("/7340/60433/zoyZt0ugycplufdd4eiiaaJhwxgkpime/audio/song-audio.mp3", "60433"),
+        ("/7340/60433/zoyZt0ugycplufdd4eiiaaJhwxgkpime/video_hd", "60433"),
+        ("/7340/60433/12345678901234567890123456789012/video_hd/a-video.mp4", "60433"),
+        ("/attachment/7340/60433/zoyZt0ugycplufdd4eiiaaJhwxgkpime/video_hd/download-video.mp4", "60433"),
+    ],
+)
+def test_the_twentythree_pattern_knows_real_media_urls(path: str, photo: str) -> None:
+    assert play("session_id=a", "", path, photo_pattern="twentythree").photo_id == photo
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/video/54202478",
+        "/photo/54202478/nyheder",
+        "/secret/54202478/dfc90ad8eaf93453562ed3961e565a5f",
+        "/v.ihtml/player.html",
+        "/9826383.ihtml/player.html",
+        "/live/60433",
+        "/2026/11/24/a.mp4",
+        "/2026/11/24/video/a.mp4",
+        "/films/7340/60433/zoyZt0ugycplufdd4eiiaaJhwxgkpime/video_hd/a-video.mp4",
+        "/attachment/video/60433",
+        "/7340/60433/zoyZt0ugycplufdd4eiiaaJhwxgkpime",
+        "/7340/sixty/zoyZt0ugycplufdd4eiiaaJhwxgkpime/video_hd/a-video.mp4",
+    ],
+)
+def test_the_twentythree_pattern_takes_nothing_else(path: str) -> None:
+    assert reason("session_id=a", "", path, photo_pattern="twentythree") == "no_photo"
+
+
+# What can't be believed.
+
+
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("photo_id=7", "no_session"),
+        ("session_id=&photo_id=7", "no_session"),
+        (f"session_id={LONG}&photo_id=7", "bad_session"),
+        ("session_id=a%0D%0Ab&photo_id=7", "bad_session"),
+        ("session_id=a%00&photo_id=7", "bad_session"),
+        ("session_id=a%E2%80%A8b&photo_id=7", "bad_session"),
+        ("session_id=%FF%FE&photo_id=7", "bad_session"),
+        ("session_id=%ED%A0%80&photo_id=7", "bad_session"),
+        ("session_id=a", "no_photo"),
+        ("session_id=a&photo_id=", "no_photo"),
+        ("session_id=a&photo_id=seven", "bad_photo"),
+        ("session_id=a&photo_id=-7", "bad_photo"),
+        ("session_id=a&photo_id=7%0A", "bad_photo"),
+        ("session_id=a&photo_id=%D9%A7", "bad_photo"),  # a digit, but an Arabic one
+        ("session_id=a&photo_id=7.5", "bad_photo"),
+        ("session_id=a&photo_id=" + "7" * 21, "bad_photo"),
+    ],
+)
+def test_what_can_not_be_believed_is_not_counted_and_has_a_name(query: str, why: str) -> None:
+    assert reason(query) == why
+
+
+def test_a_session_of_256_characters_is_the_longest() -> None:
+    assert play(f"session_id={LONG[1:]}&photo_id=7").session_id == LONG[1:]
+
+
+def test_a_foreign_cookie_that_is_no_utf8_spoils_neither_query_nor_other_cookies() -> None:
+    assert play("session_id=a&photo_id=7", "tracker=\xff\xfe").session_id == "a"
+    assert play("photo_id=7", "tracker=\xff; session_id=b").session_id == "b"
+    assert reason("photo_id=7", "session_id=\xff\xfe") == "bad_session"
+
+
+@given(
+    st.text(st.characters(max_codepoint=255), max_size=60),
+    st.text(st.characters(max_codepoint=255), max_size=60),
+)
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_query_and_cookie_hold_it_is_a_play_or_not_counted(query: str, cookie: str) -> None:
+    reader = identifier(session_secret="", photo_pattern="twentythree")
+    for asked in (query, f"session_id={query}&photo_id={cookie}"):
+        environ = request(query=asked, HTTP_COOKIE=f"session_id={cookie}; {cookie}")
+        reader.may_name(environ, "/")
+        try:
+            found = reader.identify(environ, "/")
+        except NotCounted:
+            continue
+        assert 0 < len(found.session_id) <= 256
+        assert found.session_id.isprintable()
+        assert found.photo_id.isdecimal()
+
+
+# Signed sessions.
+
+
+def test_a_signed_session_is_taken_without_its_signature() -> None:
+    for session_id in ("abc", "a.b.c", "é"):
+        signed = sign_session(session_id, "key")
+        assert play(f"session_id={signed}&photo_id=7", session_secret="key").session_id == session_id
+
+
+def test_a_signed_session_may_come_by_cookie() -> None:
+    cookie = f"session_id={sign_session('abc', 'key')}"
+    assert play("photo_id=7", cookie, session_secret="key").session_id == "abc"
+
+
+def test_keys_rotate_the_newest_signs_and_the_older_are_still_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {"session_secret": "new,old"}
+    assert play(f"session_id={sign_session('a', 'old')}&photo_id=7", **keys).session_id == "a"
+    monkeypatch.setenv("T23_SESSION_SECRET", "new,old")
+    assert sign_session("a") == sign_session("a", "new") != sign_session("a", "old")
+    assert play(f"session_id={sign_session('a')}&photo_id=7", session_secret="new").session_id == "a"
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "abc",
+        "abc.",
+        ".abc",
+        sign_session("abc", "other"),
+        sign_session("abc", "key")[:-1],
+        "abd" + sign_session("abc", "key")[3:],
+        Signer("key").sign("abc").decode(),  # signed with our key, for another purpose
+    ],
+)
+def test_a_forged_session_is_not_counted(forged: str) -> None:
+    assert reason(f"session_id={forged}&photo_id=7", session_secret="key") == "bad_signature"
+
+
+def test_a_signed_session_that_is_empty_or_too_long_is_not_counted_either() -> None:
+    assert reason(f"session_id={sign_session('', 'key')}&photo_id=7", session_secret="key") == "no_session"
+    assert reason(f"session_id={sign_session(LONG, 'key')}&photo_id=7", session_secret="key") == "bad_session"
+
+
+def test_a_key_that_is_no_utf8_signs_and_verifies() -> None:
+    key = b"\xff\xfekey".decode("utf-8", "surrogateescape")  # as os.environ hands it out
+    assert play(f"session_id={sign_session('abc', key)}&photo_id=7", session_secret=key).session_id == "abc"
+
+
+def test_signing_without_a_key_says_what_to_set() -> None:
+    from t23_middleware import ConfigurationError
+
+    with pytest.raises(ConfigurationError, match="T23_SESSION_SECRET is not set"):
+        sign_session("abc")
+
+
+# Flask's own session cookie.
+
+
+def flask_cookie(secret: str | bytes, **values: Any) -> str:
+    """The session cookie that a real Flask app sets."""
+    app = Flask(__name__)
+    app.secret_key = secret
+
+    @app.get("/")
+    def login() -> str:
+        session.update(values)
+        return "welcome"
+
+    header = app.test_client().get("/").headers["Set-Cookie"]
+    return header.partition(";")[0]
+
+
+@pytest.mark.parametrize("secret", ["key", b"\xff\xfe key"], ids=["text", "bytes"])
+def test_the_session_is_read_from_inside_flasks_own_cookie(secret: str | bytes) -> None:
+    cookie = flask_cookie(secret, session_id="abc", other={"a": [1]})
+    assert play("photo_id=7", cookie, flask_secret_key=secret).session_id == "abc"
+
+
+def test_cookie_and_key_inside_flasks_session_can_be_named() -> None:
+    cookie = flask_cookie("key", user="u1", filler="long enough to be compressed " * 50)
+    renamed = "site" + cookie.removeprefix("session")
+    named = {"flask_secret_key": "key", "flask_session_cookie": "site", "flask_session_key": "user"}
+    assert play("photo_id=7", renamed, **named).session_id == "u1"
+
+
+def test_the_query_wins_over_flasks_session() -> None:
+    cookie = flask_cookie("key", session_id="flask")
+    assert play("session_id=query&photo_id=7", cookie, flask_secret_key="key").session_id == "query"
+
+
+def test_a_number_inside_flasks_session_is_a_session() -> None:
+    assert play("photo_id=7", flask_cookie("key", session_id=42), flask_secret_key="key").session_id == "42"
+
+
+@pytest.mark.parametrize(
+    ("cookie", "why"),
+    [
+        ("", "no_session"),
+        ("session=", "no_session"),
+        ("session=garbage", "bad_signature"),
+        ("session=..", "bad_signature"),
+        ("session=.eJw.x.y", "bad_signature"),
+        ("session=\xff\xff", "bad_signature"),
+        (flask_cookie("other", session_id="abc"), "bad_signature"),
+        (flask_cookie("key", session_id="abc")[:-1], "bad_signature"),
+        (flask_cookie("key", user="abc"), "no_session"),
+        (flask_cookie("key", session_id=["abc"]), "no_session"),
+        (flask_cookie("key", session_id=""), "no_session"),
+        (flask_cookie("key", session_id="a\nb"), "bad_session"),
+    ],
+    ids=range(12),
+)
+def test_a_flask_cookie_that_says_nothing_believable_is_not_counted(cookie: str, why: str) -> None:
+    assert reason("photo_id=7", cookie, flask_secret_key="key") == why
+
+
+# skip, the player, the host.
+
+
+@pytest.mark.parametrize(
+    ("query", "environ", "skip"),
+    [
+        ("", {}, None),
+        ("&skip=0", {}, 0),
+        ("&skip=1", {}, 1),
+        ("&skip=2", {}, None),
+        ("&skip=", {}, None),
+        ("&skip=%31", {}, 1),
+        ("&skip=1", {"t23.skip": 0}, 0),
+        ("&skip=0", {"t23.skip": "1"}, 1),
+        ("&skip=0", {"t23.skip": True}, 1),
+        ("&skip=1", {"t23.skip": None}, 1),
+        ("", {"t23.skip": "perhaps"}, None),
+    ],
+)
+def test_skip_is_what_the_app_says_else_what_the_url_says(
+    query: str, environ: dict[str, Any], skip: int | None
+) -> None:
+    assert play("session_id=a&photo_id=7" + query, environ=environ).skip == skip
+
+
+def test_the_player_is_read_from_the_query() -> None:
+    found = play(
+        "session_id=a&photo_id=7&user_player_type=html5&user_player_version=1.2&user_player_resolution=640x360"
+    )
+    assert (found.player_type, found.player_version, found.player_resolution) == ("html5", "1.2", "640x360")
+
+
+def test_a_player_type_is_assumed_only_where_the_request_names_none() -> None:
+    assert play("session_id=a&photo_id=7", player_type="app").player_type == "app"
+    assert play("session_id=a&photo_id=7&user_player_type=html5", player_type="app").player_type == "html5"
+
+
+@pytest.mark.parametrize("said", ["", "x" * 101, "a%0D%0Ab", "a%00b"])
+def test_a_player_that_can_not_be_believed_is_left_out(said: str) -> None:
+    assert play(f"session_id=a&photo_id=7&user_player_version={said}").player_version is None
+
+
+@pytest.mark.parametrize(
+    ("host", "site"),
+    [
+        ("video.example.com", "video.example.com"),
+        ("video.example.com:8080", "video.example.com"),
+        ("Video.Example.COM", "video.example.com"),
+        ("video.example.com.", "video.example.com"),
+        ("video.example.com.:80", "video.example.com"),
+    ],
+)
+def test_the_host_of_the_request_names_the_site_where_it_is_allowed(host: str, site: str) -> None:
+    found = play(
+        "session_id=a&photo_id=7",
+        environ={"HTTP_HOST": host},
+        api_url="https://{host}",
+        hosts="video.example.com",
+    )
+    assert found.host == site
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example.com",
+        "video.example.com.evil.org",
+        "[::1]",
+        "[::1]:80",
+        "me@video.example.com",
+        "video.example.com:port",
+        "video.example.com/..",
+        "video.example.com\r\nX: y",
+        ":80",
+        " ",
+    ],
+)
+def test_other_hosts_are_not_counted(host: str) -> None:
+    query = "session_id=a&photo_id=7"
+    named = {"api_url": "https://{host}", "hosts": "video.example.com", "environ": {"HTTP_HOST": host}}
+    assert reason(query, **named) == "foreign_host"
+
+
+def test_without_a_host_header_the_servers_own_name_counts() -> None:
+    environ = {"HTTP_HOST": "", "SERVER_NAME": "video.example.com"}
+    named = {"api_url": "https://{host}", "hosts": "video.example.com", "environ": environ}
+    assert play("session_id=a&photo_id=7", **named).host == "video.example.com"
+
+
+def test_the_host_is_not_told_where_all_reports_go_to_one_site() -> None:
+    assert play("session_id=a&photo_id=7", environ={"HTTP_HOST": "evil.example.com"}).host == ""
+
+
+# Overruled by the app, or by what stands before us.
+
+
+def overruling(**said: Any) -> Callable[..., Any]:
+    """An app that overrules us during its call."""
+    inner = media(b"film")
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        environ.update({f"t23.{name}": value for name, value in said.items()})
+        return inner(environ, start_response)
+
+    return app
+
+
+def test_the_app_overrules_session_photo_and_skip_during_its_call(wrap: Any, journals: Any) -> None:
+    ask(
+        wrap(overruling(session_id="app", photo_id=99, skip=1)),
+        request(query="session_id=a&photo_id=7&skip=0"),
+    )
+    (transfer,) = journals.closed()
+    assert transfer.opening.play == Play("app", "99", skip=1)
+
+
+def test_the_app_may_name_a_play_that_the_request_does_not(wrap: Any, journals: Any) -> None:
+    session_id = uuid.uuid4()
+    ask(wrap(overruling(session_id=session_id, photo_id="99")), request(query=""))
+    (transfer,) = journals.closed()
+    assert transfer.opening.play == Play(str(session_id), "99")
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"session_id": ""}, "no_session"),
+        ({"session_id": "a\r\nb"}, "bad_session"),
+        ({"photo_id": ""}, "no_photo"),
+        ({"photo_id": "seven"}, "bad_photo"),
+    ],
+    ids=str,
+)
+def test_an_app_that_overrules_with_nonsense_gets_no_report(
+    wrap: Any, journals: Any, said: dict[str, str], why: str
+) -> None:
+    app = wrap(
+        lambda environ, start_response: (overruling(**said) if bad else media(b"film"))(
+            environ, start_response
+        )
+    )
+    bad = True
+    assert ask(app).body == b"film"
+    bad = False
+    ask(app)  # the counter rides with the next line
+    assert journals.sent() == [4]
+    assert journals.counts() == {why: 1}
+
+
+def test_an_app_that_says_ignore_gets_no_report_and_no_counter(wrap: Any, journals: Any) -> None:
+    ask(wrap(overruling(ignore=True)))
+    assert journals.files() == []
+
+
+def test_what_stands_before_us_overrules_too(wrap: Any, journals: Any) -> None:
+    environ = request(query="", **{"t23.session_id": "outer", "t23.photo_id": "5"})
+    ask(wrap(media(b"film")), environ)
+    (transfer,) = journals.closed()
+    assert transfer.opening.play == Play("outer", "5")
+
+
+def test_a_client_can_not_overrule_by_header(wrap: Any, journals: Any) -> None:
+    ask(wrap(media(b"film")), request(HTTP_T23_SESSION_ID="evil", HTTP_T23_IGNORE="1"))
+    (transfer,) = journals.closed()
+    assert transfer.opening.play == Play("s1", "7")
+
+
+def test_bytes_total_in_the_url_and_line_breaks_in_values_change_nothing(wrap: Any, journals: Any) -> None:
+    query = "session_id=s1&photo_id=7&bytes_total=1&time=1&user_player_type=a%0D%0AX-Evil:1&raw=%0A"
+    ask(
+        wrap(media(b"film")),
+        request(query=query, HTTP_USER_AGENT="a\r\nX-Evil: 1", HTTP_RANGE="bytes=0-\r\n1"),
+    )
+    (transfer,) = journals.closed()
+    assert transfer.sent == 4
+    assert transfer.opening.play == Play("s1", "7")
+    assert b"Evil" not in b"".join(file.read_bytes() for file in journals.files())
+
+
+def test_the_path_counts_as_it_came_though_the_app_cuts_it_short(wrap: Any, journals: Any) -> None:
+    from werkzeug.middleware.dispatcher import DispatcherMiddleware
+
+    mounted = DispatcherMiddleware(media(b"none", kind="text/plain"), {"/films": media(b"film")})
+    app = wrap(mounted, photo_pattern=r"^/films/(?P<photo_id>[0-9]+)")
+    ask(app, request("/films/12", "session_id=a"))
+    (transfer,) = journals.closed()
+    assert transfer.opening.play == Play("a", "12")
+
+
+def test_a_flask_app_reports_the_session_that_its_own_cookie_holds(wrap: Any, journals: Any) -> None:
+    site = Flask(__name__)
+    site.secret_key = "key"
+
+    @site.get("/login")
+    def login() -> str:
+        session["session_id"] = "flask-1"
+        return "welcome"
+
+    @site.get("/film")
+    def film() -> Response:
+        return Response(b"film", mimetype="video/mp4")
+
+    site.wsgi_app = wrap(site.wsgi_app, flask_secret_key="key")  # type: ignore[method-assign]
+    client = site.test_client()
+    client.get("/login")
+    with client.get("/film?photo_id=7") as answer:
+        assert answer.data == b"film"
+    (transfer,) = journals.closed()
+    assert transfer.opening.play == Play("flask-1", "7")

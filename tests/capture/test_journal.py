@@ -1,0 +1,518 @@
+"""The journal: what a process writes, what survives its end, and what happens when the disk takes nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from t23_middleware.state import lock_is_held
+from t23_middleware.transfer import FORMAT, Counts, Opening, TornLine, Transfer, Writer, decode
+from t23_middleware.version import VERSION
+
+from ..conftest import Journals
+from .servers import ask, media, request
+
+ROOT = Path(__file__).parents[2]
+PLAYS = b"film"
+
+
+class Clock:
+    """Stands in for the ``time`` module; its monotonic clock goes on only when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time_ns = staticmethod(time.time_ns)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("t23_middleware.capture.journal.time", clock)
+    return clock
+
+
+class Disk:
+    """Stands between the journal and ``os.write``: takes everything, nothing, or a part."""
+
+    def __init__(self) -> None:
+        self.takes: Any = len
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        size = self.takes(data)
+        if size == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.write(descriptor, data[:size])
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    disk = Disk()
+    names = {name: getattr(os, name) for name in dir(os) if not name.startswith("__")}
+    monkeypatch.setattr(
+        "t23_middleware.capture.journal.os", SimpleNamespace(**{**names, "write": disk.write})
+    )
+    return disk
+
+
+def run(script: str, state: Path, *, stdin: str = "") -> Any:
+    """Run *script*, where ``play()`` is one counted response; what it printed, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PRELUDE + script, str(state)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+PRELUDE = """
+import json, os, resource, sys
+from pathlib import Path
+from t23_middleware import T23Middleware
+from t23_middleware.state import lock_is_held
+from tests.capture.servers import ask, media, request
+
+state = Path(sys.argv[1])
+site = T23Middleware(media(b"film"), api_url="http://127.0.0.1:9", state_dir=str(state), relay="off")
+
+def play():
+    answer = ask(site)
+    assert answer.body == b"film" and answer.error is None, answer
+"""
+
+
+# What is written.
+
+
+def test_a_journal_begins_with_its_writer_and_has_two_lines_per_response(wrap: Any, state: Path) -> None:
+    app = wrap(media(PLAYS))
+    ask(app)
+    ask(app)
+    journals = Journals(state)
+    (file,) = journals.files()
+    assert [type(line) for line in journals.lines()] == [Writer, Opening, Transfer, Opening, Transfer]
+    writer = journals.writers()[0]
+    assert file.name == f"{writer.name}.000000.journal"
+    assert writer.name.startswith(f"{os.getpid()}-")
+    assert (writer.format, writer.version) == (FORMAT, VERSION)
+    assert len(writer.digest) == 8
+    if sys.platform == "linux":
+        assert writer.boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def test_nothing_is_made_before_the_first_counted_response(wrap: Any, state: Path) -> None:
+    app = wrap(media(PLAYS))
+    ask(app, request(query=""))
+    assert not state.exists()
+    ask(app)
+    assert state.exists()
+
+
+def test_all_that_is_made_is_its_users_alone(wrap: Any, state: Path) -> None:
+    before = os.umask(0)
+    try:
+        ask(wrap(media(PLAYS)))
+    finally:
+        os.umask(before)
+    assert state.stat().st_mode & 0o777 == 0o700
+    modes = {path.suffix: path.stat().st_mode & 0o777 for path in (state / "journals").iterdir()}
+    assert modes == {".journal": 0o600, ".lock": 0o600}
+
+
+def test_an_open_line_is_there_before_the_body_is_sent(wrap: Any, journals: Any) -> None:
+    body = wrap(media(PLAYS))(request(), lambda *head: None)
+    assert len(journals.opened()) == 1
+    assert journals.closed() == []
+    body.close()
+    assert len(journals.closed()) == 1
+
+
+def test_a_journal_is_followed_by_the_next_past_one_mebibyte(wrap: Any, journals: Any) -> None:
+    app = wrap(media(PLAYS))
+    session = "s" * 256
+    plays = 1500
+    for _ in range(plays):
+        ask(app, request(query=f"session_id={session}&photo_id=7"))
+    files = journals.files()
+    name = journals.writers()[0].name
+    assert [file.name for file in files] == [f"{name}.{number:06d}.journal" for number in range(len(files))]
+    assert len(files) >= 2
+    assert all((1 << 20) < file.stat().st_size < (1 << 20) + 2000 for file in files[:-1])
+    assert all(isinstance(decode(file.read_bytes().splitlines()[0]), Writer) for file in files)
+    assert sorted(transfer.opening.number for transfer in journals.closed()) == list(range(1, plays + 1))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_journal_before_the_one_in_use_stays_open_and_no_more(wrap: Any, journals: Any) -> None:
+    app = wrap(media(PLAYS))
+    for _ in range(6000):
+        ask(app, request(query=f"session_id={'s' * 256}&photo_id=7"))
+    files = [str(file) for file in journals.files()]
+    assert len(files) >= 4
+    open_now = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+    assert [file for file in files if file in open_now] == files[-2:]
+
+
+def test_lines_of_many_threads_are_whole_and_their_numbers_unique(wrap: Any, journals: Any) -> None:
+    app = wrap(media(PLAYS))
+    plays, workers = 1000, 8
+
+    def work() -> None:
+        for _ in range(plays):
+            ask(app)
+            ask(app, request(query="photo_id=7"))
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = list(range(1, plays * workers + 1))
+    assert sorted(opening.number for opening in journals.opened()) == numbers
+    assert sorted(transfer.opening.number for transfer in journals.closed()) == numbers
+    assert len(journals.writers()) == len(journals.files()) >= 2
+    ask(app)
+    assert journals.counts() == {"no_session": plays * workers}
+
+
+# Processes.
+
+
+def test_a_forked_child_writes_its_own_files_and_its_parents_lock_survives(state: Path) -> None:
+    told = run(
+        """
+play()
+(parents,) = (state / "journals").glob("*.lock")
+told = {}
+child = os.fork()
+if child == 0:
+    play()
+    held = lock_is_held(parents)
+    os._exit(0 if held else 1)
+told["child saw the parent's lock"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+play()
+again = os.fork()
+if again == 0:
+    os._exit(0 if lock_is_held(parents) else 1)
+told["and after the child's end"] = os.waitstatus_to_exitcode(os.waitpid(again, 0)[1]) == 0
+told["parent"], told["child"] = os.getpid(), child
+print(json.dumps(told))
+""",
+        state,
+    )
+    assert told["child saw the parent's lock"]
+    assert told["and after the child's end"]
+    journals = Journals(state)
+    assert sorted(writer.name.partition("-")[0] for writer in journals.writers()) == sorted(
+        [str(told["parent"]), str(told["child"])]
+    )
+    by_file = {
+        file.name.partition("-")[0]: sum(
+            isinstance(decode(line), Transfer) for line in file.read_bytes().splitlines()
+        )
+        for file in journals.files()
+    }
+    assert by_file == {str(told["parent"]): 2, str(told["child"]): 1}
+    assert not any(lock_is_held(lock) for lock in (state / "journals").glob("*.lock"))
+
+
+def test_a_response_that_a_forked_child_ends_too_is_its_parents_alone(state: Path) -> None:
+    run(
+        """
+body = site(request(), lambda *head: None)
+chunks = iter(body)
+next(chunks)
+child = os.fork()
+if child == 0:
+    body.close()
+    os._exit(0)
+os.waitpid(child, 0)
+for chunk in chunks:
+    pass
+body.close()
+print("null")
+""",
+        state,
+    )
+    assert Journals(state).sent() == [4]
+
+
+def test_a_killed_process_leaves_what_it_closed_word_of_what_it_had_open_and_no_lock(state: Path) -> None:
+    script = (
+        PRELUDE
+        + 'play()\nbody = site(request(), lambda *head: None)\nprint("open", flush=True)\nsys.stdin.read()\n'
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(state)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "open\n"
+            (lock,) = (state / "journals").glob("*.lock")
+            assert lock_is_held(lock)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert not lock_is_held(lock)
+    journals = Journals(state)
+    assert [opening.number for opening in journals.opened()] == [1, 2]
+    assert [transfer.opening.number for transfer in journals.closed()] == [1]
+
+
+# A disk that takes nothing.
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("relay", ["off", "auto"])
+def test_an_unusable_folder_is_one_error_and_the_plays_are_written_when_it_is_mended(
+    wrap: Any,
+    state: Path,
+    journals: Any,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    relay: str,
+) -> None:
+    monkeypatch.setattr("t23_middleware.capture.launch.start_relay", lambda settings, folder: None)
+    state.write_text("a file in place of the folder")
+    app = wrap(media(PLAYS), relay=relay)
+    for _ in range(3):
+        answer = ask(app)
+        assert (answer.body, answer.error) == (PLAYS, None)
+    (told,) = errors(caplog)
+    assert "plays can't be written down" in told
+    assert "set T23_STATE_DIR to a folder" in told
+    state.unlink()
+    ask(app)
+    assert not state.exists(), "the next try is a second later"
+    clock.now += 1.1
+    ask(app)
+    assert sorted(transfer.opening.number for transfer in journals.closed()) == [1, 2, 3, 4, 5]
+    assert len(journals.opened()) == 5
+    assert len(errors(caplog)) == 1
+    assert "plays can be written down again" in caplog.text
+
+
+@pytest.fixture
+def without_rights(tmp_path: Path) -> Iterator[None]:
+    """The test's user may not write in its own folder."""
+    tmp_path.chmod(0o500)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.usefixtures("without_rights")
+def test_a_folder_that_may_not_be_written_is_one_error_and_the_app_goes_on(
+    wrap: Any, state: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = wrap(media(PLAYS))
+    for _ in range(3):
+        answer = ask(app)
+        assert (answer.body, answer.error) == (PLAYS, None)
+    (told,) = errors(caplog)
+    assert f"the state folder {state} can't be used (Permission denied)" in told
+
+
+def test_threads_that_meet_an_unusable_folder_together_all_tell_the_same_reason(
+    wrap: Any, state: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    state.write_text("")
+    app = wrap(media(PLAYS))
+    threads = [threading.Thread(target=ask, args=(app,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors(caplog)
+    assert all("set T23_STATE_DIR" in told for told in errors(caplog))
+
+
+def test_of_what_is_kept_aside_only_a_thousand_lines_stay_and_the_lost_plays_are_counted(
+    wrap: Any, state: Path, journals: Any, clock: Clock
+) -> None:
+    state.write_text("")
+    app = wrap(media(PLAYS))
+    for _ in range(600):
+        ask(app)
+    state.unlink()
+    clock.now += 1.1
+    ask(app)
+    kept = [transfer.opening.number for transfer in journals.closed()]
+    lost = journals.counts()["capture_lost"]
+    assert kept == list(range(lost + 1, 602)), "the oldest go, each is there once"
+    assert lost == 100, "two lines a play, of which 1000 stayed"
+    assert journals.counts() == {"capture_lost": lost}
+
+
+def test_a_full_disk_keeps_its_lines_and_its_counters_for_later(
+    wrap: Any, journals: Any, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = wrap(media(PLAYS))
+    ask(app)
+    disk.takes = lambda data: 0
+    for _ in range(700):
+        answer = ask(app)
+        assert (answer.body, answer.error) == (PLAYS, None)
+        ask(app, request(query="photo_id=7"))
+    assert len(errors(caplog)) == 1
+    disk.takes = len
+    ask(app)
+    ask(app)
+    lost = journals.counts()["capture_lost"]
+    assert journals.counts()["no_session"] == 700
+    assert len(journals.closed()) + lost == 703
+    assert len({transfer.opening.number for transfer in journals.closed()}) == 703 - lost
+    assert 0 < lost <= 201
+
+
+def test_a_line_that_was_written_in_part_is_torn_and_written_again_whole(
+    wrap: Any, state: Path, disk: Disk
+) -> None:
+    app = wrap(media(PLAYS))
+    ask(app)
+    parts = iter([40])
+    disk.takes = lambda data: next(parts, 0) or len(data)
+    ask(app)
+    ask(app)
+    (file,) = Journals(state).files()
+    torn, numbers = 0, []
+    for line in file.read_bytes().split(b"\n")[:-1]:
+        try:
+            decoded = decode(line)
+        except TornLine:
+            torn += 1
+            continue
+        if isinstance(decoded, Transfer):
+            numbers.append(decoded.opening.number)
+    assert torn == 1
+    assert numbers == [1, 2, 3]
+
+
+def test_a_counters_line_that_the_disk_refuses_is_not_lost(wrap: Any, journals: Any, disk: Disk) -> None:
+    app = wrap(media(PLAYS))
+    ask(app, request(query="photo_id=7"))
+    disk.takes = lambda data: 0 if b'"counts"' in data else len(data)
+    ask(app)
+    assert journals.counts() == {}
+    disk.takes = len
+    ask(app)
+    assert journals.counts() == {"no_session": 1}
+    assert journals.sent() == [4, 4]
+
+
+def test_a_journal_whose_first_line_was_cut_short_is_taken_away_and_begun_again(
+    wrap: Any, state: Path, journals: Any, disk: Disk, clock: Clock
+) -> None:
+    app = wrap(media(PLAYS))
+    disk.takes = lambda data: 20
+    ask(app)
+    assert journals.files() == []
+    disk.takes = len
+    clock.now += 1.1
+    ask(app)
+    assert journals.sent() == [4, 4]
+
+
+def test_a_rotation_that_fails_goes_on_in_the_old_journal(
+    wrap: Any, journals: Any, disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("t23_middleware.capture.journal.ROTATE_AT", 2000)
+    app = wrap(media(PLAYS))
+    ask(app)
+    disk.takes = lambda data: 0 if b'"writer"' in data else len(data)
+    for _ in range(30):
+        ask(app)
+    assert len(journals.files()) == 1
+    assert "can't be rotated and grows on" in caplog.text
+    disk.takes = len
+    for _ in range(30):
+        ask(app)
+    assert len(journals.files()) > 1
+    assert sorted(transfer.opening.number for transfer in journals.closed()) == list(range(1, 62))
+
+
+def test_a_disk_that_fails_now_and_then_under_many_threads_loses_and_doubles_nothing(
+    wrap: Any, journals: Any, disk: Disk
+) -> None:
+    app = wrap(media(PLAYS))
+    dice = random.Random(23)
+    disk.takes = lambda data: 0 if dice.random() < 0.3 else len(data)
+    plays, workers = 200, 6
+
+    def work() -> None:
+        for _ in range(plays):
+            ask(app)
+
+    ask(app)
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    disk.takes = len
+    ask(app)
+    written = Counter(transfer.opening.number for transfer in journals.closed())
+    assert journals.counts() == {}
+    assert written == Counter(range(1, plays * workers + 3))
+
+
+def test_a_real_limit_on_file_size_tears_a_line_and_loses_no_play(state: Path) -> None:
+    told = run(
+        """
+import signal
+play()
+(journal,) = (state / "journals").glob("*.journal")
+resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 150, resource.RLIM_INFINITY))
+for _ in range(5):
+    play()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+play()
+print(json.dumps(str(journal)))
+""",
+        state,
+    )
+    torn, numbers = 0, []
+    for line in Path(told).read_bytes().split(b"\n")[:-1]:
+        try:
+            decoded = decode(line)
+        except TornLine:
+            torn += 1
+            continue
+        assert not isinstance(decoded, Counts)
+        if isinstance(decoded, Transfer):
+            numbers.append(decoded.opening.number)
+    assert torn == 1
+    assert numbers == [1, 2, 3, 4, 5, 6, 7]

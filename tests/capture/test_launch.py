@@ -1,0 +1,352 @@
+"""The relay is started where none runs, not too often, and outlives who started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t23_middleware import Settings
+from t23_middleware.capture import launch
+from t23_middleware.capture.launch import LONGEST_BACKOFF, RelayLauncher, python, start_relay
+from t23_middleware.state import StateFolder
+
+from .servers import ask, media
+
+ROOT = Path(__file__).parents[2]
+
+
+class Clock:
+    """Stands in for the ``time`` module; both its clocks go on only when told."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+        self._began = time.time()
+
+    def monotonic(self) -> float:
+        return 1000.0 + self.passed
+
+    def time(self) -> float:
+        """Wall clock, beside which files get their real times: so a little after the real one."""
+        return self._began + 0.05 + self.passed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(launch, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def folder(state: Path) -> StateFolder:
+    folder = StateFolder(state)
+    folder.create()
+    return folder
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[float]:
+    """When a relay was started, in seconds since the test began; none of them ever takes its lock."""
+    starts: list[float] = []
+    monkeypatch.setattr(launch, "start_relay", lambda settings, folder: starts.append(clock.passed))
+    return starts
+
+
+def settings(state: Path, **more: Any) -> Settings:
+    return Settings(environ={}, **{"api_url": "http://127.0.0.1:9", "state_dir": str(state), **more})
+
+
+def launcher(folder: StateFolder, **more: Any) -> RelayLauncher:
+    return RelayLauncher(settings(folder.path, **more), folder)
+
+
+def pass_time(launchers: list[RelayLauncher], clock: Clock, seconds: float, step: float = 0.1) -> None:
+    """Each launcher sees a close line every *step* seconds."""
+    until = clock.passed + seconds
+    while clock.passed < until:
+        for one in launchers:
+            one.written()
+        clock.passed = round(clock.passed + step, 3)
+
+
+HOLD = """
+import json, os, sys
+from pathlib import Path
+from t23_middleware.state import hold_lock
+lock = hold_lock(Path(sys.argv[1]))
+os.write(lock, sys.argv[2].encode())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+class Relay:
+    """A process that holds the relay's lock, and does nothing else."""
+
+    def __init__(self, folder: StateFolder, digest: str) -> None:
+        holder = json.dumps({"pid": 1, "version": "0", "digest": digest, "automatic": True})
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder.relay_lock), holder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "held\n"
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def relay(folder: StateFolder) -> Iterator[Relay]:
+    relay = Relay(folder, settings(folder.path).relay_digest())
+    yield relay
+    relay.end()
+
+
+def test_a_close_line_starts_a_relay_where_none_runs(folder: StateFolder, started: list[float]) -> None:
+    launcher(folder).written()
+    assert started == [0.0]
+
+
+def test_a_close_line_of_the_middleware_starts_a_relay(wrap: Any, started: list[float]) -> None:
+    ask(wrap(media(b"film"), relay="auto"))
+    assert started == [0.0]
+
+
+@pytest.mark.parametrize("relay", ["external", "off"])
+def test_no_relay_is_started_where_a_service_runs_it_or_none_is_wanted(
+    folder: StateFolder, started: list[float], clock: Clock, relay: str
+) -> None:
+    folder.unfinished.touch()
+    one = launcher(folder, relay=relay)
+    one.wake()
+    pass_time([one], clock, 10)
+    assert started == []
+
+
+def test_no_relay_is_started_beside_one_that_runs(
+    folder: StateFolder, started: list[float], clock: Clock, relay: Relay
+) -> None:
+    pass_time([launcher(folder)], clock, 10)
+    assert started == []
+
+
+def test_the_lock_is_looked_at_once_a_second_at_most(
+    folder: StateFolder, started: list[float], clock: Clock, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+
+    def look(path: Path) -> bool:
+        looks.append(clock.passed)
+        return True
+
+    monkeypatch.setattr(launch, "lock_is_held", look)
+    pass_time([launcher(folder)], clock, 5)
+    assert looks == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_relay_that_dies_gets_a_successor_at_the_next_close_line(
+    folder: StateFolder, started: list[float], clock: Clock, relay: Relay
+) -> None:
+    one = launcher(folder)
+    pass_time([one], clock, 3)
+    relay.end()
+    pass_time([one], clock, 1)
+    assert started == [3.0]
+
+
+def test_a_start_by_one_worker_keeps_its_siblings_from_it(
+    folder: StateFolder, started: list[float], clock: Clock
+) -> None:
+    pass_time([launcher(folder) for _ in range(8)], clock, 0.9)
+    assert started == [0.0]
+
+
+def test_starts_that_fail_are_repeated_ever_more_seldom_and_told_once(
+    folder: StateFolder, started: list[float], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    pass_time([launcher(folder)], clock, 300)
+    assert started[:6] == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0]
+    waits = [after - before for before, after in zip(started, started[1:], strict=False)]
+    assert max(waits) == LONGEST_BACKOFF
+    assert waits == sorted(waits)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert f"T23_STATE_DIR={folder.path} t23-middleware relay" in told
+
+
+def test_after_a_relay_that_ran_the_waits_begin_anew(
+    folder: StateFolder, started: list[float], clock: Clock
+) -> None:
+    one = launcher(folder)
+    pass_time([one], clock, 3)
+    relay = Relay(folder, settings(folder.path).relay_digest())
+    try:
+        pass_time([one], clock, 5)
+    finally:
+        relay.end()
+    del started[:]
+    begun = clock.passed
+    pass_time([one], clock, 4)
+    first = started[0]
+    assert first - begun <= 1.1
+    assert [round(start - first, 1) for start in started] == [0.0, 1.0, 3.0][: len(started)]
+    assert len(started) >= 2
+
+
+def test_a_start_that_raises_is_told_once_and_is_never_the_apps(
+    folder: StateFolder, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(settings: Settings, folder: StateFolder) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(launch, "start_relay", refused)
+    pass_time([launcher(folder)], clock, 20)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "Resource temporarily unavailable" in told
+
+
+def test_at_the_first_request_a_relay_is_started_only_where_something_waits(
+    folder: StateFolder, started: list[float]
+) -> None:
+    launcher(folder).wake()
+    assert started == []
+    folder.unfinished.touch()
+    launcher(folder).wake()
+    assert started == [0.0]
+
+
+def test_requests_see_a_relay_with_other_settings_out_and_start_its_successor(
+    folder: StateFolder, started: list[float], clock: Clock
+) -> None:
+    other = Relay(folder, "00000000")
+    one = launcher(folder)
+    try:
+        one.written()
+    finally:
+        other.end()
+    clock.passed += 1
+    one.wake()
+    assert started == [1.0]
+
+
+# The real start.
+
+STAND_IN = """#!{python}
+import json, os, sys
+told = {{
+    "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "group": os.getpgid(0), "cwd": os.getcwd(),
+    "arguments": sys.argv[1:], "environment": dict(os.environ),
+    "files": sorted({{os.path.realpath(f"/proc/self/fd/{{fd}}") for fd in ("0", "1", "2")}}),
+    "inherited": [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2 and os.path.exists(f"/proc/self/fd/{{fd}}")],
+}}
+print("the relay speaks", flush=True)
+place = os.environ["T23_STATE_DIR"]
+with open(f"{{place}}/told.part", "w") as file:
+    json.dump(told, file)
+os.rename(f"{{place}}/told.part", f"{{place}}/told")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program in the interpreter's place that says how it was started."""
+    program = tmp_path / "python"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o700)
+    monkeypatch.setattr(launch, "python", lambda: str(program))
+
+
+def told_by_the_relay(folder: StateFolder) -> Any:
+    deadline = time.monotonic() + 60
+    while not (folder.path / "told").exists():
+        assert time.monotonic() < deadline, folder.relay_log.read_text()
+        time.sleep(0.01)
+    return json.loads((folder.path / "told").read_text())
+
+
+def has_children() -> bool:
+    """Whether this process has any child, living or dead."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_relay_is_nobodys_child_in_a_session_of_its_own_and_leaves_no_zombie(
+    folder: StateFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "hidden")
+    start_relay(settings(folder.path, session_secret="hidden-too", timeout=7), folder)
+    assert not has_children()
+    told = told_by_the_relay(folder)
+    assert told["parent"] != os.getpid()
+    assert told["session"] != os.getsid(0)
+    assert told["group"] != os.getpgid(0)
+    assert told["cwd"] == "/"
+    assert told["arguments"] == ["-m", "t23_middleware", "relay"]
+    assert told["files"] == ["/dev/null", str(folder.relay_log)]
+    assert told["inherited"] == []
+    assert not any("hidden" in value for value in told["environment"].values())
+    assert told["environment"]["T23_API_URL"] == "http://127.0.0.1:9"
+    assert told["environment"]["T23_TIMEOUT"] == "7"
+    assert "the relay speaks" in folder.relay_log.read_text()
+    assert folder.relay_log.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_relays_log_that_has_grown_is_set_aside(folder: StateFolder) -> None:
+    folder.relay_log.write_text("x" * (launch.LOG_LIMIT + 1))
+    start_relay(settings(folder.path), folder)
+    told_by_the_relay(folder)
+    assert folder.relay_log.stat().st_size < 1000
+    assert folder.relay_log.with_suffix(".log.1").stat().st_size == launch.LOG_LIMIT + 1
+
+
+def test_an_interpreter_that_is_missing_is_told_in_the_relays_log(
+    folder: StateFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "python", lambda: str(tmp_path / "nothing"))
+    start_relay(settings(folder.path), folder)
+    deadline = time.monotonic() + 60
+    while "nothing" not in folder.relay_log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not has_children()
+
+
+def test_the_interpreter_is_the_prefixs_own_whatever_the_executable_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/usr/bin/uwsgi")
+    version = subprocess.run(
+        [python(), "-c", "import sys; print(sys.prefix, *sys.version_info[:2])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert version.stdout.split() == [sys.prefix, *map(str, sys.version_info[:2])]
+
+
+def test_an_interpreter_without_the_short_name_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    assert python() == str(tmp_path / "bin" / "python")
+    (tmp_path / "bin" / "python3").touch()
+    assert python() == str(tmp_path / "bin" / "python3")

@@ -1,0 +1,58 @@
+"""What part of a file a response says it carries."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t23_middleware.capture.ranges import LONGEST, UNKNOWN, part_of
+from t23_middleware.transfer import Part
+
+
+@pytest.mark.parametrize(
+    ("status", "length", "content_range", "asked", "part"),
+    [
+        (200, 1000, None, None, Part(0, 999, 1000)),
+        (200, None, None, None, Part(0, None, None)),
+        (200, 1000, None, "bytes=500-", Part(0, 999, 1000)),  # the app ignored the Range
+        (206, 500, "bytes 500-999/1000", "bytes=500-", Part(500, 999, 1000)),
+        (206, 500, "bytes 500-999/*", "bytes=500-", Part(500, 999, None)),
+        (206, 500, "Bytes 500-999/1000", None, Part(500, 999, 1000)),
+        (206, 10, "bytes 0-9/1000", "bytes=500-", Part(0, 9, 1000)),  # what was said beats what was asked
+        (206, 500, None, "bytes=500-", Part(500, None, None)),
+        (206, 10, None, "bytes=500-509", Part(500, 509, None)),
+        (206, 500, None, "bytes=-500", UNKNOWN),
+        (206, 500, None, "bytes=0-9,20-29", UNKNOWN),
+        (206, 500, None, "bytes=0-9,20-", UNKNOWN),
+        (206, 500, None, "bytes=9-0", UNKNOWN),
+        (206, 500, None, "bytes=abc", UNKNOWN),
+        (206, 500, None, "seconds=0-9", UNKNOWN),
+        (206, 500, "bytes */1000", None, UNKNOWN),
+        (206, 500, "bytes 9-0/1000", None, UNKNOWN),
+        (206, 500, "seconds 0-9/60", None, UNKNOWN),
+        (206, 500, "bytes 500-999/1000\r\nX: y", None, UNKNOWN),
+        (206, 500, None, "bytes=" + "9" * 30 + "-", UNKNOWN),
+        (206, 500, None, "bytes=0-" + "9" * 30, UNKNOWN),
+        (206, 500, "bytes 0-9/" + "9" * 30, None, UNKNOWN),
+        (206, 500, None, "bytes=" + "9" * 5000 + "-", UNKNOWN),
+        (206, 500, None, None, UNKNOWN),
+    ],
+)
+def test_the_part_of_a_response(
+    status: int, length: int | None, content_range: str | None, asked: str | None, part: Part
+) -> None:
+    assert part_of(status, length, content_range, asked) == part
+
+
+headers = st.none() | st.text(max_size=40) | st.text("bytes =-/*,0123456789\r\n", max_size=40)
+
+
+@given(st.sampled_from([200, 206]), st.none() | st.integers(0, 2**62), headers, headers)
+def test_no_header_makes_it_raise_or_give_a_number_that_no_file_has(
+    status: int, length: int | None, content_range: str | None, asked: str | None
+) -> None:
+    part = part_of(status, length, content_range, asked)
+    assert all(number is None or -1 <= number <= LONGEST for number in part)
+    if status == 206 and part.size is not None:
+        assert part.size > 0

@@ -1,0 +1,531 @@
+"""The middleware as an app's owner meets it: what passes through, what is counted, what it never does."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from wsgiref.util import FileWrapper as WsgirefWrapper
+from wsgiref.validate import validator
+
+import pytest
+from flask import Flask, Response, send_file
+from werkzeug.middleware.lint import LintMiddleware
+
+from t23_middleware import ConfigurationError, Settings, T23Middleware
+
+from .capture.servers import as_gunicorn, as_waitress, ask, media, request
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # its WebOb imports cgi
+    from webtest import TestApp
+
+FILM = b"film " * 1000
+PLAY = "/film.mp4?session_id=s1&photo_id=7"
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(FILM)
+    return path
+
+
+# What is counted, through webtest, which lints both sides.
+
+
+def test_a_play_is_counted_with_its_bytes_and_its_part(wrap: Any, journals: Any) -> None:
+    answer = TestApp(wrap(media(b"film", b"film"))).get(PLAY)
+    assert answer.body == b"filmfilm"
+    (transfer,) = journals.closed()
+    assert transfer.sent == 8
+    assert transfer.opening.play[:2] == ("s1", "7")
+    assert (transfer.opening.status, transfer.opening.length) == (200, 8)
+    assert transfer.opening.part == (0, 7, 8)
+    assert transfer.opening == journals.opened()[0]
+    assert transfer.opening.started_ns <= transfer.ended_ns
+    assert transfer.opening.started_ms <= transfer.ended_ms
+
+
+def test_responses_of_a_writer_are_numbered(wrap: Any, journals: Any) -> None:
+    site = TestApp(wrap(media(b"film")))
+    for _ in range(3):
+        site.get(PLAY)
+    assert [opening.number for opening in journals.opened()] == [1, 2, 3]
+    assert len(journals.writers()) == 1
+
+
+@pytest.mark.parametrize("kind", ["video/mp4", "Video/MP4; codecs=avc1", "audio/mpeg", "video/webm"])
+def test_media_of_any_kind_is_counted(wrap: Any, journals: Any, kind: str) -> None:
+    TestApp(wrap(media(b"film", kind=kind))).get(PLAY)
+    assert journals.sent() == [4]
+
+
+def test_other_media_types_are_counted_where_the_settings_say_so(wrap: Any, journals: Any) -> None:
+    site = wrap(media(b"film", kind="application/x-film"), media_types="application/x-film")
+    TestApp(site).get(PLAY)
+    TestApp(wrap(media(b"film"), media_types="application/x-film")).get(PLAY)
+    assert journals.sent() == [4]
+
+
+# What passes through.
+
+
+def untouched(wrap: Any, app: Callable[..., Any], environ: dict[str, Any]) -> bool:
+    """Whether the very object that the app returned comes out."""
+    made: list[Any] = []
+
+    def inner(environ: dict[str, Any], start_response: Any) -> Any:
+        made.append(app(environ, start_response))
+        return made[0]
+
+    body = wrap(inner)(environ, lambda *head: lambda data: None)
+    return body is made[0]
+
+
+@pytest.mark.parametrize(
+    ("app", "environ"),
+    [
+        (media(b"page", kind="text/html"), request()),
+        (media(b"page", kind="text/html"), request(query="")),
+        (media(b"segment", kind="video/mp2t"), request()),
+        (media(b"segment", kind="video/iso.segment"), request()),
+        (media(b"segment"), request("/film/7.ts")),
+        (media(b"segment"), request("/film/7.m4s")),
+        (media(b"list", kind="application/vnd.apple.mpegurl"), request("/film.m3u8")),
+        (media(b"film"), request(query="photo_id=7")),
+        (media(b"film"), request(query="session_id=s1")),
+        (media(b"film"), request(query="session_id=s1&photo_id=x")),
+        (media(b"film"), request(method="HEAD")),
+        (media(b"film"), request(method="POST")),
+        (media(b"film"), request(**{"t23.ignore": True})),
+        (media(b"gone", status="404 Not Found"), request()),
+        (media(b"", status="304 Not Modified"), request()),
+        (media(b"", status="416 Range Not Satisfiable"), request()),
+        (media(b"made", status="201 Created"), request()),
+    ],
+)
+def test_what_is_not_counted_is_the_very_object_that_the_app_returned(
+    wrap: Any, journals: Any, app: Any, environ: dict[str, Any]
+) -> None:
+    assert untouched(wrap, app, environ)
+    assert journals.files() == []
+
+
+def test_switched_off_everything_passes_through(wrap: Any, journals: Any) -> None:
+    assert untouched(lambda app: wrap(app, enabled=False), media(b"film"), request())
+    assert journals.files() == []
+
+
+def test_the_environ_is_the_same_object_with_its_own_wrapper_afterwards(wrap: Any, film: Path) -> None:
+    seen: list[Any] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        seen.extend((environ, environ["wsgi.file_wrapper"]))
+        start_response("200 OK", [("Content-Type", "video/mp4")])
+        return environ["wsgi.file_wrapper"](film.open("rb"))
+
+    environ = request(**{"wsgi.file_wrapper": WsgirefWrapper})
+    body = wrap(app)(environ, lambda *head: None)
+    assert seen[0] is environ
+    assert seen[1] is not WsgirefWrapper
+    assert environ["wsgi.file_wrapper"] is WsgirefWrapper
+    body.close()
+
+
+def test_a_wrapper_that_the_app_exchanged_itself_stays_exchanged(wrap: Any) -> None:
+    mine = object()
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        environ["wsgi.file_wrapper"] = mine
+        raise OSError("the app failed")
+
+    environ = request(**{"wsgi.file_wrapper": WsgirefWrapper})
+    with pytest.raises(OSError, match="the app failed"):
+        wrap(app)(environ, lambda *head: None)
+    assert environ["wsgi.file_wrapper"] is mine
+
+
+@pytest.mark.parametrize("query", ["", "session_id=s1", "photo_id=7"])
+def test_the_wrapper_is_not_exchanged_where_the_request_names_no_play(wrap: Any, query: str) -> None:
+    seen: list[Any] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        seen.append(environ["wsgi.file_wrapper"])
+        return media(b"film")(environ, start_response)
+
+    wrap(app)(request(query=query, **{"wsgi.file_wrapper": WsgirefWrapper}), lambda *head: None)
+    assert seen == [WsgirefWrapper]
+
+
+# What apps do wrong stays theirs.
+
+
+class AppFailed(Exception):
+    """The app's own."""
+
+
+def fails_before(environ: dict[str, Any], start_response: Any) -> Any:
+    raise AppFailed
+
+
+def fails_after(environ: dict[str, Any], start_response: Any) -> Any:
+    start_response("200 OK", [("Content-Type", "video/mp4")])
+    raise AppFailed
+
+
+def fails_after_write(environ: dict[str, Any], start_response: Any) -> Any:
+    start_response("200 OK", [("Content-Type", "video/mp4")])(b"film")
+    raise AppFailed
+
+
+def fails_in_body(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+    start_response("200 OK", [("Content-Type", "video/mp4")])
+    yield b"film"
+    raise AppFailed
+
+
+class _FailsInClose:
+    def __iter__(self) -> Iterator[bytes]:
+        return iter([b"film"])
+
+    def close(self) -> None:
+        raise AppFailed
+
+
+def fails_in_close(environ: dict[str, Any], start_response: Any) -> Any:
+    start_response("200 OK", [("Content-Type", "video/mp4")])
+    return _FailsInClose()
+
+
+def fails_in_iter(environ: dict[str, Any], start_response: Any) -> Any:
+    start_response("200 OK", [("Content-Type", "video/mp4")])
+
+    class Body:
+        def __iter__(self) -> Iterator[bytes]:
+            raise AppFailed
+
+    return Body()
+
+
+@pytest.mark.parametrize(
+    ("app", "sent"),
+    [
+        (fails_before, []),
+        (fails_after, []),
+        (fails_after_write, [4]),
+        (fails_in_body, [4]),
+        (fails_in_close, [4]),
+        (fails_in_iter, [0]),
+    ],
+)
+def test_an_apps_exception_passes_through_and_what_was_sent_is_counted(
+    wrap: Any, journals: Any, app: Any, sent: list[int]
+) -> None:
+    answer = ask(wrap(app))
+    assert type(answer.error) is AppFailed
+    assert answer.body == ask(app).body
+    assert journals.sent() == sent
+
+
+@pytest.mark.parametrize(
+    "headers", [[("Content-Type",)], [None], [(b"Content-Type", b"video/mp4")], [(1, 2)]], ids=str
+)
+def test_headers_that_are_none_are_for_the_server_to_judge(wrap: Any, headers: Any) -> None:
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", headers)
+        return [b"film"]
+
+    assert ask(wrap(app)).body == b"film"
+
+
+# Every kind of app, between two linters on each side.
+
+
+def lists(environ: dict[str, Any], start_response: Any) -> Any:
+    return media(FILM)(environ, start_response)
+
+
+def tuples(environ: dict[str, Any], start_response: Any) -> Any:
+    return tuple(lists(environ, start_response))
+
+
+def generates(environ: dict[str, Any], start_response: Any) -> Any:
+    return iter(lists(environ, start_response))
+
+
+class _Closable:
+    def __init__(self, chunks: list[bytes]) -> None:
+        self._chunks = iter(chunks)
+
+    def __iter__(self) -> _Closable:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        self._chunks = iter(())
+
+
+def closes(environ: dict[str, Any], start_response: Any) -> Any:
+    return _Closable(lists(environ, start_response))
+
+
+def starts_late(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+    yield from lists(environ, start_response)
+
+
+def writes(environ: dict[str, Any], start_response: Any) -> Any:
+    start_response("200 OK", [("Content-Type", "video/mp4")])(FILM)
+    return []
+
+
+def wraps_a_file(environ: dict[str, Any], start_response: Any) -> Any:
+    start_response("200 OK", [("Content-Type", "video/mp4"), ("Content-Length", str(len(FILM)))])
+    return environ["wsgi.file_wrapper"](Path(environ["film"]).open("rb"))
+
+
+def flask_sends(environ: dict[str, Any], start_response: Any) -> Any:
+    site = Flask("film")
+
+    @site.get("/film.mp4")
+    def send() -> Response:
+        return send_file(environ["film"])
+
+    return site(environ, start_response)
+
+
+KINDS = [lists, tuples, generates, closes, starts_late, writes, wraps_a_file, flask_sends]
+
+
+# Not wsgiref's inside werkzeug's: it finds fault with the wsgi.input that the other hands on.
+@pytest.mark.parametrize(
+    ("outside", "inside"),
+    [
+        (validator, validator),
+        (validator, LintMiddleware),
+        (validator, None),
+        (LintMiddleware, LintMiddleware),
+        (LintMiddleware, None),
+        (None, validator),
+        (None, LintMiddleware),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linters_on_both_sides_find_nothing(
+    wrap: Any, journals: Any, film: Path, kind: Any, inside: Any, outside: Any
+) -> None:
+    app = wrap(inside(kind) if inside else kind)
+    app = outside(app) if outside else app
+    environ = request(film=str(film), **{"wsgi.file_wrapper": WsgirefWrapper})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer = ask(app, environ)
+    assert answer.error is None
+    assert answer.body == FILM
+    assert journals.sent() == [len(FILM)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("serve", [as_gunicorn, as_waitress], ids=["gunicorn", "waitress"])
+def test_every_kind_of_app_on_servers_with_a_wrapper(
+    wrap: Any, journals: Any, film: Path, kind: Any, serve: Any
+) -> None:
+    answer = serve(wrap(kind), request(film=str(film)))
+    assert answer.error is None
+    assert answer.body == FILM
+    assert journals.sent() == [len(FILM)]
+
+
+# Wrapped twice.
+
+
+def test_wrapped_twice_it_counts_once_and_says_so_once(
+    wrap: Any, journals: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = wrap(wrap(media(b"film")))
+    for _ in range(3):
+        assert ask(site).body == b"film"
+    assert journals.sent() == [4, 4, 4]
+    assert [record.message for record in caplog.records] == [
+        "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away"
+    ]
+
+
+# Bad settings.
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_with_bad_settings_the_app_runs_on_bare_and_one_error_names_all_problems(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = T23Middleware(media(b"film"), timeout="soon", relay="perhaps", nonsense=1)
+    for _ in range(3):
+        assert ask(app).body == b"film"
+    (told,) = errors(caplog)
+    for name in ("T23_API_URL", "T23_TIMEOUT", "T23_RELAY", "nonsense"):
+        assert name in told
+
+
+def test_with_bad_settings_nothing_is_touched() -> None:
+    assert untouched(T23Middleware, media(b"film"), request())
+
+
+def test_settings_and_arguments_together_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    given = Settings(environ={}, api_url="https://video.example.com")
+    assert ask(T23Middleware(media(b"film"), given, timeout=3)).body == b"film"
+    assert len(errors(caplog)) == 1
+
+
+def test_settings_are_taken_as_they_are(journals: Any, state: Path) -> None:
+    given = Settings(environ={}, api_url="https://video.example.com", state_dir=str(state), relay="off")
+    ask(T23Middleware(media(b"film"), given))
+    assert journals.sent() == [4]
+
+
+def test_the_environment_is_read_where_nothing_else_is_said(
+    monkeypatch: pytest.MonkeyPatch, journals: Any, state: Path
+) -> None:
+    for name, value in {
+        "API_URL": "https://video.example.com",
+        "STATE_DIR": str(state),
+        "RELAY": "off",
+    }.items():
+        monkeypatch.setenv(f"T23_{name}", value)
+    ask(T23Middleware(media(b"film")))
+    assert journals.sent() == [4]
+
+
+@pytest.mark.parametrize("how", ["environment", "argument"])
+def test_switched_off_it_says_nothing_of_what_else_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    if how == "environment":
+        monkeypatch.setenv("T23_ENABLED", "0")
+    app = T23Middleware(media(b"film"), **({"enabled": False} if how == "argument" else {}))
+    assert ask(app).body == b"film"
+    assert caplog.records == []
+
+
+def test_an_unknown_variable_is_warned_of_once(
+    wrap: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("T23_STATE_DIRR", "/tmp")
+    app = wrap(media(b"film"))
+    ask(app)
+    ask(app)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "did you mean T23_STATE_DIR?" in record.message
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        {"session_secret": b"\xff".decode("utf-8", "surrogateescape")},
+        {"flask_secret_key": b"\xff"},
+        {"session_secret": ","},
+    ],
+    ids=["session key", "flask key", "no key"],
+)
+def test_no_secret_makes_the_constructor_raise(wrap: Any, secret: dict[str, Any]) -> None:
+    assert ask(wrap(media(b"film"), **secret)).body == b"film"
+
+
+# What of ours fails is never the app's.
+
+
+@pytest.mark.parametrize(
+    "broken", ["Identifier.identify", "_Process.begin", "Recorder.this_process", "part_of"]
+)
+def test_a_fault_of_ours_is_a_log_line_and_the_answer_is_the_apps(
+    wrap: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    def fault(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    places = {
+        "Identifier.identify": "t23_middleware.capture.identity.Identifier.identify",
+        "_Process.begin": "t23_middleware.capture.recorder._Process.begin",
+        "Recorder.this_process": "t23_middleware.capture.recorder.Recorder.this_process",
+        "part_of": "t23_middleware.capture.response.part_of",
+    }
+    monkeypatch.setattr(places[broken], fault)
+    answer = ask(wrap(media(b"film")))
+    assert (answer.body, answer.error) == (b"film", None)
+    assert any("the app's answer is not touched" in told for told in errors(caplog))
+
+
+def test_a_fault_of_ours_at_a_request_that_names_nothing_is_not_the_apps_either(
+    wrap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(self: object, name: str) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("t23_middleware.capture.journal.JournalWriter.count", fault)
+    assert ask(wrap(media(b"film")), request(query="photo_id=7")).body == b"film"
+
+
+def test_a_fault_at_the_end_of_a_response_is_not_the_apps_either(
+    wrap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(self: object, counted: int) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("t23_middleware.capture.recorder.Recording.end", fault)
+    answer = ask(wrap(media(b"film")))
+    assert (answer.body, answer.error) == (b"film", None)
+
+
+def test_what_was_not_counted_rides_as_a_counter_with_the_next_line(wrap: Any, journals: Any) -> None:
+    def by_many_writes(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        write = start_response("200 OK", [("Content-Type", "video/mp4")])
+        for _ in range(5):
+            write(b"film")
+        return []
+
+    site = wrap(by_many_writes)
+    for query in ("photo_id=7", "photo_id=7", "session_id=s1", "session_id=s1&photo_id=x"):
+        ask(site, request(query=query))
+    assert journals.files() == []
+    ask(site)
+    assert journals.counts() == {"no_session": 2, "no_photo": 1, "bad_photo": 1}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_a_processs_first_request_of_any_kind_wakes_a_relay_where_work_waits(
+    wrap: Any, state: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr(
+        "t23_middleware.capture.launch.start_relay", lambda settings, folder: started.append(folder.path)
+    )
+    (state / "journals").mkdir(parents=True, mode=0o700)
+    (state / "journals" / "1-a.000000.journal").touch()
+    app = wrap(media(b"page", kind="text/html"), relay="auto")
+    ask(app, request(method=method))
+    ask(app, request(method=method))
+    assert started == [state]
+
+
+def test_a_processs_first_request_starts_no_relay_where_nothing_waits(
+    wrap: Any, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*args: object) -> None:
+        raise AssertionError("a relay was started")
+
+    monkeypatch.setattr("t23_middleware.capture.launch.start_relay", fault)
+    ask(wrap(media(b"page", kind="text/html"), relay="auto"))
+    assert not state.exists()
+
+
+def test_the_configuration_error_holds_each_problem() -> None:
+    error = ConfigurationError(["one", "two"])
+    assert error.problems == ("one", "two")
+    assert str(error) == "one\ntwo"
