@@ -1,0 +1,1 @@
+"""The process that reports: it follows the journals, keeps the outbox, and delivers."""

@@ -1,0 +1,276 @@
+"""What an answer of the API means: recorded, or one of the errors that decide what is done next.
+
+Pure: bytes in, a value or an error out. The messages go into logs and dead letters, so no session stands in them.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import NamedTuple
+from urllib.parse import quote, quote_plus, urljoin, urlsplit
+from xml.etree import ElementTree
+
+from werkzeug.http import parse_date
+
+from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, Unexplained
+
+#: Longest answer that is believed, in bytes.
+LONGEST_ANSWER = 65536
+
+#: Longest ``Retry-After`` that is obeyed, in seconds.
+LONGEST_WAIT = 3600.0
+#: Characters of a message, as it goes to logs and dead letters.
+LONGEST_MESSAGE = 200
+_LONGEST_CODE = 64
+#: Codes that every report from this server would meet.
+SITE_CODES = frozenset({"permission_denied", "invalid_signature", "invalid_method"})
+#: The other codes of the documentation ("Error codes"): the same report would always meet them.
+REPORT_CODES = frozenset(
+    {
+        "no_such_photo",
+        "no_such_album",
+        "no_such_tag",
+        "no_such_user",
+        "no_file",
+        "invalid_input",
+        "invalid_album",
+        "invalid_album_token",
+        "invalid_photo_token",
+        "token_required",
+        "couldnt_create_album",
+        "couldnt_create_user",
+        "couldnt_update_album",
+        "error_processing_upload",
+        "user_already_exists",
+    }
+)
+#: Newer methods have more of these.
+_REPORT_CODE = re.compile("(?:invalid|no_such)_[a-z0-9_]+")
+#: HTTP statuses, where the answer is not the API's, that every report would meet; 407 and 410 are as lasting.
+_SITE_STATUSES = frozenset({401, 403, 404, 405, 407, 410})
+_REPORT_STATUSES = frozenset({400, 413})
+_BUSY_STATUSES = frozenset({408, 425, 429})
+
+
+class Answer(NamedTuple):
+    """The API took a report."""
+
+    #: Whether the answer came from the API's cache, so that this very POST was not recorded.
+    cached: bool
+    #: The API's words, printable and at most 200 characters.
+    message: str
+    #: How long the report took, in seconds.
+    seconds: float
+
+
+class _Said(NamedTuple):
+    """An answer of the API, whatever form it came in."""
+
+    ok: bool
+    code: str
+    message: str
+    cached: bool
+
+
+def judge(
+    status: int, headers: Mapping[str, str], body: bytes, url: str = "", session_id: str = ""
+) -> Answer:
+    """The answer (without its time), or the error that it is.
+
+    *headers* is looked up by names as RFC 9110 writes them; *url* is where the report went; *session_id* is kept
+    out of all messages. Raises, the first that fits:
+
+    ================================================  =========================================================
+    ``status: ok``                                    :class:`Answer`, whatever the HTTP status
+    429 or 503                                        :class:`~t23_middleware.errors.Busy`: who says "not now"
+                                                      judged no report; a lost one could not be got back
+    ``permission_denied``, ``invalid_signature``,     :class:`~t23_middleware.errors.NotAccepted`
+    ``invalid_method``
+    other documented codes                            :class:`~t23_middleware.errors.Refused`
+    3xx, 401, 403, 404, 405, 407, 410                 :class:`~t23_middleware.errors.NotAccepted`
+    400, 413                                          :class:`~t23_middleware.errors.Refused`
+    408, 425, 5xx                                     :class:`~t23_middleware.errors.Busy`
+    a code that nobody documents, none, other 4xx     :class:`~t23_middleware.errors.Unexplained`
+    2xx with HTML, nothing, more than 64 KB           :class:`~t23_middleware.errors.NoAnswer`: something took the
+                                                      report, and nobody knows whether it was the API
+    ================================================  =========================================================
+    """
+    said = _parsed(body)
+    if said is not None and said.ok:
+        return Answer(said.cached, clean(said.message, session_id), 0.0)
+    if status in (429, 503):
+        raise _busy(status, headers, url)
+    raise _by_code(said, url, session_id) or _by_status(status, headers, said, url, session_id)
+
+
+def _by_code(said: _Said | None, url: str, session_id: str) -> DeliveryError | None:
+    if said is None:
+        return None
+    if said.code in SITE_CODES:
+        return NotAccepted(clip(f"{_remedy(said.code, url)} {_quoted(said, session_id)}"))
+    if said.code in REPORT_CODES:
+        return Refused(said.code, clean(said.message, session_id))
+    if _REPORT_CODE.fullmatch(said.code):
+        return Refused(_code(said, session_id), clean(said.message, session_id))
+    return None
+
+
+def _by_status(
+    status: int, headers: Mapping[str, str], said: _Said | None, url: str, session_id: str
+) -> DeliveryError:
+    if 300 <= status < 400:
+        return NotAccepted(_redirected(status, headers.get("Location", ""), url, session_id))
+    if status in _SITE_STATUSES:
+        return NotAccepted(clip(f"{_remedy(f'HTTP {status}', url)} {_quoted(said, session_id)}"))
+    if said is None and status < 300:
+        return NoAnswer(clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says"))
+    if status in _BUSY_STATUSES or status >= 500:
+        return _busy(status, headers, url)
+    code = (_code(said, session_id) if said else "") or f"http_{status}"
+    message = clean(said.message, session_id) if said else clip(f"{shown(url)} answered HTTP {status}")
+    return Refused(code, message) if status in _REPORT_STATUSES else Unexplained(code, message)
+
+
+def _busy(status: int, headers: Mapping[str, str], url: str) -> Busy:
+    return Busy(clip(f"{shown(url)} answered HTTP {status}"), _retry_after(headers))
+
+
+def _remedy(what: str, url: str) -> str:
+    """What to do about an answer that every report would meet."""
+    place = shown(url)
+    match what:
+        case "permission_denied" | "HTTP 401" | "HTTP 403":
+            return f"{place} denies this server ({what}); ask TwentyThree to whitelist it."
+        case "invalid_signature":
+            return f"{place} wants a signature ({what}); ask TwentyThree to whitelist this server."
+        case "HTTP 407":
+            return f"The proxy on the way to {place} asks for a user ({what}); correct the proxy's address."
+    return f"There is no report method at {place} ({what}); correct T23_REPORT_PATH or T23_API_URL."
+
+
+def _redirected(status: int, location: str, url: str, session_id: str) -> str:
+    target = _target(url, location)
+    if target is None:
+        return clip(f"{shown(url)} redirects nowhere (HTTP {status}); correct T23_API_URL.")
+    origin, path = target
+    way = f"T23_API_URL to {clean(origin, session_id)}"
+    if path != urlsplit(url).path:
+        way += f" and T23_REPORT_PATH to {clean(path, session_id)}"
+    return clip(f"Redirected to {clean(origin + path, session_id)}; if that is the API, set {way}.")
+
+
+def _target(url: str, location: str) -> tuple[str, str] | None:
+    """Origin and path of a redirect's target, where it has one; without user, query and fragment."""
+    try:
+        parts = urlsplit(urljoin(url, location.strip()))
+        host = parts.netloc.rpartition("@")[2]
+        return (f"{parts.scheme}://{host}", parts.path) if location.strip() and host else None
+    except ValueError:
+        return None
+
+
+def _parsed(body: bytes) -> _Said | None:
+    """What the API said, or None where it is not the API that speaks."""
+    if len(body) > LONGEST_ANSWER:
+        return None
+    # UTF-8 in and out, says the documentation.
+    text = body.decode("utf-8-sig", "replace").strip().lstrip("\ufeff")
+    values = _xml(text) if text.startswith("<") else _json(text)
+    status = _text(values.get("status")).casefold()
+    if status not in ("ok", "error"):
+        return None
+    cached = _text(values.get("cached")).casefold() in ("1", "true", "t")
+    return _Said(status == "ok", _text(values.get("code")), _text(values.get("message")), cached)
+
+
+def _text(value: object) -> str:
+    return str(value).strip() if isinstance(value, (str, int)) else ""
+
+
+def _xml(text: str) -> Mapping[str, object]:
+    """The attributes of the root element ``response``."""
+    # Entities, which can grow without bound or name files, are declared in a DOCTYPE alone.
+    if "<!DOCTYPE" in text:
+        return {}
+    try:
+        root = ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError):
+        return {}
+    return root.attrib if root.tag == "response" else {}
+
+
+#: What v1 puts before its JSON unless asked for ``raw``: ``var visual =``, ``callback(``, or v2's comment.
+_SCRIPT = re.compile(r"(?:/\*\s*\*/)?\s*(?:var\s+[\w$.]+\s*=|[\w$.]+\s*\()?\s*")
+
+
+def _json(text: str) -> Mapping[str, object]:
+    """The outermost object."""
+    start, end = text.find("{"), text.rfind("}") + 1
+    if start < 0 or start > 200 or not _SCRIPT.fullmatch(text[:start]) or text[end:].strip(" \t\r\n;)"):
+        return {}
+    try:
+        found = json.loads(text[start:end])
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a ``Retry-After`` (RFC 9110 section 10.2.3), 0 to an hour; a date counts from the server's own."""
+    text = headers.get("Retry-After", "").strip()
+    if re.fullmatch("[0-9]{1,300}", text):
+        return min(float(text), LONGEST_WAIT)
+    until = _date(text)
+    if until is None:
+        return None
+    now = _date(headers.get("Date", "")) or datetime.now(timezone.utc)
+    return min(max((until - now).total_seconds(), 0.0), LONGEST_WAIT)
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        return parse_date(text)
+    except OverflowError:  # a year or zone that no integer of C holds
+        return None
+
+
+def _code(said: _Said, session_id: str) -> str:
+    return clean(said.code, session_id)[:_LONGEST_CODE]
+
+
+def _quoted(said: _Said | None, session_id: str) -> str:
+    return "" if said is None else clean(said.message or said.code, session_id)
+
+
+def clean(text: str, session_id: str) -> str:
+    """*text* from outside, on one line, without the session."""
+    return clip(_scrubbed(one_line(_scrubbed(text, session_id)), session_id))
+
+
+def _scrubbed(text: str, session_id: str) -> str:
+    if not session_id:
+        return text
+    forms = (session_id, quote(session_id, "", errors="replace"), quote_plus(session_id, errors="replace"))
+    for secret in (*forms, html.escape(session_id), one_line(session_id)):
+        if secret:
+            text = re.sub(re.escape(secret), "…", text, flags=re.IGNORECASE)
+    return text
+
+
+def one_line(text: str) -> str:
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
+
+
+def clip(text: str) -> str:
+    text = one_line(text)
+    return text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 1] + "…"
+
+
+def shown(url: str) -> str:
+    """*url* without user, query and fragment."""
+    target = _target(url, url)
+    return "".join(target) if target else "the API"

@@ -1,0 +1,333 @@
+"""The analytics API's client: one POST, its answer as a value or a typed error; only this module speaks HTTP.
+
+Two halves: :class:`AnalyticsClient` carries a report over the network and tells "not sent" from "sent, and no
+answer"; :func:`judge` is pure and decides what an answer means.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from functools import cache
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.utils import select_proxy
+from urllib3.exceptions import HTTPError, LocationValueError
+
+from ..errors import DeliveryError, NoAnswer, Unreachable
+from ..settings import Settings, process_environment
+from ..version import VERSION
+from .answer import LONGEST_ANSWER, Answer, clip, judge, shown
+from .report import Report, form
+
+#: Seconds that a connection may take, all of ``T23_TIMEOUT`` if that is less.
+CONNECT_SECONDS = 3.0
+
+#: A connection unused for so many seconds is not used again. Servers close idle ones after 5 s and more, and a
+#: report that is sent at that very moment can't be told from one whose answer was lost.
+IDLE_SECONDS = 4.0
+
+
+#: The printable ASCII that RFC 6265 (cookie-octet) lets stand in a cookie's value: ``%`` among it, so that a raw
+#: value stays as it is.
+_COOKIE_OCTETS = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '",;\\')
+
+#: OpenSSL's codes for a certificate whose authority is not known here (``X509_V_ERR_…SELF_SIGNED…``, ``…ISSUER…``).
+_UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
+
+_HEADERS = {
+    "User-Agent": f"t23_middleware/{VERSION}",
+    "Accept": "application/json, text/xml;q=0.5",
+    # A compressed answer could be of any size when unpacked.
+    "Accept-Encoding": "identity",
+    "Content-Type": "application/x-www-form-urlencoded",
+}
+
+
+class AnalyticsClient:
+    """Sends reports, one POST each, on connections that each thread keeps for itself.
+
+    Proxies and certificates are those of the environment as it was at the first report to a site
+    (``https_proxy``, ``no_proxy``, ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` …). Safe to use from many threads.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._timeout = urllib3.Timeout(
+            connect=min(CONNECT_SECONDS, settings.timeout), read=settings.timeout, total=settings.timeout
+        )
+        self._local = threading.local()
+        self._routes: dict[str, dict[str, Any]] = {}
+        self._sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def send(self, report: Report) -> Answer:
+        """Sends *report* once, within ``T23_TIMEOUT``; looking up the name and a proxy's tunnel come on top.
+
+        Raises :class:`~t23_middleware.errors.Unreachable` where it was not sent,
+        :class:`~t23_middleware.errors.NoAnswer` where it was and nothing is known of it, and what
+        :func:`judge` raises.
+        """
+        started = time.monotonic()
+        url = self._settings.report_url(report.host)
+        body = _Body(report, started + self._settings.timeout)
+        try:
+            status, headers, content = self._exchange(url, report, body)
+        # ValueError: what the standard library says of names and numbers that are none.
+        except (
+            requests.RequestException,
+            HTTPError,
+            http.client.HTTPException,
+            OSError,
+            ValueError,
+        ) as error:
+            # "from None": the texts of these errors may hold a proxy's password.
+            raise _not_answered(error, url, body.begun) from None
+        answer = judge(status, headers, content, url, report.session_id)
+        return answer._replace(seconds=time.monotonic() - started)
+
+    def close(self) -> None:
+        """Closes the connections of all threads; a later report opens new ones."""
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+
+    def _exchange(self, url: str, report: Report, body: _Body) -> tuple[int, Mapping[str, str], bytes]:
+        session = self._session()
+        with session.post(
+            url,
+            data=body,
+            headers=self._cookie(report),
+            stream=True,
+            allow_redirects=False,
+            timeout=self._timeout,  # type: ignore[arg-type]  # requests takes urllib3's, its stubs don't say
+            **self._route(url),
+        ) as response:
+            content = _content(response.raw)
+            session.used = time.monotonic()
+            return response.status_code, response.headers, content
+
+    def _session(self) -> _Session:
+        session: _Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = _Session()
+            with self._lock:
+                self._sessions.add(session)
+        elif time.monotonic() - session.used > IDLE_SECONDS:
+            session.close()
+        return session
+
+    def _cookie(self, report: Report) -> dict[str, str]:
+        name = self._settings.report_cookie
+        if name is None:
+            return {}
+        return {"Cookie": f"{name}={quote(report.session_id, _COOKIE_OCTETS, errors='replace')}"}
+
+    def _route(self, url: str) -> dict[str, Any]:
+        """How to get there, read once: asking the environment anew costs a third of a report."""
+        route = self._routes.get(url)
+        if route is None:
+            route = self._routes[url] = _environments_route(url)
+        return route
+
+
+def _environments_route(url: str) -> dict[str, Any]:
+    """Proxies for *url*, and the file or folder of the certificate authorities to trust."""
+    found = requests.Session().merge_environment_settings(url, {}, None, None, None)
+    verify = found["verify"]
+    if verify is True:
+        environ = process_environment()
+        verify = environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR") or True
+    proxy = select_proxy(url, found["proxies"])
+    if proxy and not urllib3.util.parse_url(proxy).host:
+        raise requests.exceptions.InvalidProxyURL  # which requests itself may miss
+    return {"proxies": found["proxies"], "verify": verify}
+
+
+def _content(raw: Any) -> bytes:
+    """The body, up to a byte more than an answer may have; urllib3 tells of a cut only when asked for the rest."""
+    content = b""
+    while part := raw.read(LONGEST_ANSWER + 1 - len(content)):
+        content += part
+    return content
+
+
+class _Session(requests.Session):
+    """One thread's connections: nothing is retried, followed, or remembered from one report to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trust_env = False
+        self.used = 0.0
+        self.headers.clear()
+        self.headers.update(_HEADERS)
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        for scheme in ("https://", "http://"):
+            self.mount(scheme, _Adapter(pool_maxsize=1, max_retries=0))
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """None; requests would read the whole body of a redirect even where it may not follow."""
+
+
+class _Body:
+    """The form of a report, which knows whether any of it has left; without its body no report is one."""
+
+    def __init__(self, report: Report, deadline: float) -> None:
+        self._bytes = urlencode(form(report), errors="replace").encode()
+        self._deadline = deadline
+        #: Whether sending has begun.
+        self.begun = False
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def __iter__(self) -> Iterator[bytes]:
+        if time.monotonic() >= self._deadline:
+            raise TimeoutError("timed out")
+        self.begun = True
+        yield self._bytes
+
+
+# An answer that drips byte by byte keeps within the timeout of each read. The following bounds all reads of one
+# answer (or of a proxy's leave to tunnel) together by the timeout that the socket had as they began.
+
+
+class _Until(io.RawIOBase):
+    """A socket's stream, readable until a deadline."""
+
+    def __init__(self, sock: socket.socket, stream: io.RawIOBase) -> None:
+        self._sock = sock
+        self._stream = stream
+        timeout = sock.gettimeout()
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        #: Whether its end was met.
+        self.ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            self._sock.settimeout(left)
+        read: int | None = self._stream.readinto(buffer)
+        self.ended = read == 0
+        return read
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self._until = _Until(sock, self.fp.detach())
+        self.fp: Any = io.BufferedReader(self._until)
+
+    def begin(self) -> None:
+        """Reads status and headers; headers that were cut off, the standard library takes for whole ones."""
+        super().begin()
+        if self._until.ended:
+            raise http.client.IncompleteRead(b"")
+
+
+@cache
+def _bounded(pool: type[Any]) -> type[Any]:
+    """A kind of connection pool (direct, TLS, SOCKS) whose answers are read by `_Response`."""
+    connection = type("Connection", (pool.ConnectionCls,), {"response_class": _Response})
+    return type("Pool", (pool,), {"ConnectionCls": connection})
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, **options)
+        self._limit(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **options)
+        if not known:
+            self._limit(manager)
+        return manager
+
+    @staticmethod
+    def _limit(manager: Any) -> None:
+        manager.pool_classes_by_scheme = {
+            scheme: _bounded(pool) for scheme, pool in manager.pool_classes_by_scheme.items()
+        }
+
+
+# What became of a report that met no answer.
+
+
+def _not_answered(error: Exception, url: str, begun: bool) -> DeliveryError:
+    causes = list(_causes(error))
+    if begun:
+        return NoAnswer(clip(f"{shown(url)} gave no answer, though it may have the report: {_why(causes)}"))
+    return Unreachable(clip(f"{shown(url)} can't be reached: {_why(causes)}"))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """*error* and the errors in it, the outermost first; requests and urllib3 keep them in four places."""
+    inner = [error.__cause__, getattr(error, "reason", None), getattr(error, "original_error", None)]
+    yield error
+    for cause in [*inner, *error.args]:
+        if isinstance(cause, BaseException):
+            yield from _causes(cause)
+
+
+def _why(causes: list[BaseException]) -> str:
+    """The reason in a few words and, where there is one, its remedy; never a library's text with a URL in it."""
+    proxy = any(isinstance(cause, requests.exceptions.ProxyError) for cause in causes)
+    told = next(filter(None, map(_named, reversed(causes))), type(causes[-1]).__name__)
+    return f"the proxy of the environment failed ({told})" if proxy else told
+
+
+def _named(cause: BaseException) -> str | None:
+    match cause:
+        case ssl.SSLCertVerificationError():
+            return _distrusted(cause)
+        case ssl.SSLError():
+            return f"no TLS ({cause.reason or 'failed'}); is T23_API_URL an https site?"
+        case TimeoutError() | urllib3.exceptions.TimeoutError():
+            return "timed out"
+        case http.client.RemoteDisconnected():
+            return "the connection was closed"
+        case http.client.IncompleteRead() | urllib3.exceptions.IncompleteRead():
+            return "the answer was cut off"
+        case requests.exceptions.InvalidURL() | requests.exceptions.InvalidSchema() | LocationValueError():
+            return "its address, or the environment's proxy, can't be used"
+        case http.client.HTTPException():
+            return "the answer is not HTTP"
+        case requests.RequestException():
+            return None
+        case OSError():
+            return cause.strerror or str(cause) or None
+    return None
+
+
+def _distrusted(error: ssl.SSLCertVerificationError) -> str:
+    unknown = getattr(error, "verify_code", 0) in _UNKNOWN_ISSUER
+    remedy = "; name its authority's file in REQUESTS_CA_BUNDLE" if unknown else ""
+    return f"its certificate is not trusted ({getattr(error, 'verify_message', error)}){remedy}"
+
+
+# What an answer means.
+
+
+# Words for logs and dead letters.

@@ -1,0 +1,47 @@
+"""A report: what the API is told about one transfer, and the form in which the wire carries it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Report(NamedTuple):
+    """What is told about one transfer, ready to be sent."""
+
+    #: Wall clock in ms since the epoch; unique per session and photo, the same in every retry.
+    time_ms: int
+    #: Host that the report goes to; ``""`` where all reports go to one site.
+    host: str
+    session_id: str
+    photo_id: str
+    #: Body bytes that the next hop's kernel accepted.
+    sent: int
+    #: 0 for the transfer that starts a viewing, 1 for what belongs to one that has started.
+    skip: int
+    player_type: str | None = None
+    player_version: str | None = None
+    player_resolution: str | None = None
+
+
+def form(report: Report) -> dict[str, str]:
+    """The parameters of ``report/play``, as its documentation spells them; their names stand here alone.
+
+    The page writes ``session_id`` in its prose and ``seesion_id`` in its table: both are sent. ``time`` keeps
+    an answer from coming out of the API's cache, unless the report is one that the API has had before.
+    """
+    player = {
+        "user_player_type": report.player_type,
+        "user_player_version": report.player_version,
+        "user_player_resolution": report.player_resolution,
+    }
+    return {
+        "photo_id": report.photo_id,
+        "session_id": report.session_id,
+        "seesion_id": report.session_id,
+        "bytes_total": str(report.sent),
+        "skip": str(report.skip),
+        **{name: value for name, value in player.items() if value},
+        "format": "json",
+        "raw": "1",
+        "time": str(report.time_ms),
+    }

@@ -1,0 +1,49 @@
+"""State as compact JSON text, and back: dataclasses become the lists of their fields."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def _fields(value: Any) -> list[Any]:
+    return [getattr(value, name) for name in value.__slots__]
+
+
+dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_fields).encode
+
+
+def loads(kind: type[T], text: str) -> T:
+    """The *kind* of dataclass that *text* was made from; raises ValueError or TypeError where it was not."""
+    value: T = _revived(kind, json.loads(text))
+    return value
+
+
+def _revived(kind: Any, value: Any) -> Any:
+    """*value* as the annotation *kind* has it: the database may hold what another version wrote, or nobody."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        return kind(*_each(_kinds(kind), value))
+    if isinstance(kind, UnionType):
+        return None if value is None else _revived(get_args(kind)[0], value)
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return tuple(_each(kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds, value))
+    if type(value) is not kind:
+        raise TypeError(f"{type(value).__name__} for {kind.__name__}")
+    return value
+
+
+def _each(kinds: tuple[Any, ...], values: Any) -> list[Any]:
+    if not isinstance(values, list):
+        raise TypeError("not a list")
+    return [_revived(kind, value) for kind, value in zip(kinds, values, strict=True)]
+
+
+@cache
+def _kinds(kind: type) -> tuple[Any, ...]:
+    return tuple(get_type_hints(kind).values())

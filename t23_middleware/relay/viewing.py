@@ -1,0 +1,347 @@
+"""One viewing of a file, and what a response is to it: its start, what belongs to it, or a scrub.
+
+A viewing is many responses: players probe, read indexes, drop their buffers and ask again. What decides nothing is
+folded into the segment before it, so that doubt never makes a scrub. Times are ns on one axis, offsets and sizes
+are bytes. The measurements behind the constants: 420 scripted viewings with ten players, 3772 requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..transfer import Opening, Part, Transfer
+from .segments import Segment, Segments
+
+#: A viewing starts at most this far into the file: the container's header is there, in every player that was
+#: measured, also where it goes on to play from the middle.
+BEGINNING = 256 << 10
+#: Ranges of at most so many bytes ask whether ranges work (Safari's ``bytes=0-1``) and play nothing.
+PROBE = 2
+#: What plays hands over at least this much, or this share of a smaller file; what looks for an index does not.
+BIG = 512 << 10
+BIG_SHARE = 8
+#: What was cut off before this age was given up, however much the buffers had taken (up to 6 MB on a loopback).
+#: What is open at this age stands for what plays, since its bytes are not known yet.
+BRIEF_NS = 1_500_000_000
+#: Overlap of two responses after which they are a parallel download: a player that seeks hangs up at once.
+BESIDE_NS = 2_000_000_000
+#: Between a player's request and the end of the response that it replaces: 20 ms measured, networks add to it.
+REPLACED_NS = 300_000_000
+#: An index (moov, cues) lies in the last half of the file, reaches to its end, and is at most this share of it.
+INDEX_SHARE = 20
+#: A continuation starts this share of the file from an end of what was handed over, within these bounds: players
+#: ask again for what their buffer could not take.
+NEAR_SHARE = 64
+NEAR_LEAST = 64 << 10
+NEAR_MOST = 1 << 20
+#: Runs that are kept apart, and responses that are open at a time; more of them are no player's.
+MOST_RUNS = 64
+MOST_OPEN = 64
+
+
+def sane(part: Part) -> Part:
+    """*part* without what can't be: an end before its start, a file that ends before it."""
+    first, last, total = part
+    if first is not None and first < 0:
+        first = None
+    if last is not None and (first is None or last < first):
+        last = None
+    if total is not None and total <= max(first or 0, last or 0):
+        total = None
+    return Part(first, last, total)
+
+
+def is_probe(opening: Opening) -> bool:
+    """Whether it is a range that plays nothing."""
+    size = sane(opening.part).size
+    return opening.status == 206 and size is not None and size <= PROBE
+
+
+@dataclass(slots=True, eq=False)
+class Response:
+    """A response that is open: its place in the file, and what its neighbours tell of it."""
+
+    writer: str
+    number: int
+    started_ns: int
+    first: int | None
+    #: The file's size.
+    total: int | None
+    #: Reaches to the end of the file if nobody cuts it off.
+    to_end: bool
+    #: Bytes that it has if nobody cuts it off.
+    expected: int | None
+    #: Started before the player had begun to play.
+    in_startup: bool = False
+    #: Responses that ran beside it and were not cut off for it.
+    neighbours: int = 0
+    #: Runs beside others, as in a download over several connections.
+    parallel: bool = False
+    #: Took the place of one that played and was cut off.
+    replacing: bool = False
+
+    @classmethod
+    def of(cls, writer: str, opening: Opening) -> Response:
+        """The response that *opening* tells of."""
+        first, last, total = sane(opening.part)
+        expected = opening.length
+        if expected is None or expected < 0:
+            end = total if last is None else last + 1
+            expected = None if first is None or end is None else end - first
+        to_end = last is None or (total is not None and last + 1 >= total)
+        return cls(writer, opening.number, opening.started_ns, first, total, to_end, expected)
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether a viewing may start with it."""
+        return self.first is not None and self.first <= BEGINNING
+
+    def is_index(self, total: int | None, handed: int) -> bool:
+        """Whether *handed* bytes of it look like the index of a file of *total* bytes."""
+        if self.first is None or total is None or self.first * 2 < total:
+            return False
+        return self.to_end and handed * INDEX_SHARE < total
+
+    def is_whole(self, sent: int) -> bool:
+        """Whether *sent* bytes are all of it."""
+        return self.expected is None or sent >= self.expected
+
+
+@dataclass(slots=True, eq=False)
+class Viewing:
+    """From its first response until it is dropped or another one starts."""
+
+    started_ns: int
+    #: The latest request or end.
+    last_ns: int
+    #: Whether it started in the file's beginning; else it is the middle of something.
+    known: bool
+    #: Whether a response of the beginning was counted.
+    begun: bool = False
+    #: Whether what was handed over is not known for all of it.
+    in_doubt: bool = False
+    #: Whether its ``skip=0`` is given away.
+    claimed: bool = False
+    #: Since when the player plays.
+    playing_ns: int | None = None
+    #: When the last response that played was cut off.
+    cut_ns: int | None = None
+    #: The latest of the requests with which a seek began, where they have not led to a place yet.
+    seeking_ns: int | None = None
+    #: The file's size.
+    total: int | None = None
+    #: Bytes of all that was counted.
+    sent: int = 0
+    #: Small whole responses laid end to end, as from a server that caps ranges: ``(first, end)``.
+    chain: tuple[int, int] | None = None
+    #: What was handed over to be played, as merged ``(first, end)``.
+    handed: tuple[tuple[int, int], ...] = ()
+    #: In the order of their start.
+    open: tuple[Response, ...] = ()
+    #: What is told per stream.
+    segments: Segments | None = None
+
+    # What a new response finds.
+
+    def is_playing(self, at_ns: int) -> bool:
+        """Whether its startup is over: a response played, or has been open for so long that it does."""
+        if not self.known or (self.playing_ns is not None and at_ns >= self.playing_ns):
+            return True
+        return any(at_ns - other.started_ns >= BRIEF_NS and self._may_play(other) for other in self.open)
+
+    def admit(self, response: Response) -> None:
+        """*response* opens."""
+        self.last_ns = max(self.last_ns, response.started_ns)
+        self.total = response.total or self.total
+        response.in_startup = not self.is_playing(response.started_ns)
+        response.replacing = self.cut_ns is not None and response.started_ns - self.cut_ns <= REPLACED_NS
+        self.open = (*self.open, response)
+
+    def is_first(self, response: Response) -> bool:
+        """Whether *response*, which is open, is the one that the viewing starts with."""
+        if self.claimed or not self.known or not response.may_begin:
+            return False
+        return next(other for other in self.open if other.may_begin) is response
+
+    @property
+    def big(self) -> int:
+        """Bytes from which a response plays."""
+        return BIG if self.total is None else min(BIG, self.total // BIG_SHARE)
+
+    def _may_play(self, other: Response) -> bool:
+        handed = self.big if other.expected is None else other.expected
+        return handed >= self.big and not other.is_index(self.total, handed)
+
+    # What a response that ends was.
+
+    def end(self, response: Response, transfer: Transfer) -> bool:
+        """Count *response*, which leaves; whether it is a scrub."""
+        self.leave(response, transfer.ended_ns)
+        self.sent += transfer.sent
+        self.begun = self.begun or response.may_begin
+        self._tell_neighbours(response, transfer)
+        run = self._big_run(response, transfer)
+        if run is None:
+            return self._seeks_by_tail(response, transfer)
+        scrub = self._is_elsewhere(response, run[0]) and not self._completes_seek(response)
+        self.seeking_ns = None
+        self._hand_over(response, run, transfer)
+        return scrub
+
+    def lose(self, response: Response, at_ns: int) -> None:
+        """*response* leaves, and nobody knows how much of it was handed over: it may have been all."""
+        self.leave(response, at_ns)
+        self.begun = self.begun or response.may_begin
+        self.in_doubt = True
+        if self._may_play(response) and at_ns - response.started_ns >= BRIEF_NS:
+            self._plays_since(response.started_ns + BRIEF_NS)
+        if response.first is not None and response.expected:
+            self._merge(response.first, response.first + response.expected)
+
+    def leave(self, response: Response, at_ns: int) -> None:
+        """*response* is open no longer."""
+        self.open = tuple(other for other in self.open if other is not response)
+        self.last_ns = max(self.last_ns, at_ns)
+
+    def _tell_neighbours(self, response: Response, transfer: Transfer) -> None:
+        """Two that run beside each other, and neither is cut off for the other, are a parallel download."""
+        for other in self.open:
+            later = other if other.started_ns > response.started_ns else response
+            beside_ns = transfer.ended_ns - later.started_ns
+            ended_well = later is other and response.is_whole(transfer.sent)
+            later.neighbours += ended_well or beside_ns > REPLACED_NS
+            later.parallel = later.parallel or beside_ns > BESIDE_NS or later.neighbours >= 2
+
+    def _big_run(self, response: Response, transfer: Transfer) -> tuple[int, int] | None:
+        """What was handed over up to the end of *response* without a gap, where that plays.
+
+        A gap as small as a fragment's header is none: who reads a fragmented file hop by hop has that already.
+        """
+        if response.first is None:
+            return None
+        whole = response.is_whole(transfer.sent)
+        end = response.first + transfer.sent
+        if transfer.sent >= self.big:
+            brief = transfer.ended_ns - response.started_ns < BRIEF_NS
+            return None if brief and not whole else (response.first, end)
+        if not whole:
+            return None
+        joins = self.chain is not None and 0 <= response.first - self.chain[1] <= NEAR_LEAST
+        self.chain = (self.chain[0] if self.chain and joins else response.first, end)
+        return self.chain if end - self.chain[0] >= self.big else None
+
+    def _is_elsewhere(self, response: Response, start: int) -> bool:
+        """Whether a run from *start* is away from all that the player has."""
+        if response.in_startup or response.parallel or not (self.known or self.handed):
+            return False
+        if any(abs(start - end) <= self.near for _, end in self.handed):
+            return False
+        # A player that asks for what it was just handed did not have it, unless it looks at the header once more.
+        inside = any(first <= start < end for first, end in self.handed)
+        return not inside or (response.replacing and not response.may_begin)
+
+    @property
+    def near(self) -> int:
+        """How far from an end of what was handed over a continuation may start."""
+        return max(NEAR_LEAST, min((self.total or 0) // NEAR_SHARE, NEAR_MOST))
+
+    def _seeks_by_tail(self, response: Response, transfer: Transfer) -> bool:
+        """Whether a small *response* is how a seek begins: the tail of the file, in place of what was playing.
+
+        It is the place that was sought, or the index, which leads to it; until it has, nothing else is a scrub.
+        """
+        completes = self._completes_seek(response)
+        tail = response.is_whole(transfer.sent) and response.is_index(self.total, transfer.sent)
+        seeks = (
+            tail
+            and response.replacing
+            and not completes
+            and self._is_elsewhere(response, response.first or 0)
+        )
+        if seeks or completes:
+            self.seeking_ns = response.started_ns
+        return seeks
+
+    def _completes_seek(self, response: Response) -> bool:
+        return self.seeking_ns is not None and 0 <= response.started_ns - self.seeking_ns <= BRIEF_NS
+
+    def _hand_over(self, response: Response, run: tuple[int, int], transfer: Transfer) -> None:
+        if response.is_index(self.total, transfer.sent):
+            return
+        self._plays_since(min(transfer.ended_ns, response.started_ns + BRIEF_NS))
+        self._merge(*run)
+        if not response.is_whole(transfer.sent):
+            self.cut_ns = transfer.ended_ns
+            for other in self.open:
+                other.replacing |= transfer.ended_ns - other.started_ns <= REPLACED_NS
+
+    def _plays_since(self, since_ns: int) -> None:
+        self.playing_ns = since_ns if self.playing_ns is None else min(since_ns, self.playing_ns)
+
+    def _merge(self, first: int, end: int) -> None:
+        apart = []
+        for run in self.handed:
+            if run[1] < first or run[0] > end:
+                apart.append(run)
+            else:
+                first, end = min(first, run[0]), max(end, run[1])
+        runs = sorted([*apart, (first, end)])
+        if len(runs) > MOST_RUNS:
+            _close_smallest_gap(runs)
+        self.handed = tuple(runs)
+
+    # What is told per stream.
+
+    def assign(self, response: Response, transfer: Transfer, *, scrub: bool) -> None:
+        """Give the bytes of *response* to the segment that it opens or belongs to; the app's own word beats ours."""
+        self.segments = self.segments or Segments()
+        said = transfer.opening.play.skip
+        if said == 0:
+            segment: Segment | None = self._first_segment(transfer)
+        elif scrub:
+            segment = self.segments.open(1, response.started_ns, transfer)
+        else:
+            segment = (
+                self.segments.at(response.started_ns) if self.segments.all else self._first_segment(transfer)
+            )
+            if said == 1 and segment is not None and segment.skip == 0:
+                segment = self.segments.open(1, response.started_ns, transfer)
+        self.segments.add(segment, transfer)
+
+    def _first_segment(self, transfer: Transfer) -> Segment | None:
+        assert self.segments is not None
+        self.known = self.known or transfer.opening.play.skip == 0
+        self.begun = self.begun or transfer.opening.play.skip == 0
+        if not self.segments.all:
+            skip = 0 if self.known and transfer.opening.play.skip != 1 else 1
+            return self.segments.open(skip, self.started_ns, transfer)
+        return self.segments.at(self.started_ns)
+
+    def is_enough(self, min_bytes: int | None) -> bool:
+        """Whether so much was handed over that it is told: *min_bytes*, or as much as plays.
+
+        The latter not where all of it was cut off at an age at which a response was given up: that was a preload
+        of the metadata, whatever a fast network had taken by then.
+        """
+        if min_bytes is not None:
+            return self.sent >= min_bytes
+        given_up = self.known and self.playing_ns is None and self.last_ns - self.started_ns < BRIEF_NS
+        return self.sent >= self.big and not given_up
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the file was handed over from its start to its end."""
+        if self.total is None or self.open or self.in_doubt or len(self.handed) != 1:
+            return False
+        return self.handed[0][0] == 0 and self.handed[0][1] >= self.total
+
+    @property
+    def oldest_open_ns(self) -> int | None:
+        """Start of the oldest response that is open."""
+        return min((response.started_ns for response in self.open), default=None)
+
+
+def _close_smallest_gap(runs: list[tuple[int, int]]) -> None:
+    gaps = [after[0] - before[1] for before, after in zip(runs, runs[1:], strict=False)]
+    at = gaps.index(min(gaps))
+    runs[at : at + 2] = [(runs[at][0], runs[at + 1][1])]

@@ -1,0 +1,734 @@
+"""The machine that decides ``skip``, spoken to as the relay does: facts in the order of their time, reports out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t23_middleware.relay import playback as playback_module
+from t23_middleware.relay.playback import Playback
+from t23_middleware.relay.report import Report
+from t23_middleware.relay.viewing import BEGINNING, MOST_OPEN, MOST_RUNS
+from t23_middleware.transfer import Opening, Part, Play, Transfer
+
+S = 1_000_000_000
+#: A file of 33 MB, so that 512 KiB is what plays.
+TOTAL = 33_000_000
+#: Long after everything: each viewing has been dropped.
+AFTER = 10**6 * S
+PLAY = Play("session-1", "7190971")
+
+
+def response(
+    number: int,
+    start: float,
+    end: float,
+    first: int | None,
+    sent: int,
+    *,
+    last: int | None = TOTAL - 1,
+    total: int | None = TOTAL,
+    play: Play = PLAY,
+    status: int = 206,
+) -> Transfer:
+    """A response that was open from *start* to *end*, in seconds."""
+    length = None if first is None or last is None else last - first + 1
+    started, ended = int(start * S), int(end * S)
+    opening = Opening(number, started, started // 10**6, play, Part(first, last, total), status, length)
+    return Transfer(opening, ended, ended // 10**6, sent)
+
+
+class Fact(NamedTuple):
+    at_ns: int
+    writer: str
+    what: Opening | Transfer
+
+
+def facts_of(transfers: Iterable[Transfer], writers: int = 1) -> list[Fact]:
+    """Both lines of each of *transfers*, dealt over so many writers, in the order of their time."""
+    facts = []
+    for transfer in transfers:
+        writer = f"w{transfer.opening.number % writers}"
+        facts.append(Fact(transfer.opening.started_ns, writer, transfer.opening))
+        facts.append(Fact(transfer.ended_ns, writer, transfer))
+    return sorted(facts, key=lambda fact: (fact.at_ns, isinstance(fact.what, Transfer)))
+
+
+def feed(playback: Playback, facts: Iterable[Fact]) -> list[Report]:
+    reports: list[Report] = []
+    for fact in facts:
+        if isinstance(fact.what, Opening):
+            reports += playback.opened(fact.writer, fact.what)
+        else:
+            reports += playback.closed(fact.writer, fact.what)
+    return reports
+
+
+def replay(
+    transfers: Iterable[Transfer], per: str = "response", min_bytes: int | None = None
+) -> list[Report]:
+    """What is reported of *transfers* until their viewings are dropped."""
+    playback = Playback(per=per, min_bytes=min_bytes)
+    reports = feed(playback, facts_of(transfers))
+    return reports + playback.advance(AFTER, AFTER // 10**6)
+
+
+def told(reports: Iterable[Report]) -> list[tuple[int, int]]:
+    """Skip and bytes of each report."""
+    return [(report.skip, report.sent) for report in reports]
+
+
+#: A player that plays, seeks to 20 MB, and seeks back to 10 MB.
+PLAY_AND_TWO_SCRUBS = [
+    response(1, 0, 5, 0, 3_000_000),
+    response(2, 5.01, 9, 20_000_000, 2_500_000),
+    response(3, 9.01, 15, 10_000_000, 4_000_000),
+]
+#: A player that finds the index at the end of the file, then plays.
+INDEX_AT_THE_END = [
+    response(1, 0, 0.08, 0, 49_152),
+    response(2, 0.07, 0.3, TOTAL - 102_731, 102_731),
+    response(3, 0.25, 6, 32_768, 3_300_000),
+]
+
+
+class TestPerResponse:
+    def test_the_first_response_is_a_play_and_what_follows_belongs_to_it(self) -> None:
+        assert told(replay(PLAY_AND_TWO_SCRUBS)) == [(0, 3_000_000), (1, 2_500_000), (1, 4_000_000)]
+
+    def test_each_report_comes_with_the_close_and_has_its_time(self) -> None:
+        playback = Playback()
+        for fact in facts_of(PLAY_AND_TWO_SCRUBS):
+            reports = feed(playback, [fact])
+            if isinstance(fact.what, Transfer):
+                assert [report.time_ms for report in reports] == [fact.what.ended_ms]
+            else:
+                assert reports == []
+
+    def test_a_report_carries_what_the_request_said_of_the_player(self) -> None:
+        play = Play("s", "1", "video.example.com", None, "html5", "2.1", "1920x1080")
+        (report,) = replay([response(1, 0, 5, 0, 700_000, play=play)])
+        assert report == Report(5000, "video.example.com", "s", "1", 700_000, 0, "html5", "2.1", "1920x1080")
+
+    def test_a_range_from_beyond_256_kib_without_a_known_viewing_is_a_skip_whatever_its_size(self) -> None:
+        assert told(replay([response(1, 0, 5, BEGINNING + 1, 9_000_000)])) == [(1, 9_000_000)]
+        assert told(replay([response(1, 0, 5, BEGINNING + 1, 3)])) == [(1, 3)]
+
+    def test_a_range_from_256_kib_without_a_known_viewing_is_a_play(self) -> None:
+        assert told(replay([response(1, 0, 5, BEGINNING, 9_000_000)])) == [(0, 9_000_000)]
+
+    def test_what_starts_after_the_middle_of_something_unknown_is_a_play(self) -> None:
+        middle, start = response(1, 0, 5, 9_000_000, 600_000), response(2, 6, 9, 0, 700_000)
+        assert told(replay([middle, start])) == [(1, 600_000), (0, 700_000)]
+
+    def test_empty_responses_and_ranges_of_one_or_two_bytes_are_counted_but_not_reported(self) -> None:
+        playback = Playback()
+        probes = [
+            response(1, 0, 0.1, 0, 2, last=1),
+            response(2, 0.2, 0.3, TOTAL - 1, 1),
+            response(3, 0.4, 0.5, 0, 0),
+        ]
+        assert feed(playback, facts_of(probes)) == []
+        assert playback.counts == Counter(ignored_probe=2, ignored_empty=1)
+        assert told(feed(playback, facts_of([response(4, 1, 2, 0, 3, last=2)]))) == [(0, 3)]
+
+    def test_a_probe_that_was_answered_with_more_than_it_says_is_reported(self) -> None:
+        assert told(replay([response(1, 0, 3, 0, 5_000_000, last=1)])) == [(0, 5_000_000)]
+
+    def test_a_reload_that_asks_twice_is_one_more_play(self) -> None:
+        reload = [
+            response(1, 0, 5.6, 0, 3_300_000),
+            response(2, 5.631, 5.645, 0, 8192, last=3_317_759),
+            response(3, 5.642, 14, 0, 4_900_000),
+        ]
+        assert told(replay(reload)) == [(0, 3_300_000), (0, 8192), (1, 4_900_000)]
+
+    def test_of_two_that_start_together_the_first_is_the_play_whichever_ends_first(self) -> None:
+        both = [response(1, 0, 9, 0, 5_000_000), response(2, 0.1, 2, 9_000_000, 800_000)]
+        assert told(replay(both)) == [(1, 800_000), (0, 5_000_000)]
+
+    def test_a_start_that_handed_over_nothing_leaves_the_play_to_the_next(self) -> None:
+        tries = [response(1, 0, 0.1, 0, 0), response(2, 0.05, 4, 0, 900_000)]
+        assert told(replay(tries)) == [(0, 900_000)]
+
+    def test_a_restart_that_handed_over_nothing_never_was(self) -> None:
+        transfers = [
+            response(1, 0, 5, 0, 3_000_000),
+            response(2, 6, 6.1, 0, 0),
+            response(3, 6.05, 9, 3_000_000, 900_000),
+            response(4, 10, 12, 0, 800_000),
+        ]
+        assert [skip for skip, _ in told(replay(transfers))] == [0, 1, 0]
+
+    def test_the_app_s_own_word_beats_the_judgement(self) -> None:
+        first, later = PLAY._replace(skip=1), PLAY._replace(skip=0)
+        transfers = [
+            response(1, 0, 5, 0, 3_000_000, play=first),
+            response(2, 6, 9, 20_000_000, 900_000, play=later),
+            response(3, 10, 12, 0, 800_000, play=first),
+            response(4, 13, 14, 5_000_000, 800_000),
+        ]
+        assert [skip for skip, _ in told(replay(transfers))] == [1, 0, 1, 1]
+
+    def test_sessions_photos_and_hosts_are_told_apart(self) -> None:
+        plays = [Play("a", "1"), Play("b", "1"), Play("a", "2"), Play("a", "1", "other.example.com")]
+        transfers = [response(n, n, n + 2.5, 0, 900_000, play=play) for n, play in enumerate(plays)]
+        assert [skip for skip, _ in told(replay(transfers))] == [0, 0, 0, 0]
+
+    def test_half_an_hour_without_a_request_or_an_open_response_ends_the_viewing(self) -> None:
+        start = response(1, 0, 5, 0, 3_000_000)
+        within, after = 5 + 1800 - 0.001, 5 + 1800
+        assert told(replay([start, response(2, within, within + 3, 100_000, 700_000)]))[1] == (1, 700_000)
+        assert told(replay([start, response(2, after, after + 3, 100_000, 700_000)]))[1] == (0, 700_000)
+
+    def test_an_open_response_keeps_the_viewing(self) -> None:
+        playback = Playback()
+        long = response(1, 0, 7200, 0, 30_000_000)
+        feed(playback, [Fact(0, "w", long.opening)])
+        for minute in range(1, 120):
+            assert playback.advance(minute * 60 * S, 0) == []
+        assert told(feed(playback, [Fact(long.ended_ns, "w", long)])) == [(0, 30_000_000)]
+        assert list(playback.open_responses()) == []
+
+    def test_two_reports_of_one_viewing_never_have_the_same_time(self) -> None:
+        transfers = [response(n, 0, 1, 100 * n, 1000 + n) for n in range(5)]
+        times = [report.time_ms for report in replay(transfers)]
+        assert times == [1000, 1001, 1002, 1003, 1004]
+
+
+class TestAWriterThatDied:
+    def test_what_it_had_open_makes_no_report_and_what_follows_is_a_skip(self) -> None:
+        playback = Playback()
+        feed(playback, [Fact(0, "dead", response(1, 0, 9, 0, 1).opening)])
+        assert list(playback.open_responses()) == [("dead", 1)]
+        assert playback.lost("dead", 1, 3 * S, 3000) == []
+        assert list(playback.open_responses()) == []
+        assert playback.counts["interrupted_unknown"] == 1
+        assert told(feed(playback, facts_of([response(2, 4, 9, 1_000_000, 2_000_000)]))) == [(1, 2_000_000)]
+
+    def test_the_play_stays_with_the_response_that_started_it(self) -> None:
+        playback = Playback()
+        start, other = response(1, 0, 9, 0, 4_000_000), response(2, 1, 9, 0, 1)
+        feed(playback, [Fact(0, "lives", start.opening), Fact(S, "dead", other.opening)])
+        playback.lost("dead", 2, 3 * S, 3000)
+        assert told(feed(playback, [Fact(start.ended_ns, "lives", start)])) == [(0, 4_000_000)]
+
+    def test_a_stream_is_told_with_the_bytes_that_are_known(self) -> None:
+        playback = Playback(per="stream")
+        feed(playback, [Fact(0, "dead", response(1, 0, 9, 0, 1).opening)])
+        playback.lost("dead", 1, 3 * S, 3000)
+        assert feed(playback, facts_of([response(2, 4, 9, 1_000_000, 2_000_000)])) == []
+        assert told(playback.advance(AFTER, 0)) == [(0, 2_000_000)]
+
+    def test_a_response_that_is_not_open_can_be_lost_without_harm(self) -> None:
+        playback = Playback()
+        assert playback.lost("nobody", 1, 0, 0) == []
+        assert playback.counts == Counter()
+
+
+class TestPerStream:
+    def test_a_viewing_and_each_scrub_make_one_report(self) -> None:
+        assert told(replay(PLAY_AND_TWO_SCRUBS, "stream")) == [(0, 3_000_000), (1, 2_500_000), (1, 4_000_000)]
+
+    def test_probes_and_returns_are_folded_into_the_play(self) -> None:
+        assert told(replay(INDEX_AT_THE_END, "stream")) == [(0, 49_152 + 102_731 + 3_300_000)]
+
+    def test_a_segment_is_told_when_the_next_one_opens(self) -> None:
+        playback = Playback(per="stream")
+        assert told(feed(playback, facts_of(PLAY_AND_TWO_SCRUBS[:2]))) == [(0, 3_000_000)]
+
+    def test_a_segment_waits_for_what_started_in_it(self) -> None:
+        playback = Playback(per="stream")
+        play, slow = response(1, 0, 5, 0, 3_000_000), response(2, 1, 12, 300_000, 100)
+        facts = facts_of([play, slow, response(3, 5.01, 6.9, 20_000_000, 900_000)])
+        assert feed(playback, facts[:-1]) == []
+        reports = feed(playback, facts[-1:])
+        assert told(reports) == [(0, 3_000_100)]
+        assert reports[0].time_ms == 12_000
+
+    def test_the_last_segment_is_told_when_it_has_been_idle(self) -> None:
+        playback = Playback(per="stream", idle_s=30)
+        feed(playback, facts_of(PLAY_AND_TWO_SCRUBS[:1]))
+        assert playback.advance(35 * S - 1, 0) == []
+        assert told(playback.advance(35 * S, 0)) == [(0, 3_000_000)]
+        assert playback.advance(36 * S, 0) == []
+
+    def test_an_open_response_is_not_idle(self) -> None:
+        playback = Playback(per="stream", idle_s=30)
+        feed(playback, facts_of(PLAY_AND_TWO_SCRUBS[:1]))
+        feed(playback, [Fact(6 * S, "w", response(9, 6, 999, 3_000_000, 1).opening)])
+        assert playback.advance(600 * S, 0) == []
+
+    def test_what_can_be_told_is_told_at_shutdown_and_not_again_by_the_next_relay(self) -> None:
+        playback = Playback(per="stream")
+        feed(playback, facts_of(PLAY_AND_TWO_SCRUBS))
+        assert told(playback.conclude(0)) == [(1, 4_000_000)]
+        assert playback.conclude(0) == []
+        assert restarted(playback, "stream").advance(AFTER, 0) == []
+
+    def test_what_is_open_at_shutdown_is_left_to_the_next_relay(self) -> None:
+        playback = Playback(per="stream")
+        long = response(1, 0, 60, 0, 9_000_000)
+        feed(playback, [Fact(0, "w0", long.opening)])
+        assert playback.conclude(0) == []
+        successor = restarted(playback, "stream")
+        feed(successor, [Fact(long.ended_ns, "w0", long)])
+        assert told(successor.conclude(0)) == [(0, 9_000_000)]
+
+    @pytest.mark.parametrize("pieces", [1, 3])
+    def test_a_file_that_was_sent_from_its_start_to_its_end_is_told_at_once(self, pieces: int) -> None:
+        size = TOTAL // pieces
+        transfers = [
+            response(n, 3 * n, 3 * n + 2, n * size, size, last=(n + 1) * size - 1) for n in range(pieces)
+        ]
+        assert told(feed(Playback(per="stream"), facts_of(transfers))) == [(0, TOTAL)]
+
+    def test_a_server_that_caps_ranges_makes_one_report(self) -> None:
+        transfers = [
+            response(n, n, n + 0.9, n * 200_000, 200_000, last=n * 200_000 + 199_999) for n in range(40)
+        ]
+        assert told(replay(transfers, "stream")) == [(0, 8_000_000)]
+
+    def test_what_folds_into_a_segment_that_was_told_rides_on_the_next_report(self) -> None:
+        transfers = [
+            response(1, 0, 5, 0, 3_000_000),
+            response(2, 60, 65, 3_000_000, 1_000_000),
+            response(3, 65.01, 70, 20_000_000, 900_000),
+        ]
+        assert told(replay(transfers, "stream")) == [(0, 3_000_000), (1, 1_900_000)]
+
+    def test_or_is_told_late_when_the_viewing_is_dropped(self) -> None:
+        playback = Playback(per="stream")
+        transfers = [response(1, 0, 5, 0, 3_000_000), response(2, 60, 65, 3_000_000, 1_000_000)]
+        reports = feed(playback, facts_of(transfers))
+        assert told(reports) == [(0, 3_000_000)]
+        assert playback.advance((65 + 1799) * S, 0) == []
+        assert told(playback.advance((65 + 1800) * S, 0)) == [(1, 1_000_000)]
+        assert playback.counts == Counter(late=1)
+
+    def test_a_viewing_under_the_minimum_makes_no_report_and_is_counted(self) -> None:
+        playback = Playback(per="stream")
+        feed(playback, facts_of([response(1, 0, 5, 0, 524_287)]))
+        assert playback.advance(AFTER, 0) == []
+        assert playback.counts["below_minimum"] == 1
+        assert told(replay([response(1, 0, 5, 0, 524_288)], "stream")) == [(0, 524_288)]
+
+    def test_the_minimum_of_a_small_file_is_an_eighth_of_it(self) -> None:
+        small = {"last": 799_999, "total": 800_000}
+        assert replay([response(1, 0, 5, 0, 99_999, **small)], "stream") == []
+        assert told(replay([response(1, 0, 5, 0, 100_000, **small)], "stream")) == [(0, 100_000)]
+
+    def test_the_operator_s_minimum_holds_for_the_whole_viewing(self) -> None:
+        assert told(replay(PLAY_AND_TWO_SCRUBS, "stream", 9_500_000)) == [
+            (0, 3_000_000),
+            (1, 2_500_000),
+            (1, 4_000_000),
+        ]
+        assert replay(PLAY_AND_TWO_SCRUBS, "stream", 9_500_001) == []
+
+    def test_a_preload_of_the_metadata_that_a_fast_network_filled_is_no_play(self) -> None:
+        assert replay([response(1, 0, 0.1, 0, 6_100_000)], "stream") == []
+        assert told(replay([response(1, 0, 0.1, 0, 6_100_000)], "stream", 1)) == [(0, 6_100_000)]
+
+    def test_a_quick_download_is_a_play(self) -> None:
+        assert told(replay([response(1, 0, 0.1, 0, TOTAL)], "stream")) == [(0, TOTAL)]
+
+    def test_the_app_s_own_word_opens_and_keeps_segments(self) -> None:
+        scrub, start = PLAY._replace(skip=1), PLAY._replace(skip=0)
+        transfers = [
+            response(1, 0, 5, 0, 3_000_000),
+            response(2, 5.5, 9, 3_000_000, 900_000, play=scrub),
+            response(3, 9.5, 12, 20_000_000, 800_000, play=start),
+        ]
+        assert sorted(told(replay(transfers, "stream"))) == [(0, 3_000_000), (1, 1_700_000)]
+        assert told(replay([response(1, 0, 5, 9_000_000, 700_000, play=start)], "stream")) == [(0, 700_000)]
+
+    def test_a_start_that_the_app_calls_a_skip_makes_one_report(self) -> None:
+        start = response(1, 0, 5, 0, 3_000_000, play=PLAY._replace(skip=1))
+        assert told(replay([start, response(2, 6, 9, 3_000_000, 900_000)], "stream")) == [(1, 3_900_000)]
+
+    def test_the_middle_of_something_unknown_is_one_skip(self) -> None:
+        transfers = [response(1, 0, 1, 9_000_000, 1000), response(2, 2, 5, 12_000_000, 900_000)]
+        assert told(replay(transfers, "stream")) == [(1, 901_000)]
+
+
+class TestWhatIsAScrub:
+    """``stream``: each test has a play of 5 s from byte 0 before it."""
+
+    def scrubs_after_play(self, *transfers: Transfer, sent: int = 3_000_000) -> int:
+        reports = replay([response(1, 0, 5, 0, sent), *transfers], "stream")
+        assert [skip for skip, _ in told(reports)].count(0) == 1
+        assert sum(report.sent for report in reports) == sent + sum(transfer.sent for transfer in transfers)
+        return len(reports) - 1
+
+    def test_what_starts_near_the_end_of_what_was_handed_over_goes_on(self) -> None:
+        near = TOTAL // 64
+        assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 - near, 900_000)) == 0
+        assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 + near, 900_000)) == 0
+        assert self.scrubs_after_play(response(2, 15, 20, 3_000_001 + near, 900_000)) == 1
+
+    def test_what_lies_inside_goes_on_after_a_pause(self) -> None:
+        assert self.scrubs_after_play(response(2, 15, 20, 1_500_000, 900_000)) == 0
+
+    def test_what_lies_inside_is_a_scrub_where_it_replaced_what_played(self) -> None:
+        assert self.scrubs_after_play(response(2, 5.2, 20, 1_500_000, 900_000)) == 1
+        assert self.scrubs_after_play(response(2, 4.9, 20, 1_500_000, 900_000)) == 1
+        assert self.scrubs_after_play(response(2, 5.31, 20, 1_500_000, 900_000)) == 0
+
+    def test_a_second_look_at_the_header_is_none(self) -> None:
+        assert self.scrubs_after_play(response(2, 5.01, 20, 194_165, 900_000)) == 0
+
+    def test_a_small_response_decides_nothing(self) -> None:
+        assert self.scrubs_after_play(response(2, 6, 9, 20_000_000, 500_000)) == 0
+
+    def test_a_response_that_was_given_up_at_once_decides_nothing(self) -> None:
+        assert self.scrubs_after_play(response(2, 6, 7.4, 20_000_000, 6_000_000)) == 0
+
+    def test_a_seek_that_asks_twice_is_one_scrub(self) -> None:
+        first_try = response(2, 4.985, 5.0, 20_000_000, 8192)
+        assert self.scrubs_after_play(first_try, response(3, 4.99, 12, 20_000_000, 4_000_000)) == 1
+
+    def test_a_drag_is_one_scrub(self) -> None:
+        steps = [
+            response(2 + n, 5 + n * 0.2, 5.21 + n * 0.2, 8_000_000 + n * 10**6, 73_000) for n in range(8)
+        ]
+        assert self.scrubs_after_play(*steps, response(20, 6.6, 12, 25_000_000, 3_000_000)) == 1
+
+    def test_a_download_over_several_connections_is_none(self) -> None:
+        size = TOTAL // 4
+        parts = [
+            response(n, n * 0.01, 4 + n * 0.01, n * size, size, last=(n + 1) * size - 1) for n in range(4)
+        ]
+        late_part = response(9, 3.9, 4.5, 4 * size - 1_200_000, 1_100_000, last=4 * size - 100_001)
+        reports = replay([*parts, late_part], "stream")
+        assert told(reports) == [(0, 4 * size + 1_100_000)]
+
+    def test_two_that_run_beside_each_other_for_two_seconds_are_a_download(self) -> None:
+        assert self.scrubs_after_play(response(2, 2.9, 7, 20_000_000, 900_000)) == 0
+        assert self.scrubs_after_play(response(2, 3.1, 7, 20_000_000, 900_000)) == 1
+
+    def test_a_seek_that_reads_the_index_first_is_one_scrub(self) -> None:
+        index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
+        assert self.scrubs_after_play(index, response(3, 5.02, 12, 20_000_000, 4_000_000)) == 1
+
+    def test_so_it_is_where_the_place_that_is_sought_has_been_handed_over(self) -> None:
+        index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
+        assert self.scrubs_after_play(index) == 1
+        assert self.scrubs_after_play(index, response(3, 5.02, 12, 3_000_000, 4_000_000)) == 1
+
+    def test_a_seek_that_reads_the_index_and_becomes_a_drag_is_one_scrub(self) -> None:
+        index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
+        steps = [response(3 + n, 5.01 + n, 6.02 + n, 8_000_000 + n * 10**6, 73_000) for n in range(4)]
+        assert self.scrubs_after_play(index, *steps, response(20, 9, 15, 25_000_000, 3_000_000)) == 1
+
+    def test_an_index_that_is_read_while_nothing_plays_is_none(self) -> None:
+        assert self.scrubs_after_play(response(2, 10, 10.1, TOTAL - 21_387, 21_387)) == 0
+
+    def test_a_fragmented_file_that_is_read_hop_by_hop_is_one_play(self) -> None:
+        hops = [
+            response(2 + n, 6 + n, 6.9 + n, 3_000_000 + n * 460_000, 427_000, last=3_426_999 + n * 460_000)
+            for n in range(20)
+        ]
+        assert self.scrubs_after_play(*hops) == 0
+
+
+def restarted(playback: Playback, per: str, min_bytes: int | None = None) -> Playback:
+    """A relay that was killed and began anew with what the first one had stored."""
+    successor = Playback(per=per, min_bytes=min_bytes)
+    successor.restore([(key, text) for key, text in playback.changed() if text is not None])
+    return successor
+
+
+class TestBadInput:
+    def test_a_line_that_is_read_twice_is_told_once(self) -> None:
+        playback = Playback()
+        facts = facts_of(PLAY_AND_TWO_SCRUBS)
+        assert len(feed(playback, [fact for fact in facts for _ in range(2)])) == 3
+        assert len(feed(playback, facts)) == 0
+        assert playback.counts["repeated"] > 0
+
+    def test_a_close_whose_start_was_not_seen_is_judged_as_it_comes(self) -> None:
+        playback = Playback()
+        start, scrub, _ = PLAY_AND_TWO_SCRUBS
+        assert told(playback.closed("w", start)) == [(0, 3_000_000)]
+        assert told(playback.closed("w", scrub)) == [(1, 2_500_000)]
+        assert playback.counts == Counter()
+
+    def test_a_line_that_comes_later_than_the_relay_waits_is_counted_late(self) -> None:
+        playback = Playback()
+        playback.advance(10 * S, 10_000)
+        assert told(feed(playback, facts_of([response(1, 9, 11, 0, 700_000)]))) == [(0, 700_000)]
+        assert playback.counts == Counter(late=1)
+
+    def test_a_clock_that_was_set_back_neither_keeps_nor_loses_anything(self) -> None:
+        playback = Playback(per="stream")
+        future = 10**6
+        feed(playback, facts_of([response(1, future, future + 5, 0, 3_000_000)]))
+        playback.advance(100 * S, 0)
+        assert told(playback.advance(131 * S, 0)) == [(0, 3_000_000)]
+        playback.advance((132 + 1800) * S, 0)
+        assert dict(playback.changed()) == {("", "session-1", "7190971"): None}
+        feed(playback, [Fact(2000 * S, "w", response(2, 2000, 2010, 0, 1).opening)])
+        assert playback.counts["late"] == 0
+
+    @pytest.mark.parametrize(
+        "part",
+        [
+            Part(None, None, None),
+            Part(-5, 10, 100),
+            Part(500, 100, TOTAL),
+            Part(500, 1000, 600),
+            Part(10**15, 10**15 + 5, TOTAL),
+            Part(0, None, None),
+            Part(0, 99, 0),
+            Part(None, 99, 100),
+        ],
+    )
+    @pytest.mark.parametrize("per", ["response", "stream"])
+    def test_a_part_that_contradicts_itself_or_the_bytes_is_reported_by_its_bytes(
+        self, part: Part, per: str
+    ) -> None:
+        opening = Opening(1, 0, 0, PLAY, part, 206, -7)
+        playback = Playback(per=per, min_bytes=1)
+        reports = feed(playback, facts_of([Transfer(opening, 5 * S, 5000, 3_000_000)]))
+        reports += playback.advance(AFTER, 0)
+        assert [report.sent for report in reports] == [3_000_000]
+        assert reports[0].skip == (0 if part.first in (0, 500) else 1)
+
+    def test_a_response_that_ended_before_it_started_is_reported(self) -> None:
+        assert told(replay([response(1, 5, 4, 0, 700_000)])) == [(0, 700_000)]
+
+    def test_responses_that_never_end_are_given_up(self) -> None:
+        playback = Playback()
+        feed(playback, [Fact(n, "w", response(n, n / S, 1, n, 1).opening) for n in range(1000)])
+        assert len(list(playback.open_responses())) == MOST_OPEN
+        assert playback.counts["responses_given_up"] == 1000 - MOST_OPEN
+        day = 25 * 3600 * S
+        playback.advance(day, 0)
+        playback.advance(day + 1801 * S, 0)
+        assert list(playback.open_responses()) == []
+
+    def test_a_viewing_s_state_does_not_grow_with_what_is_done_in_it(self) -> None:
+        playback = Playback(per="stream")
+        start = [Fact(0, "w", response(0, 0, 1, 0, 1, total=10**12).opening)]
+        feed(playback, start)
+        for n in range(1, 2000):
+            at = 3 * n
+            feed(playback, facts_of([response(n, at, at + 2, n * 10**7, 700_000, last=None, total=10**12)]))
+        ((_, text),) = playback.changed()
+        assert text is not None and len(text) < 200 * MOST_RUNS
+
+    def test_more_sessions_than_are_kept_drop_the_oldest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(playback_module, "MOST_VIEWERS", 100)
+        playback = Playback(per="stream")
+        transfers = [response(n, n, n + 2, 0, 700_000, play=Play(f"s{n}", "1")) for n in range(1000)]
+        reports = feed(playback, facts_of(transfers)) + playback.conclude(0)
+        assert Counter(report.session_id for report in reports) == Counter(f"s{n}" for n in range(1000))
+        assert playback.counts["viewings_dropped"] == 900
+        assert len([text for _, text in playback.changed() if text is not None]) == 100
+
+    def test_a_row_that_can_t_be_read_is_left_out(self) -> None:
+        playback = Playback()
+        feed(playback, facts_of(PLAY_AND_TWO_SCRUBS)[:3])
+        ((key, text),) = playback.changed()
+        assert text is not None
+        broken = ["", "{}", "null", "[]", text[:-2], text.replace("session-1", "session-2"), "[" * 100_000]
+        values = json.loads(text)
+        for place in range(len(values)):
+            broken.append(json.dumps([*values[:place], {"not": "this"}, *values[place + 1 :]]))
+        successor = Playback()
+        successor.restore([(key, row) for row in broken])
+        assert successor.counts == Counter(state_unreadable=len(broken))
+        assert list(successor.open_responses()) == []
+
+
+# What holds for whatever players do.
+
+_places = st.one_of(
+    st.just(0), st.integers(0, 2 * BEGINNING), st.integers(0, TOTAL - 1), st.just(TOTAL - 20_000)
+)
+
+
+@st.composite
+def _transfers(draw: st.DrawFn) -> list[Transfer]:
+    """Responses of two sessions, at times that are all different, as times in ns are."""
+    transfers = []
+    now = 1000
+    for number in range(draw(st.integers(1, 12))):
+        now += draw(st.sampled_from([1, 20, 250, 900, 2500, 31_000, 1_900_000]))
+        lasts = draw(st.sampled_from([1, 15, 200, 1600, 2500, 9000, 40_000]))
+        first = draw(_places)
+        last = draw(st.sampled_from([TOTAL - 1, min(first + 1, TOTAL - 1), min(first + 10**6, TOTAL - 1)]))
+        sent = draw(st.sampled_from([0, 1, 8192, 300_000, 600_000, 4_000_000, TOTAL]))
+        play = draw(st.sampled_from([PLAY, PLAY, Play("session-2", "1")]))
+        each = response(number, now / 1000, 0, first, min(sent, last - first + 1), last=last, play=play)
+        started, ended = now * 10**6 + 2 * number, (now + lasts) * 10**6 + 2 * number + 1
+        opening = each.opening._replace(started_ns=started, started_ms=now)
+        transfers.append(each._replace(opening=opening, ended_ns=ended, ended_ms=now + lasts))
+    return transfers
+
+
+def _counted(transfers: Iterable[Transfer]) -> list[Transfer]:
+    return [each for each in transfers if each.sent > 0 and (each.opening.part.size or 3) > 2]
+
+
+def _by_session(reports: Iterable[Report]) -> dict[str, list[Report]]:
+    sessions: dict[str, list[Report]] = {}
+    for report in reports:
+        sessions.setdefault(report.session_id, []).append(report)
+    return sessions
+
+
+MODES = pytest.mark.parametrize("per", ["response", "stream"])
+
+
+@given(_transfers())
+def test_per_response_each_counted_response_is_told_exactly_once(transfers: list[Transfer]) -> None:
+    reports = replay(transfers)
+    told_of = Counter((report.session_id, report.sent) for report in reports)
+    assert told_of == Counter((each.opening.play.session_id, each.sent) for each in _counted(transfers))
+
+
+@given(_transfers())
+def test_per_stream_no_byte_is_told_twice_and_none_is_lost_but_below_the_minimum(
+    transfers: list[Transfer],
+) -> None:
+    counted: Counter[str] = Counter()
+    for each in _counted(transfers):
+        counted[each.opening.play.session_id] += each.sent
+    told_all, told_enough = Counter[str](), Counter[str]()
+    for report in replay(transfers, "stream", 1):
+        told_all[report.session_id] += report.sent
+    for report in replay(transfers, "stream"):
+        told_enough[report.session_id] += report.sent
+    assert told_all == counted
+    assert told_enough <= counted
+
+
+@MODES
+@given(transfers=_transfers())
+def test_plays_are_no_more_than_starts(per: str, transfers: list[Transfer]) -> None:
+    reports = _by_session(replay(transfers, per, 1))
+    for session, of_session in reports.items():
+        mine = [each for each in _counted(transfers) if each.opening.play.session_id == session]
+        starts = [each for each in mine if (each.opening.part.first or 0) <= BEGINNING]
+        assert sum(report.skip == 0 for report in of_session) <= len(starts)
+
+
+@MODES
+@given(transfers=_transfers())
+def test_times_are_unique_and_grow(per: str, transfers: list[Transfer]) -> None:
+    for of_session in _by_session(replay(transfers, per, 1)).values():
+        times = [report.time_ms for report in of_session]
+        assert times == sorted(set(times))
+
+
+@MODES
+@given(transfers=_transfers(), data=st.data())
+def test_a_relay_that_is_killed_at_any_point_decides_the_same(
+    per: str, transfers: list[Transfer], data: st.DataObject
+) -> None:
+    facts = facts_of(transfers)
+    kills = data.draw(st.sets(st.integers(0, len(facts))))
+    playback = Playback(per=per)
+    rows: dict[tuple[str, str, str], str] = {}
+    reports: list[Report] = []
+    for at, fact in enumerate(facts):
+        if at in kills:
+            playback = Playback(per=per)
+            playback.restore(rows.items())
+        reports += feed(playback, [fact])
+        for key, text in playback.changed():
+            rows.pop(key, None)
+            if text is not None:
+                rows[key] = text
+    assert reports + playback.advance(AFTER, 0) == replay(transfers, per)
+
+
+def _through_relay(
+    transfers: Sequence[Transfer], per: str, writers: int, delays: Sequence[int], polls: Sequence[int]
+) -> list[Report]:
+    """The reports of a relay that looks at *polls* and holds back for 0.25 s, as lines come up to that late."""
+    hold_back = S // 4
+    waiting = [
+        (fact.at_ns + delay, fact) for fact, delay in zip(facts_of(transfers, writers), delays, strict=True)
+    ]
+    playback = Playback(per=per)
+    reports: list[Report] = []
+    for now in polls:
+        arrived = [fact for arrival, fact in waiting if arrival <= now and fact.at_ns <= now - hold_back]
+        waiting = [(arrival, fact) for arrival, fact in waiting if fact not in arrived]
+        reports += feed(playback, sorted(arrived, key=lambda fact: fact.at_ns))
+        reports += playback.advance(now - hold_back, 0)
+    assert waiting == []
+    return reports
+
+
+@MODES
+@given(transfers=_transfers(), data=st.data())
+@settings(max_examples=200)
+def test_the_same_lines_give_the_same_reports_in_any_order_that_the_clock_allows(
+    per: str, transfers: list[Transfer], data: st.DataObject
+) -> None:
+    expected = replay(transfers, per)
+    count = 2 * len(transfers)
+    delays = data.draw(st.lists(st.integers(0, S // 4), min_size=count, max_size=count))
+    end = max(each.ended_ns for each in transfers) + 4 * 3600 * S
+    polls = [*sorted(data.draw(st.lists(st.integers(0, end), max_size=30))), end, AFTER + S // 4]
+    reports = _through_relay(transfers, per, data.draw(st.sampled_from([1, 4])), delays, polls)
+    assert _by_session(reports) == _by_session(expected)
+
+
+_wild_ints = st.one_of(st.none(), st.integers(-5, 5), st.integers(-(2**63), 2**63))
+
+
+@st.composite
+def _wild_transfers(draw: st.DrawFn) -> Transfer:
+    """A line that is whole and makes no sense."""
+    time = st.integers(-10 * S, 4000 * S)
+    play = Play(draw(st.sampled_from("ab")), "1", "", draw(st.sampled_from([None, 0, 1, 7])))
+    part = Part(draw(_wild_ints), draw(_wild_ints), draw(_wild_ints))
+    number, status = draw(st.integers(0, 5)), draw(st.sampled_from([200, 206]))
+    opening = Opening(number, draw(time), draw(st.integers(0, 10**13)), play, part, status, draw(_wild_ints))
+    return Transfer(opening, draw(time), draw(st.integers(0, 10**13)), draw(st.integers(-5, 2**40)))
+
+
+@MODES
+@given(
+    transfers=st.lists(_wild_transfers(), max_size=20),
+    steps=st.lists(st.sampled_from(["open", "close", "lost", "advance", "restart", "conclude"]), max_size=40),
+)
+def test_nothing_that_a_journal_may_hold_stops_the_relay(
+    per: str, transfers: list[Transfer], steps: list[str]
+) -> None:
+    playback = Playback(per=per, min_bytes=1)
+    reports: list[Report] = []
+    for step, transfer in zip(steps, transfers, strict=False):
+        opening = transfer.opening
+        if step == "open":
+            reports += playback.opened("w", opening)
+        elif step == "close":
+            reports += playback.closed("w", transfer)
+        elif step == "lost":
+            reports += playback.lost("w", opening.number, transfer.ended_ns, transfer.ended_ms)
+        elif step == "advance":
+            reports += playback.advance(transfer.ended_ns, transfer.ended_ms)
+        elif step == "conclude":
+            reports += playback.conclude(transfer.ended_ms)
+        else:
+            playback = _with_counts(restarted(playback, per, 1))
+    reports += playback.advance(AFTER, 0) + playback.advance(2 * AFTER, 0) + playback.advance(3 * AFTER, 0)
+    assert sum(report.sent for report in reports) <= sum(max(each.sent, 0) for each in transfers)
+    assert all(report.sent > 0 and report.skip in (0, 1) for report in reports)
+    assert list(playback.open_responses()) == []
+
+
+def _with_counts(playback: Playback) -> Playback:
+    assert playback.counts["state_unreadable"] == 0
+    return playback
