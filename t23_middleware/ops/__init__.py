@@ -1,0 +1,1 @@
+"""What people look at: the commands, the stand-in API, the demo."""

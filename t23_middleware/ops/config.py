@@ -1,0 +1,30 @@
+"""The settings as people read them: with values on the terminal, with their meaning in the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..settings import Settings, as_text, declared, variable
+
+
+def lines(settings: Settings) -> Iterator[str]:
+    """Each setting with its value and where it came from, then the state folder."""
+    width = max(len(variable(item)) for item in declared())
+    for item in declared():
+        source = settings.sources[item.name]
+        shown = as_text(getattr(settings, item.name))
+        if item.metadata["secret"] and shown:
+            shown = "(set, not shown)"
+        yield f"{variable(item):{width}}  {shown or '(none)'}  [{source}]"
+    yield f"\nThe state folder of this user is {settings.state_path()}"
+
+
+def markdown() -> str:
+    """The README's table: variable, default, meaning."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for item in declared():
+        default = f"`{as_text(item.default)}`" if as_text(item.default) else "none"
+        if item.name == "api_url":
+            default = "required"
+        rows.append(f"| `{variable(item)}` | {default} | {item.metadata['help']} |")
+    return "\n".join(rows)

@@ -1,0 +1,386 @@
+"""``t23-middleware run COMMAND …``: a WSGI server's own command, with the app wrapped.
+
+The command's app is replaced by ``t23_middleware.wsgi:application``, the app's own name goes into ``T23_APP``, and
+the server takes this process's place. The server's own parser finds the app wherever it has one.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import getopt
+import importlib
+import io
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .. import settings
+from ..errors import UsageError
+from . import uwsgi_config
+
+#: What servers are given in place of the app.
+OURS = "t23_middleware.wsgi:application"
+_EXAMPLE = "t23-middleware run gunicorn -w 4 video:app"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A command that starts the server with the app wrapped."""
+
+    argv: list[str]
+    #: Value for ``T23_APP``; None where the command serves nothing (``gunicorn --help``).
+    target: str | None
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A server's command: the words that start it, and its own arguments."""
+
+    start: list[str]
+    arguments: list[str]
+    environ: Mapping[str, str]
+    cwd: Path
+
+    def with_app(self, arguments: Sequence[str], target: str) -> Placement:
+        """The command with *arguments*, which name us, for the app *target*."""
+        if target.partition(":")[0] == OURS.partition(":")[0]:
+            target = self.environ.get("T23_APP", "")
+            if not target:
+                raise UsageError(f"{OURS} can't wrap itself; name your own app, as in '{_EXAMPLE}'")
+        return Placement([*self.start, *arguments], target)
+
+    def as_it_is(self) -> Placement:
+        return Placement([*self.start, *self.arguments], None)
+
+    def line(self, *more: str) -> str:
+        """The line to write, with *more* behind what was written."""
+        return shlex.join(["t23-middleware", "run", *self.start, *self.arguments, *more])
+
+
+def run(command: Sequence[str]) -> NoReturn:
+    """Replaces this process by *command* with the app wrapped.
+
+    Raises :class:`~t23_middleware.errors.UsageError` where the app can't be placed or there is no such program.
+    """
+    environ = settings.process_environment()
+    placement = place(command, environ, Path.cwd())
+    if placement.target is not None:
+        environ["T23_APP"] = placement.target
+    program = _program(placement.argv[0], environ)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(program, placement.argv, environ)
+    except OSError as error:
+        raise UsageError(f"{program} can't be started ({error.strerror}); name a server's program") from None
+
+
+def place(command: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Placement:
+    """*command* with the app exchanged for ours; reads configuration files, imports no app and starts nothing.
+
+    Raises :class:`~t23_middleware.errors.UsageError` with the line to write instead.
+    """
+    words = list(command[1:] if command[:1] == ["--"] else command)
+    if not words:
+        raise UsageError(f"run needs a server's command, for example: {_EXAMPLE}")
+    start = _start_of(words)
+    server = re.sub(r"_?(python)?[0-9.]*$", "", Path(start[-1]).name)
+    if server not in _SERVERS:
+        raise UsageError(_advice(words))
+    return _SERVERS[server](_Command(start, words[len(start) :], environ, cwd))
+
+
+def _start_of(words: list[str]) -> list[str]:
+    """The words that start the server: its program, or ``python -m`` and its module."""
+    if re.fullmatch(r"(python|pypy)[0-9.]*", Path(words[0]).name) and "-m" in words[1:-1]:
+        flags = words[1 : words.index("-m")]
+        if all(
+            word.startswith("-") or before in ("-X", "-W")
+            for before, word in zip(["", *flags], flags, strict=False)
+        ):
+            return words[: words.index("-m") + 2]
+    return words[:1]
+
+
+def _program(name: str, environ: Mapping[str, str]) -> str:
+    """The file to execute: from our own virtual environment first, activated or not, as only its servers find us."""
+    places = [environ.get("PATH", os.defpath)]
+    if sys.prefix != sys.base_prefix:
+        places.insert(0, str(Path(sys.prefix, "bin")))
+    found = shutil.which(name, path=os.pathsep.join(places))
+    if found is None:
+        raise UsageError(f"there is no program {name!r}; install it, or write its path")
+    return found
+
+
+def _of_server(module: str) -> Any:
+    """A server's own module, to read its command line as it does."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UsageError(
+            f"{package} is not installed beside t23_middleware in {sys.prefix}; "
+            f"install it there: {sys.prefix}/bin/python -m pip install {package}"
+        ) from None
+
+
+def _gunicorn(command: _Command) -> Placement:
+    """gunicorn/app/wsgiapp.py: the first positional names the app, whatever the configuration file says."""
+    options = _gunicorn_options(command.arguments)
+    if options is None:
+        return command.as_it_is()
+    from_environment = _gunicorn_options(shlex.split(command.environ.get("GUNICORN_CMD_ARGS", "")))
+    for given in (options, from_environment):
+        _refuse_no_wsgi(given)
+    if not options.args:
+        raise UsageError(
+            _gunicorn_without_app(command, options.config or getattr(from_environment, "config", None))
+        )
+    app = options.args[0]
+    return command.with_app(
+        _with_ours_for(app, command.arguments), app if ":" in app else f"{app}:application"
+    )
+
+
+def _gunicorn_options(arguments: list[str]) -> Any:
+    """The parsed arguments, or None where gunicorn answers by itself (``--help``, ``--version``)."""
+    parser = _of_server("gunicorn.config").Config(prog="gunicorn").parser()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parser.parse_args(arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            return None
+    last = said.getvalue().strip().rpartition("\n")[2]
+    raise UsageError(f"{last.replace(': error:', ':')}; see 'gunicorn --help'")
+
+
+def _refuse_no_wsgi(options: Any) -> None:
+    if getattr(options, "paste", None):
+        raise UsageError(
+            "gunicorn --paste loads the app from a PasteDeploy file; put 'use = egg:t23_middleware' into a "
+            "[filter:t23] section of that file and t23 into its pipeline, and start gunicorn without 't23-middleware run'"
+        )
+    worker = str(getattr(options, "worker_class", None) or "")
+    if re.search("uvicorn|asgi", worker, re.IGNORECASE):
+        raise UsageError(
+            f"gunicorn -k {worker} serves ASGI apps, which t23_middleware can't wrap; use gthread or gevent"
+        )
+
+
+def _gunicorn_without_app(command: _Command, config: str | None) -> str:
+    file = command.cwd / (config or "gunicorn.conf.py").removeprefix("file:")
+    app = _wsgi_app_in(file)
+    if app is None:
+        return f"gunicorn is given no app; write for example: {command.line('video:app')}"
+    return f"{file.name} names the app (wsgi_app); write it on the command line, where it wins: {command.line(app)}"
+
+
+def _wsgi_app_in(file: Path) -> str | None:
+    """The text of ``wsgi_app`` in a gunicorn configuration file, which is Python; it is read and not run."""
+    try:
+        statements = ast.parse(file.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return None
+    for statement in statements:
+        if isinstance(statement, ast.Assign) and "wsgi_app" in map(ast.unparse, statement.targets):
+            value = statement.value
+            return (
+                value.value
+                if isinstance(value, ast.Constant) and isinstance(value.value, str)
+                else "video:app"
+            )
+    return None
+
+
+def _with_ours_for(app: str, arguments: list[str]) -> list[str]:
+    """*arguments* with the one *app* that is gunicorn's positional exchanged; ``-n video:app`` stays."""
+    for index in (index for index, word in enumerate(arguments) if word == app):
+        exchanged = [*arguments[:index], OURS, *arguments[index + 1 :]]
+        if _gunicorn_options(exchanged).args[0] == OURS:
+            return exchanged
+    raise UsageError(f"gunicorn: can't find {app!r} in its own command; write it last")
+
+
+def _waitress(command: _Command) -> Placement:
+    """waitress/runner.py: ``[--call] [options] module:app``; newer ones also take ``--app``."""
+    options, apps = _waitress_options(command)
+    if any(name == "--help" for name, _ in options):
+        return command.as_it_is()
+    apps += [str(value) for name, value in options if name == "--app"]
+    if len(apps) != 1:
+        raise UsageError(
+            f"waitress-serve takes one app, behind its options; write for example: {_waitress_line(command)}"
+        )
+    factory = any(name == "--call" for name, _ in options)
+    kept = [(name, value) for name, value in options if name not in ("--call", "--app")]
+    words = [name if value is None else f"{name}={value}" for name, value in kept]
+    return command.with_app([*words, OURS], _made_by(apps[0]) if factory else apps[0])
+
+
+def _waitress_options(command: _Command) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """Options by their whole names, those without a value with None, and what stands behind them."""
+    adjustments = _of_server("waitress.adjustments")
+    # As its parse_args does; that of newer ones also imports the app.
+    params = [(name.replace("_", "-"), cast) for name, cast in adjustments.Adjustments._params]
+    flags = [name for name, cast in params if cast is adjustments.asbool]
+    flags += [f"no-{name}" for name in flags] + ["help", "call"]
+    valued = {name for name, _ in params}.difference(flags) | {"app"}
+    try:
+        options, apps = getopt.getopt(command.arguments, "", [*flags, *(f"{name}=" for name in valued)])
+    except getopt.GetoptError as error:
+        raise UsageError(f"waitress-serve: {error.msg}; see 'waitress-serve --help'") from None
+    return [(name, value if name[2:] in valued else None) for name, value in options], apps
+
+
+def _waitress_line(command: _Command) -> str:
+    return shlex.join(["t23-middleware", "run", *command.start, "--listen=127.0.0.1:8080", "video:app"])
+
+
+def _made_by(factory: str) -> str:
+    """``video:create`` or ``video.create``, which waitress calls, as the call it is."""
+    module, _, name = factory.partition(":") if ":" in factory else factory.rpartition(".")
+    if not module or not name:
+        raise UsageError(
+            f"waitress-serve --call {factory}: names no function; write for example --call video:create_app"
+        )
+    return f"{module}:{name}()"
+
+
+def _uwsgi(command: _Command) -> Placement:
+    """uwsgi: our ``--module`` last, where it wins over a ``module`` and is loaded before any ``wsgi-file``."""
+    if {"--help", "-h", "--version", "--usage"} & set(command.arguments):
+        return command.as_it_is()
+    loaded = uwsgi_config.read(command.arguments, command.environ, command.cwd)
+    target = loaded.target()
+    if target is None:
+        raise UsageError(f"uwsgi is given no app; write for example: {command.line('--module', 'video:app')}")
+    # --include is what uWSGI does with a file without an option, but at its place instead of after all options.
+    files = [word for file in loaded.positional for word in ("--include", file)]
+    return command.with_app([*loaded.arguments, *files, "--module", OURS], target)
+
+
+def _flask(command: _Command) -> Placement:
+    """flask/cli.py: the last ``--app`` before the subcommand wins over ``FLASK_APP``."""
+    options, rest = _flask_options(command.arguments)
+    if not rest or options.get("help") or options.get("version"):
+        return command.as_it_is()
+    target = options.get("app") or _flask_variables(command, options.get("env_file")).get("FLASK_APP")
+    at = len(command.arguments) - len(rest)
+    if command.arguments[:at][-1:] == ["--"]:
+        at -= 1
+    ours = ["--app", _flask_import(command.cwd)]
+    arguments = [*command.arguments[:at], *ours, *command.arguments[at:]]
+    return command.with_app(arguments, target or _flask_default(command))
+
+
+def _flask_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Options that stand before Flask's subcommand, and the words from the subcommand on."""
+    group, click = _of_server("flask.cli").cli, _of_server("click")
+    try:
+        options, rest, _ = group.make_parser(click.Context(group)).parse_args(list(arguments))
+    except click.UsageError as error:
+        raise UsageError(f"flask: {error.format_message().rstrip('.')}; see 'flask --help'") from None
+    return options, rest
+
+
+def _flask_import(cwd: Path) -> str:
+    # In a folder that is itself a package Flask puts that package's name before a module's (prepare_import).
+    if not (cwd / "__init__.py").exists():
+        return OURS
+    return f"{Path(__file__).parent.parent / 'wsgi.py'}:application"
+
+
+def _flask_variables(command: _Command, env_file: str | None) -> dict[str, str | None]:
+    """The environment as Flask sees it, with the files that it reads where python-dotenv is installed."""
+    environ = command.environ
+    files = (
+        []
+        if environ.get("FLASK_SKIP_DOTENV", "0").lower() not in ("", "0", "false", "no")
+        else _dotenv_files(command.cwd)
+    )
+    if env_file or environ.get("FLASK_ENV_FILE"):
+        files.append(command.cwd / (env_file or environ["FLASK_ENV_FILE"]))
+    found: dict[str, str | None] = {}
+    with contextlib.suppress(ImportError):
+        dotenv: Any = importlib.import_module("dotenv")
+        for file in files:
+            found |= dotenv.dotenv_values(file, encoding="utf-8")
+    return {**found, **environ}
+
+
+def _dotenv_files(cwd: Path) -> list[Path]:
+    """The nearest ``.flaskenv`` and ``.env``, from here upwards."""
+    nearest = [
+        [folder / name for folder in (cwd, *cwd.parents) if (folder / name).is_file()]
+        for name in (".flaskenv", ".env")
+    ]
+    return [files[0] for files in nearest if files]
+
+
+def _flask_default(command: _Command) -> str:
+    for name in ("wsgi", "app"):
+        if (command.cwd / f"{name}.py").exists() or (command.cwd / name / "__init__.py").exists():
+            return f"{name}.py"
+    arguments = shlex.join(["t23-middleware", "run", *command.start, "--app", "video", *command.arguments])
+    raise UsageError(
+        f"flask is given no app, and there is no wsgi.py or app.py here; write for example: {arguments}"
+    )
+
+
+_SERVERS: dict[str, Callable[[_Command], Placement]] = {
+    "gunicorn": _gunicorn,
+    "waitress-serve": _waitress,
+    "waitress": _waitress,
+    "uwsgi": _uwsgi,
+    "flask": _flask,
+}
+
+#: Programs that start another: ours goes behind them.
+_STARTER = re.compile(
+    "env|exec|nice|nohup|sudo|setsid|uv|poetry|pipenv|pdm|hatch|rye|conda|doppler|dotenv|honcho"
+)
+#: Servers that take a WSGI app with the words that they need for it.
+_OTHER_SERVERS = {
+    "granian": "granian --interface wsgi t23_middleware.wsgi:application",
+    "hypercorn": "hypercorn wsgi:t23_middleware.wsgi:application",
+    "uvicorn": "uvicorn --interface wsgi t23_middleware.wsgi:application",
+    "mod_wsgi-express": "mod_wsgi-express start-server --application-type module t23_middleware.wsgi",
+    "cheroot": "cheroot t23_middleware.wsgi:application",
+}
+
+
+def _advice(words: list[str]) -> str:
+    """What to write instead of a command that is not known."""
+    name = Path(words[0]).name
+    if "manage.py" in words[0] or "manage.py" in words[1:2] or name in ("django-admin", "daphne"):
+        return (
+            f"run can't place {name}; set WSGI_APPLICATION = 't23_middleware.wsgi.application' in Django's settings "
+            "and T23_APP=mysite.wsgi:application in the environment, and start it without 't23-middleware run'"
+        )
+    if _STARTER.fullmatch(name):
+        return f"put 't23-middleware run' right before the server: {name} … t23-middleware run gunicorn video:app"
+    if name in _OTHER_SERVERS:
+        return f"run can't place {name}; write: T23_APP=video:app {_OTHER_SERVERS[name]}"
+    if name.startswith(("python", "pypy")) or name.endswith(".py"):
+        return (
+            f"run can't see which app {shlex.join(words)!r} serves; wrap it in code: "
+            "app.wsgi_app = T23Middleware(app.wsgi_app)"
+        )
+    if re.fullmatch(r"[\w.]+(:.*)", name):
+        return (
+            f"run takes a server's command, not an app; write for example: t23-middleware run gunicorn {name}"
+        )
+    return (
+        f"run knows gunicorn, waitress-serve, uwsgi and flask, not {name!r}; give the server "
+        f"t23_middleware.wsgi:application and set T23_APP: T23_APP=video:app {name} {OURS}"
+    )

@@ -1,0 +1,238 @@
+"""What a uWSGI command line, with the ini files that it names, would load.
+
+uWSGI gathers all options first: ``UWSGI_…`` variables, then the command line with each ``--ini`` read where it
+stands, then positional files; the last value of an option wins (``core/init.c``, ``uwsgi_commandline_config``). Of
+the apps for one mount point the first loaded stays, and ``module`` is loaded before ``wsgi-file``
+(``plugins/python/python_plugin.c``, ``uwsgi_python_init_apps``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import UsageError
+
+#: Options that name the app, by the name that they are all read under here.
+_APP_OPTIONS = {
+    "module": "module",
+    "wsgi": "module",
+    "wsgi-file": "wsgi-file",
+    "file": "wsgi-file",
+    "callable": "callable",
+}
+#: Options that read an ini file where they stand.
+_INI_OPTIONS = ("ini", "include")
+#: Options that load apps in ways that one wrapped module can't stand in for, or that are read after all others.
+_ELSEWHERE = {
+    **dict.fromkeys(("emperor", "zerg", "vassals-inherit"), "starts other instances"),
+    **dict.fromkeys(("mount", "worker-mount"), "loads apps by mount point"),
+    **dict.fromkeys(("paste", "ini-paste", "ini-paste-logged"), "loads a PasteDeploy file"),
+    **dict.fromkeys(
+        ("eval", "pecan", "web3", "pump", "wsgi-lite", "python-raw"), "loads an app that is no WSGI module"
+    ),
+    **dict.fromkeys(("xml", "yaml", "yml", "json", "js", "config", "config-py"), "is no ini file"),
+    **dict.fromkeys(("inherit", "declare-option", "declare-option2"), "is read after the command line"),
+    "python-worker-override": "replaces the worker",
+}
+_VALUES_HERE = {*_APP_OPTIONS, *_INI_OPTIONS, *_ELSEWHERE}
+_SHORT = {"w": "module", "x": "xml", "y": "yaml", "j": "json"}
+_CONFIG_FILE = re.compile(r".*\.(ini|xml|ya?ml|json|js)", re.DOTALL)
+#: Flags that often stand right before a positional file; other options could mean that file as their value.
+_FLAG = re.compile(
+    "master|enable-threads|lazy|lazy-apps|need-app|vacuum|die-on-term|single-interpreter|strict|thunder-lock|"
+    "disable-logging|no-orphans|auto-procname|memory-report|http-keepalive|http-auto-chunked|enable-metrics|"
+    "py-call-osafterfork|py-call-uwsgi-fork-hooks|wsgi-disable-file-wrapper|show-config|log-master|"
+    "harakiri-verbose|manage-script-name|honour-stdin|skip-atexit|ignore-sigpipe|ignore-write-errors|"
+    "disable-write-exception|so-keepalive|tcp-nodelay|[MCTLimacr]"
+)
+#: ``%d`` and ``%(…)``, ``$(…)``, ``@(…)``: uWSGI puts other text there.
+_MAGIC = re.compile(r"%|[$@]\(")
+#: ``core/uwsgi.c``, the options of "opt logic".
+_LOGIC = re.compile(r"if(-.*|[a-z]*)|for(-glob|-times|-readline)?|end-?(if|for)?")
+
+
+@dataclass
+class Loaded:
+    """What uWSGI would load, as far as its options say."""
+
+    #: Last value of ``module``, ``wsgi-file`` and ``callable``.
+    options: dict[str, str] = field(default_factory=dict)
+    #: Those of them whose last value only uWSGI can know, with the reason.
+    unknown: dict[str, str] = field(default_factory=dict)
+    #: The command line without the configuration files that stand without an option.
+    arguments: list[str] = field(default_factory=list)
+    #: These files; uWSGI reads them after all options.
+    positional: list[str] = field(default_factory=list)
+
+    def target(self) -> str | None:
+        """The app in the form of ``T23_APP``, or None where nothing names one.
+
+        Raises :class:`~t23_middleware.errors.UsageError` where only uWSGI can know.
+        """
+        for name in self._options_that_count():
+            if name in self.unknown:
+                raise UsageError(
+                    f"uwsgi: {self.unknown[name]}; write --ini FILE, and --module video:app behind it"
+                )
+        attribute = self.options.get("callable", "application")
+        if "module" in self.options:
+            module = self.options["module"]
+            return module if ":" in module else f"{module}:{attribute}"
+        if "wsgi-file" in self.options:
+            file = self.options["wsgi-file"]
+            return f"{file}:{attribute}" if "/" in file or file.endswith(".py") else f"./{file}:{attribute}"
+        return None
+
+    def _options_that_count(self) -> tuple[str, ...]:
+        if "module" in self.options:
+            return ("module",) if ":" in self.options["module"] else ("module", "callable")
+        return ("wsgi-file", "callable")
+
+
+def read(arguments: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Loaded:
+    """What ``uwsgi *arguments*`` would load; reads ini files, runs nothing.
+
+    Raises :class:`~t23_middleware.errors.UsageError` for what can't be known from here.
+    """
+    loaded = Loaded()
+    for name, value in [*_from_environment(environ), *_from_command_line(arguments, loaded)]:
+        _take(loaded, name, value, cwd)
+    for file in loaded.positional:
+        _take(loaded, file.rpartition(".")[2], file, cwd)
+    return loaded
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for variable, value in environ.items():
+        name = variable.removeprefix("UWSGI_").lower().replace("_", "-")
+        if variable.startswith("UWSGI_") and name in _VALUES_HERE:
+            yield name, value
+
+
+def _from_command_line(arguments: Sequence[str], loaded: Loaded) -> list[tuple[str, str]]:
+    """The options of *arguments* that matter here; sorts *arguments* into *loaded*."""
+    found = []
+    words = iter(arguments)
+    before = ""  # the option, if any, that the word could be the value of
+    for word in words:
+        if _is_positional(word, before):
+            loaded.positional.append(word)
+            before = ""
+            continue
+        loaded.arguments.append(word)
+        name, value = _as_option(word)
+        before = name if value is None else ""
+        if name in _VALUES_HERE:
+            if value is None:
+                value = next(words, "")
+                loaded.arguments.append(value)
+            found.append((name, value))
+            before = ""
+    return found
+
+
+def _as_option(word: str) -> tuple[str, str | None]:
+    """``--name=value``, ``--name``, ``-wvalue``, ``-w`` as name and value; ``("", None)`` for another word."""
+    if word == "--":
+        raise UsageError("uwsgi reads what follows '--' last; write --ini FILE instead")
+    if word.startswith("--"):
+        name, equals, value = word[2:].partition("=")
+        return name, value if equals else None
+    if word.startswith("-") and len(word) > 1:
+        return _SHORT.get(word[1], word[1:]), word[2:] or None
+    return "", None
+
+
+def _is_positional(word: str, before: str) -> bool:
+    """Whether *word* is a configuration file without an option, which uWSGI reads after all options."""
+    if word.startswith("-") or not _CONFIG_FILE.fullmatch(word):
+        return False
+    if before and not _FLAG.fullmatch(before):
+        raise UsageError(
+            f"uwsgi: {word!r} may be a configuration file or the value of {before!r}; "
+            f"write --ini {word}, or --{before}={word}"
+        )
+    return True
+
+
+def _take(loaded: Loaded, name: str, value: str, cwd: Path, *, within: str = "", depth: int = 0) -> None:
+    """Takes one option; *within* says what it depends on."""
+    doubt = f"{name} = {value} {within}" if within else _doubt(name, value)
+    if name in _APP_OPTIONS:
+        loaded.options[_APP_OPTIONS[name]] = value
+        loaded.unknown.pop(_APP_OPTIONS[name], None)
+        if doubt:
+            loaded.unknown[_APP_OPTIONS[name]] = doubt
+    elif name in _ELSEWHERE:
+        raise UsageError(_advice(f"uwsgi: {name} = {value} {_ELSEWHERE[name]}"))
+    elif doubt:
+        raise UsageError(_advice(f"uwsgi: {doubt}"))
+    else:
+        _take_ini(loaded, value, cwd, depth)
+
+
+def _doubt(name: str, value: str) -> str:
+    if _MAGIC.search(value):
+        return f"{name} = {value} holds a placeholder that only uWSGI can fill in"
+    if name == "include" and not re.search(r"\.ini(:[^/]*)?$|^:", value):
+        return f"{name} = {value} is no ini file"
+    return ""
+
+
+def _advice(wrong: str) -> str:
+    return (
+        f"{wrong}; write 'module = t23_middleware.wsgi:application' in the instance's own configuration, "
+        "with 'env = T23_APP=video:app' before it, and start uwsgi without 't23-middleware run'"
+    )
+
+
+def _take_ini(loaded: Loaded, spec: str, cwd: Path, depth: int) -> None:
+    """Takes the options of the ini file *spec*, ``path`` or ``path:section``."""
+    path, section = spec.rsplit(":", 1) if ":" in spec else (spec, "")
+    file = cwd / path
+    if depth > 8:
+        raise UsageError(
+            f"uwsgi: {spec!r} is reached through files that include each other; name the app by --module"
+        )
+    for name, value, within in _ini_options(_text_of(file), section or "uwsgi", spec):
+        whole = f"{path}{value}" if name in _INI_OPTIONS and value.startswith(":") else value
+        _take(loaded, name, whole, cwd, within=within, depth=depth + 1)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(
+            f"uwsgi: can't read {str(file)!r} ({error.strerror}); write the path of an ini file"
+        ) from None
+
+
+def _ini_options(text: str, section: str, spec: str) -> Iterator[tuple[str, str, str]]:
+    """Name, value and condition of one section's options that matter here.
+
+    Read as ``core/ini.c`` does: keys may repeat, a value ends with its line.
+    """
+    condition = ""
+    for name, value in _ini_lines(text, section):
+        if _LOGIC.fullmatch(name):
+            condition = "" if name.startswith("end") else name
+        elif name in _VALUES_HERE:
+            yield name, value, f"in {spec} depends on '{condition}'" if condition else ""
+    if condition:
+        raise UsageError(
+            f"uwsgi: '{condition}' in {spec} has no end; write a line 'end =' behind what depends on it"
+        )
+
+
+def _ini_lines(text: str, wanted: str) -> Iterator[tuple[str, str]]:
+    section = ""
+    for line in (line.strip(" \t\r") for line in text.split("\n")):
+        if line.startswith("["):
+            section = line[1:-1]
+        elif line and line[0] not in ";#" and section == wanted:
+            name, _, value = line.partition("=")
+            yield name.rstrip(" \t\r"), value.strip(" \t\r")
