@@ -1,0 +1,330 @@
+"""The stand-in: a local API that behaves as TwentyThree's documentation says, for trials and tests.
+
+`StandIn` is the API as a WSGI app, `StandInServer` puts it on a socket, `run_standin` is the command. What it
+answers is in `standin_answers`. Beside the API, and never faulted:
+
+- ``GET /_recorded``: the reports as JSON, oldest first; ``DELETE`` (or ``POST /_clear``) forgets them.
+- ``POST /_faults``: turns on a fault of `standin_faults`, by form or JSON; ``GET`` shows it; ``DELETE`` heals.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from werkzeug.exceptions import HTTPException
+from werkzeug.http import http_date
+from werkzeug.wrappers import Request, Response
+
+from t23_middleware.errors import UsageError
+from t23_middleware.ops.standin_answers import DENIED, REPORTED, Answer, Call, refusal, rendered
+from t23_middleware.ops.standin_faults import Fault, FaultSwitch, disturb, falsified, page
+from t23_middleware.ops.standin_http import HTTPServer
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+DEFAULT_PORT = 8023
+#: The method's page is headed by the first, its example names the second.
+REPORT_PATHS = ("/api/analytics/report/play", "/api/analytics/report/download")
+#: Seconds for which an anonymous answer may come from the cache (documentation, "Caching").
+CACHE_SECONDS = 1800
+
+
+class StandIn:
+    """The API as a WSGI app (PEP 3333).
+
+    `cookie` names the one that may hold the session. Without `whitelisted` every report is denied. Reports
+    of `unknown_photos` meet ``no_such_photo``. `clock` gives epoch seconds. Beyond `limit` reports the oldest
+    are dropped. `say` gets a line for each report recorded, its session masked.
+    """
+
+    def __init__(
+        self,
+        *,
+        cookie: str = "session_id",
+        whitelisted: bool = True,
+        unknown_photos: Collection[str] = (),
+        clock: Callable[[], float] = time.time,
+        limit: int = 1_000_000,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.whitelisted = whitelisted
+        #: How many reports were dropped because of the limit.
+        self.dropped = 0
+        self.faults = FaultSwitch()
+        self._cookie = cookie
+        self._unknown_photos = frozenset(unknown_photos)
+        self._clock = clock
+        self._limit = limit
+        self._say = say
+        self._news = threading.Condition()
+        # JSON text takes a third of the memory that a report's dict would.
+        self._rows: deque[str] = deque(maxlen=limit)
+        self._cache: dict[bytes, float] = {}
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        request = Request(environ)
+        try:
+            response = self._response(request)
+        except HTTPException as error:
+            response = Response(error.get_body(), error.code, mimetype="text/html")
+        response.headers["Date"] = http_date(self._clock())
+        return response(environ, start_response)
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """The reports, oldest first: fields as they came; received (epoch s), method, path, host, cookies."""
+        with self._news:
+            rows = list(self._rows)
+        return [json.loads(row) for row in rows]
+
+    def wait_for(self, count: int, timeout: float = 10.0) -> list[dict[str, Any]]:
+        """The reports as soon as there are so many; TimeoutError after `timeout` seconds."""
+        with self._news:
+            if not self._news.wait_for(lambda: len(self._rows) >= count, timeout):
+                raise TimeoutError(f"{len(self._rows)} of {count} reports were recorded in {timeout} s")
+        return self.recorded()
+
+    def clear(self) -> None:
+        """Forgets the reports and the cached answers."""
+        with self._news:
+            self._rows.clear()
+            self._cache.clear()
+            self.dropped = 0
+
+    def _response(self, request: Request) -> Response:
+        if request.path.startswith("/_"):
+            return self._control(request)
+        if not request.path.startswith("/api/"):
+            return page(404, "There is no such page")
+        call = Call.of(request)
+        met = self.faults.take(call.fields.get("photo_id", ""))
+        if met is None:
+            return rendered(self._answer(call), call)
+        fault, released = met
+        answer = self._answer(call) if fault.record else REPORTED
+        return disturb(rendered(falsified(answer, fault, self._clock()), call), fault, released)
+
+    def _answer(self, call: Call) -> Answer:
+        if call.path not in REPORT_PATHS:
+            return Answer(f"There is no method {call.path}", "invalid_method")
+        if call.method not in ("GET", "POST"):
+            return Answer(f"The method {call.path} takes GET and POST only", "invalid_method")
+        if not self.whitelisted:
+            return DENIED
+        refused = refusal(call, self._cookie)
+        if refused is not None:
+            return refused
+        if call.fields["photo_id"] in self._unknown_photos:
+            return Answer("There is no video with this photo_id", "no_such_photo")
+        return self._reported(call)
+
+    def _reported(self, call: Call) -> Answer:
+        now, session = self._clock(), call.session(self._cookie)
+        with self._news:
+            cached_at = self._remember(call.digest(session), now)
+            if cached_at is not None:
+                return replace(REPORTED, cached_at=int(cached_at))
+            self._record(call, now)
+        if self._say is not None:
+            self._say(_line(call, session, now))
+            if self.dropped == 1:
+                self._say(f"More than {self._limit} reports: the oldest are dropped from now on.")
+        return REPORTED
+
+    def _remember(self, digest: bytes, now: float) -> float | None:
+        """When the answer to this request was put into the cache, or None if that is now."""
+        while self._cache:
+            oldest = next(iter(self._cache))
+            if now - self._cache[oldest] < CACHE_SECONDS and len(self._cache) <= self._limit:
+                break
+            del self._cache[oldest]
+        if digest in self._cache:
+            return self._cache[digest]
+        self._cache[digest] = now
+        return None
+
+    def _record(self, call: Call, now: float) -> None:
+        facts = {"received": now, "method": call.method, "path": call.path, "host": call.host}
+        self.dropped += len(self._rows) == self._limit
+        self._rows.append(json.dumps({**call.fields, **facts, "cookies": dict(call.cookies)}))
+        self._news.notify_all()
+
+    def _control(self, request: Request) -> Response:
+        match request.method, request.path:
+            case "GET" | "HEAD", "/_recorded":
+                return self._shown()
+            case ("DELETE", "/_recorded") | ("POST", "/_clear"):
+                self.clear()
+            case "GET" | "HEAD", "/_faults":
+                pass
+            case "POST", "/_faults":
+                return self._turn(request)
+            case "DELETE", "/_faults":
+                self.faults.turn(None)
+            case _:
+                return _as_json(
+                    {"error": "There are /_recorded (GET, DELETE), /_faults (GET, POST, DELETE)"}, 404
+                )
+        return self._shown_faults() if request.path == "/_faults" else Response(status=204)
+
+    def _shown(self) -> Response:
+        with self._news:
+            rows, dropped = list(self._rows), self.dropped
+        headers = {"T23-Dropped": str(dropped)}
+        return Response(f"[{','.join(rows)}]\n", headers=headers, mimetype="application/json")
+
+    def _shown_faults(self) -> Response:
+        fault = self.faults.fault
+        return _as_json([] if fault is None else [fault.shown()])
+
+    def _turn(self, request: Request) -> Response:
+        asked = request.get_json(silent=True) if request.is_json else request.form.to_dict()
+        try:
+            if not isinstance(asked, dict):
+                raise UsageError("A fault is a form, or one JSON object, with at least a kind.")
+            self.faults.turn(Fault.parse(asked))
+        except UsageError as error:
+            return _as_json({"error": str(error)}, 400)
+        return self._shown_faults()
+
+
+def _as_json(value: object, status: int = 200) -> Response:
+    return Response(json.dumps(value) + "\n", status, mimetype="application/json")
+
+
+def _line(call: Call, session: str, now: float) -> str:
+    clock = time.strftime("%H:%M:%S", time.localtime(now))
+    photo, size, skip = call.fields["photo_id"], int(call.fields["bytes_total"]), call.fields.get("skip", "0")
+    return f"{clock} video {photo}, session {_masked(session)}, {size:,} bytes, skip {skip}"
+
+
+def _masked(session: str) -> str:
+    shown = session[: min(4, len(session) // 2)]
+    return (shown if shown.isprintable() else "") + "…"
+
+
+class StandInServer:
+    """A `StandIn` on a socket, one thread per connection, as a context manager or by `start` and `stop`.
+
+    `port` 0 takes a free one, which a later `start` takes again. Other arguments are those of `StandIn`.
+    """
+
+    def __init__(
+        self, host: str = "127.0.0.1", port: int = 0, app: StandIn | None = None, **options: Any
+    ) -> None:
+        self.host, self.port = host, port
+        self.app = app if app is not None else StandIn(**options)
+        self._server: HTTPServer | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """The site's address, as `T23_API_URL` takes it."""
+        return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    def start(self) -> StandInServer:
+        """Accepts connections; UsageError if the address can't be had."""
+        try:
+            self._server = HTTPServer(self.host, self.port, self.app)
+        except (OSError, OverflowError) as error:
+            raise UsageError(_unavailable(self.host, self.port, error)) from error
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="standin")
+        self._thread.daemon = True
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ends all connections; later ones are refused until `start`. Reports and fault stay."""
+        if self._server is None or self._thread is None:
+            return
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+        for thread in self._server.hang_up():
+            while thread.is_alive():  # it may only now begin to wait
+                self.app.faults.let_go()
+                thread.join(0.1)
+        self._server = self._thread = None
+
+    def __enter__(self) -> StandInServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """As `StandIn.recorded`."""
+        return self.app.recorded()
+
+    def wait_for(self, count: int, timeout: float = 10.0) -> list[dict[str, Any]]:
+        """As `StandIn.wait_for`."""
+        return self.app.wait_for(count, timeout)
+
+    def clear(self) -> None:
+        """As `StandIn.clear`."""
+        self.app.clear()
+
+    def fault(self, kind: str, **options: object) -> None:
+        """Turns a fault on in the place of the one before; UsageError if there is no such fault or option."""
+        self.app.faults.turn(Fault.parse({"kind": kind, **options}))
+
+    def heal(self) -> None:
+        """Turns the fault off, and lets the requests go on that wait because of it."""
+        self.app.faults.turn(None)
+
+
+def _unavailable(host: str, port: int, error: OSError | OverflowError) -> str:
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"Port {port} of {host} is in use already; choose another with --port, or 0 for a free one."
+    reason = error.strerror if isinstance(error, OSError) else "ports end at 65535"
+    return f"The stand-in can't listen on port {port} of {host} ({reason}); choose another with --port."
+
+
+def serve(host: str, port: int, app: StandIn | None = None) -> StandInServer:
+    """A stand-in that answers there, on a free port if `port` is 0; UsageError if it can't."""
+    return StandInServer(host, port, app).start()
+
+
+def run_standin(host: str = "127.0.0.1", port: int = DEFAULT_PORT, **options: Any) -> int:
+    """The command: prints the address and each report until SIGINT or SIGTERM, then returns 0.
+
+    Blocks these two signals in the calling thread, which must be the main one, and waits for them. Options are
+    those of `StandIn`; UsageError if it can't listen there.
+    """
+    ends = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    try:
+        with StandInServer(host, port, say=say, **options) as server:
+            say(f"The stand-in answers at {server.url} (T23_API_URL={server.url}); each report follows here.")
+            signal.sigwait(ends)
+    finally:
+        while signal.sigpending() & ends:  # a second Ctrl-C says the same
+            signal.sigwait(ends)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return 0
+
+
+def say(line: str) -> None:
+    """Print *line*, whatever the terminal can show of it; ends the command where nobody reads it any more."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        # One write: print() makes two of a line and its end, and other threads come between.
+        sys.stdout.write(line.encode(encoding, "replace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except OSError:  # whoever read the lines is gone; what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,240 @@
+"""Faults that the stand-in shows on demand: what an API, or what stands before one, can do wrong.
+
+A `Fault` is what was asked for, `FaultSwitch` holds the one that is on, `disturb` does to an answer what the
+fault says. Kinds and the options that each takes are in `KINDS`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from werkzeug.wrappers import Response
+
+from t23_middleware.errors import UsageError
+from t23_middleware.ops.standin_answers import DENIED, Answer
+from t23_middleware.ops.standin_http import Hangup
+
+
+class Kind(NamedTuple):
+    """What a kind of fault does, whether its reports are recorded by default, and the options only it takes."""
+
+    does: str
+    record: bool
+    options: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+KINDS: Mapping[str, Kind] = {
+    "refuse": Kind("resets the connection as soon as the request was read", False),
+    "hang": Kind("waits until healed, then answers what was recorded and hangs up on the rest", False),
+    "status": Kind("answers with this HTTP status and a page", False, ("status", "retry_after", "location")),
+    "deny": Kind("answers permission_denied", False),
+    "error": Kind("answers with this error", False, ("code", "message")),
+    "html": Kind("answers with a page and HTTP 200", False),
+    "cut": Kind("hangs up in the middle of the answer", True),
+    "huge": Kind("answers with `size` bytes too many", True, ("size",)),
+    "slow": Kind("waits `seconds` before each byte of the answer", True, ("seconds",), 0.05),
+    "latency": Kind("waits `seconds` before the answer", True, ("seconds",), 1.0),
+    "cached": Kind("says that the answer is from the cache", False),
+}
+_COMMON = ("kind", "count", "record", "photo_id")
+_BODILESS = (204, 304)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault as it was asked for; `KINDS` says which options count for which kind.
+
+    `count`: only the next so many requests to the API, all if None. `record`: whether a report that meets the
+    fault is recorded all the same. `photo_id`: only the reports of this video. `size` is in bytes.
+    """
+
+    kind: str
+    record: bool
+    count: int | None = None
+    photo_id: str | None = None
+    status: int = 503
+    retry_after: str | None = None
+    location: str | None = None
+    code: str = "unknown_error"
+    message: str = "The stand-in was told to answer so"
+    size: int = 8 * 1024 * 1024
+    seconds: float = 1.0
+
+    @classmethod
+    def parse(cls, asked: Mapping[str, object]) -> Fault:
+        """The fault that the names and values of a form, or of a JSON object, ask for; else UsageError."""
+        name = str(asked.get("kind", ""))
+        if name not in KINDS:
+            raise UsageError(f"No fault of kind {name!r}; kinds are {', '.join(KINDS)}.")
+        kind = KINDS[name]
+        allowed = (*_COMMON, *kind.options)
+        unknown = [option for option in asked if option not in allowed]
+        if unknown:
+            raise UsageError(f"The fault {name} takes no {unknown[0]!r}, only {', '.join(allowed[1:])}.")
+        return replace(cls(name, kind.record, seconds=kind.seconds), **_values(asked))
+
+    def shown(self) -> dict[str, object]:
+        """The options that count for this kind, as `GET /_faults` shows them."""
+        names = (*_COMMON, *KINDS[self.kind].options)
+        return {name: value for name, value in asdict(self).items() if name in names and value is not None}
+
+
+def _values(asked: Mapping[str, object]) -> dict[str, Any]:
+    given = {name: value for name, value in asked.items() if name != "kind" and value is not None}
+    return {name: _value(name, value) for name, value in given.items()}
+
+
+def _value(name: str, value: object) -> object:
+    text = str(value).strip()
+    try:
+        match name:
+            case "record":
+                return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+            case "count" | "size" | "status":
+                return _within(int(text), *_LIMITS[name])
+            case "seconds":
+                return _within(float(text), *_LIMITS[name])
+        return _printable(text)
+    except (KeyError, ValueError):
+        raise UsageError(f"The fault's {name} can't be {text!r}; it is {_MEANING[name]}.") from None
+
+
+_LIMITS = {
+    "count": (1, 1_000_000_000),
+    "size": (1, 256 * 1024 * 1024),
+    "status": (200, 599),
+    "seconds": (0, 86_400),
+}
+_MEANING = {
+    "record": "true or false",
+    "count": "a number of requests from 1",
+    "size": "a number of bytes from 1 to 268435456",
+    "status": "an HTTP status from 200 to 599",
+    "seconds": "a number of seconds from 0 to 86400",
+    **dict.fromkeys(("photo_id", "retry_after", "location", "code", "message"), "printable ASCII"),
+}
+
+
+def _within(number: float, low: float, high: float) -> float:
+    if not low <= number <= high:
+        raise ValueError
+    return number
+
+
+def _printable(text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError
+    return text
+
+
+class FaultSwitch:
+    """The fault that is on, if any; safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fault: Fault | None = None
+        self._released = threading.Event()
+
+    @property
+    def fault(self) -> Fault | None:
+        """The fault that is on, with the count that it has left."""
+        return self._fault
+
+    def turn(self, fault: Fault | None) -> None:
+        """Puts this fault in the place of the one before, whose waiting requests go on; None heals."""
+        with self._lock:
+            self._fault = fault
+            self._release()
+
+    def let_go(self) -> None:
+        """Lets the requests go on that wait now, and leaves the fault on."""
+        with self._lock:
+            self._release()
+
+    def take(self, photo_id: str) -> tuple[Fault, threading.Event] | None:
+        """The fault that a request for this video meets now, and the event that ends its wait."""
+        with self._lock:
+            fault = self._fault
+            if fault is None or fault.photo_id not in (None, photo_id):
+                return None
+            if fault.count is not None:
+                self._fault = replace(fault, count=fault.count - 1) if fault.count > 1 else None
+            return fault, self._released
+
+    def _release(self) -> None:
+        self._released.set()
+        self._released = threading.Event()
+
+
+def falsified(answer: Answer, fault: Fault, now: float) -> Answer:
+    """What the API itself says in this answer's place while it has the fault."""
+    match fault.kind:
+        case "deny":
+            return DENIED
+        case "error":
+            return Answer(fault.message, fault.code)
+        case "cached":
+            return replace(answer, cached_at=int(now))
+        case "huge":
+            return replace(answer, message=answer.message + "." * fault.size)
+    return answer
+
+
+def disturb(response: Response, fault: Fault, released: threading.Event) -> Response:
+    """What becomes of this answer on its way to the client; `Hangup` where nothing does."""
+    match fault.kind:
+        case "refuse":
+            raise Hangup(reset=True)
+        case "hang":
+            released.wait()
+            if not fault.record:
+                raise Hangup
+        case "latency":
+            released.wait(fault.seconds)
+        case "slow":
+            return _streamed(response, _slowly(response.get_data(), fault.seconds, released))
+        case "cut":
+            return _streamed(response, _half(response.get_data()))
+        case "html":
+            return page(200, "Welcome")
+        case "status":
+            return _front_end(fault)
+    return response
+
+
+def page(status: int, text: str) -> Response:
+    """A page for people, such as a front end answers with in the API's place."""
+    html = f"<!doctype html>\n<html><head><title>{text}</title></head><body><h1>{text}</h1></body></html>\n"
+    return Response(html, status, mimetype="text/html")
+
+
+def _front_end(fault: Fault) -> Response:
+    response = page(fault.status, f"{fault.status} by the stand-in's front end")
+    if fault.status in _BODILESS:
+        response = Response(status=fault.status)
+    if fault.retry_after is not None:
+        response.headers["Retry-After"] = fault.retry_after
+    if fault.location is not None:
+        response.headers["Location"] = fault.location
+    return response
+
+
+def _streamed(response: Response, body: Iterator[bytes]) -> Response:
+    headers = response.headers.copy()
+    headers["Content-Length"] = str(len(response.get_data()))
+    return Response(body, response.status, headers)
+
+
+def _slowly(body: bytes, seconds: float, released: threading.Event) -> Iterator[bytes]:
+    for position in range(len(body)):
+        released.wait(seconds)
+        yield body[position : position + 1]
+
+
+def _half(body: bytes) -> Iterator[bytes]:
+    yield body[: len(body) // 2]
+    raise Hangup
