@@ -252,6 +252,16 @@ class Settings:
     player_type: str | None = _setting(
         None, _player_type, "`user_player_type` where the request does not say"
     )
+    count: str = _setting(
+        "exact",
+        _choice("exact", "declared"),
+        "`exact`, or `declared`: where exactness would cost sendfile, report Content-Length instead and say so",
+    )
+    fast_files: bool = _setting(
+        True,
+        _switch,
+        "let a counted file answer leave by the fastest way the server has; `0`: just as the app sends it",
+    )
     state_dir: str | None = _setting(
         None,
         _absolute,

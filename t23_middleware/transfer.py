@@ -69,6 +69,8 @@ class Transfer(NamedTuple):
     ended_ms: int
     #: Body bytes that the next hop's kernel accepted.
     sent: int
+    #: 1 where *sent* is what the app declared (``T23_COUNT=declared``), 0 where it was counted.
+    declared: int = 0
 
 
 class Writer(NamedTuple):
@@ -165,7 +167,7 @@ def _transfer(fields: list[Any]) -> Transfer:
     return transfer
 
 
-_read_transfer = _plain(Transfer, Opening, int, int, int)
+_read_transfer = _plain(Transfer, Opening, int, int, int, int)
 
 
 def _counts(fields: list[Any]) -> Counts:

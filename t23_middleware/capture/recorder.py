@@ -51,19 +51,19 @@ class _Process:
 class Recording:
     """A response that is being counted; its end is written once, whoever ends it how often."""
 
-    __slots__ = ("_opening", "_process")
+    __slots__ = ("_process", "opening")
 
     def __init__(self, process: _Process, opening: Opening) -> None:
         self._process: _Process | None = process
-        self._opening = opening
+        self.opening = opening
 
-    def end(self, counted: int) -> None:
-        """Write the close line: *counted* body bytes went out. Only the first call does."""
+    def end(self, counted: int, declared: bool) -> None:
+        """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""
         process, self._process = self._process, None
         if process is None:
             return
-        length = self._opening.length
+        length = self.opening.length
         sent = counted if length is None else min(counted, length)
-        line = Transfer(self._opening, time.monotonic_ns(), time.time_ns() // 1_000_000, sent)
+        line = Transfer(self.opening, time.monotonic_ns(), time.time_ns() // 1_000_000, sent, int(declared))
         if process.journal.write(line):
             process.launcher.written()

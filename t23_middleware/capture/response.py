@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from ..settings import Settings
-from .body import CountedIterable, CountedLater, CountedSequence, LentWrapper
+from ..transfer import Opening
+from .body import CountedIterable, CountedLater, CountedSequence
+from .files import FileWay, LentWrapper
 from .identity import Identifier, NotCounted
 from .ranges import part_of
 from .recorder import Recorder, Recording
@@ -32,6 +34,7 @@ class Capture:
     def __init__(self, settings: Settings, version: str) -> None:
         self.identifier = Identifier(settings)
         self.recorder = Recorder(settings, version)
+        self.file_way = FileWay(fast=settings.fast_files, declared=settings.count == "declared")
         self._wanted = tuple(kind.removesuffix("*") for kind in settings.media_types)
         self._verdicts: dict[str, bool] = {}
 
@@ -96,14 +99,18 @@ class Response:
     def lend_wrapper(self) -> None:
         """Exchange the server's file wrapper for one that remembers what it wrapped, if the request may name a play."""
         original = self._environ.get(FILE_WRAPPER)
-        if original is not None and self._may_name():
-            self._lent = LentWrapper(original)
-            self._environ[FILE_WRAPPER] = self._lent
+        way = self._capture.file_way
+        if (original is not None or way.fast) and self._may_name():
+            self._lent = self._environ[FILE_WRAPPER] = LentWrapper(original, way)
 
     def take_wrapper_back(self) -> None:
         """Put the server's own wrapper back: gunicorn compares bodies with it after the app returned (sync.py)."""
         there: object = self._environ.get(FILE_WRAPPER)
-        if self._lent is not None and there is self._lent:
+        if self._lent is None or there is not self._lent:
+            return
+        if self._lent.original is None:
+            del self._environ[FILE_WRAPPER]
+        else:
             self._environ[FILE_WRAPPER] = self._lent.original
 
     def start(
@@ -132,18 +139,21 @@ class Response:
         if self._status is None:
             # The app may call start_response as late as its first chunk (PEP 3333, "The start_response() Callable").
             return CountedLater(body, self, self._begin) if self._may_name() else body
-        if not self._media or not self._begin():
+        if not self._media or not self._begin() or self._recording is None:
             return body
-        if self._lent is not None and self._lent.arm(body, self):
-            return body
+        if self._lent is not None:
+            opening = self._recording.opening
+            body = _by_the_servers_way(self._lent, body, opening)
+            if self._lent.arm(body, self, opening.length):
+                return body
         return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, self)
 
-    def end(self, counted: int) -> None:
+    def end(self, counted: int, *, declared: bool = False) -> None:
         """The body is over, and *counted* bytes of it went out beside what ``write()`` sent."""
         if self._recording is None:
             return
         try:
-            self._recording.end(0 if self._void else self._written + counted)
+            self._recording.end(0 if self._void else self._written + counted, declared)
         except Exception:
             log.exception("a response could not be recorded; the app's answer is not touched")
 
@@ -197,6 +207,16 @@ class Response:
 
     def _header(self, wanted: str) -> str | None:
         return next((value for name, value in self._headers if name.lower() == wanted), None)
+
+
+def _by_the_servers_way(lent: LentWrapper, body: Iterable[bytes], opening: Opening) -> Iterable[bytes]:
+    if opening.status != 206 or opening.length is None or opening.part.size != opening.length:
+        return body
+    try:
+        shortened: Iterable[bytes] = lent.shorten(body, opening.part.first, opening.length)
+    except (OSError, ValueError, AttributeError):  # a file that is closed, or no file after all
+        return body
+    return shortened
 
 
 def _whole_number(text: str | None) -> int | None:

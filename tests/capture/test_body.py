@@ -19,8 +19,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from waitress.buffers import ReadOnlyFileBasedBuffer
 
-from t23_middleware.capture import body as bodies
-from t23_middleware.capture.body import Blocks, CountedIterable, LentWrapper, Witness, witness_of
+from t23_middleware.capture import files
+from t23_middleware.capture.body import CountedIterable
+from t23_middleware.capture.files import Blocks, FileWay, LentWrapper, Witness, witness_of
 
 from .servers import OldFileWrapper, as_gunicorn, as_waitress, ask, media, request
 
@@ -444,7 +445,7 @@ def test_a_server_with_a_wrapper_in_c_gets_blocks_that_are_counted(
 
 def test_wrapped_bodies_pass_for_instances_of_the_wrapper_while_the_app_runs(film: Path) -> None:
     for original in (FileWrapper, io.FileIO):
-        lent: Any = LentWrapper(original)
+        lent: Any = LentWrapper(original, FileWay())
         with film.open("rb") as file:
             assert isinstance(lent(file), lent)
             assert not isinstance([], lent)
@@ -493,10 +494,10 @@ def in_uwsgi(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setitem(
             sys.modules, "uwsgi", SimpleNamespace(opt={k.replace("_", "-"): v for k, v in options.items()})
         )
-        bodies._uwsgi_accounts.cache_clear()
+        files._uwsgi_accounts.cache_clear()
 
     yield running
-    bodies._uwsgi_accounts.cache_clear()
+    files._uwsgi_accounts.cache_clear()
 
 
 def uwsgi_wrapper(file: Any, size: int = 0) -> Any:
@@ -543,7 +544,7 @@ def test_uwsgi_whose_account_can_not_be_read_gets_blocks(
         raise PermissionError
 
     in_uwsgi()
-    monkeypatch.setattr(bodies, "_thread_io", refused)
+    monkeypatch.setattr(files, "_thread_io", refused)
     assert witness_of(uwsgi_wrapper) is Witness.BLOCKS
 
 
@@ -555,7 +556,7 @@ def test_an_account_that_fails_in_mid_life_leaves_the_iterator_to_count(
 
     in_uwsgi()
     assert witness_of(uwsgi_wrapper) is (Witness.ACCOUNT if sys.platform == "linux" else Witness.BLOCKS)
-    monkeypatch.setattr(bodies, "_thread_io", refused)
+    monkeypatch.setattr(files, "_thread_io", refused)
     answer = ask(wrap(wrapped_file(film)), request(**{"wsgi.file_wrapper": uwsgi_wrapper}))
     assert answer.body == FILM
     assert journals.sent() == [len(FILM)]
