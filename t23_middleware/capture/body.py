@@ -12,7 +12,7 @@ from typing import Protocol
 class Ending(Protocol):
     """What a counted body tells when it is over."""
 
-    def end(self, counted: int, *, declared: bool = False) -> None: ...
+    def end(self, counted: int, *, declared: int = 0) -> None: ...
 
 
 class CountedIterable:
@@ -24,13 +24,16 @@ class CountedIterable:
 
     def __init__(self, body: Iterable[bytes], ending: Ending) -> None:
         self._body = body
-        self._taken = 0
+        self._counts: list[Callable[[], int]] = []
         self._ending: Ending | None = ending
 
     def __iter__(self) -> Iterator[bytes]:
+        # A variable that close() sees through a closure costs less per chunk than an attribute.
+        taken = 0
+        self._counts.append(lambda: taken)
         for chunk in self._body:
             yield chunk
-            self._taken += len(chunk)
+            taken += len(chunk)
 
     def close(self) -> None:
         """End the count, and close the app's body as the server would have."""
@@ -42,7 +45,7 @@ class CountedIterable:
             if close is not None:
                 close()
         finally:
-            ending.end(self._taken)
+            ending.end(sum(count() for count in self._counts))
 
 
 class CountedSequence(CountedIterable):

@@ -112,7 +112,7 @@ class PositionedFile:
                 close()
         finally:
             if ending is not None:
-                ending.end(sent, declared=self._declared is not None)
+                ending.end(sent, declared=int(self._declared is not None))
 
     def _sent(self) -> int:
         if self._declared is not None:
@@ -223,12 +223,12 @@ class LentWrapper:
     def __init__(self, original: Any, way: FileWay) -> None:
         self.original = original
         self._way = way
-        self._witness = Witness.BLOCKS if original is None else witness_of(original)
-        if self._witness is Witness.BLOCKS and original is not None and way.declared:
-            self._witness = Witness.LENGTH
+        self._witness = Witness.BLOCKS
         self._made: list[tuple[Any, PositionedFile]] = []
 
     def __call__(self, file: Any, *block_size: int, **named: int) -> Any:
+        if self.original is not None:
+            self._witness = witness_of(self.original, self._way)
         if self._witness is Witness.BLOCKS:
             # What stands in for werkzeug's own wrapper seeks as that does.
             may_seek = self.original is None or _stands_at_0(file)
@@ -306,13 +306,16 @@ def _unread_range(body: Any, start: int, length: int) -> Any:
     return getattr(body, "iterable", None) if state == [start, length, 0, False] else None
 
 
-def witness_of(wrapper: Any) -> Witness:
+def witness_of(wrapper: Any, way: FileWay) -> Witness:
     """What tells how much *wrapper* sent."""
     if isinstance(wrapper, type):
         # gunicorn's wrapper has no __next__ before version 24, only the __getitem__ of old sequences.
         reads = getattr(wrapper, "__next__", None) or getattr(wrapper, "__getitem__", None)
-        return Witness.POSITION if isinstance(reads, FunctionType) else Witness.BLOCKS
-    return Witness.ACCOUNT if _uwsgi_accounts() else Witness.BLOCKS
+        if isinstance(reads, FunctionType):
+            return Witness.POSITION
+    elif _uwsgi_accounts():
+        return Witness.ACCOUNT
+    return Witness.LENGTH if way.declared else Witness.BLOCKS
 
 
 @cache

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..errors import StateError
 from ..state import StateFolder, hold_lock
-from ..transfer import FORMAT, Counts, Line, Writer, encode
+from ..transfer import FORMAT, Counts, Writer, encode
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,14 @@ class JournalWriter:
         with self._counting:
             self._counts[name] += 1
 
-    def write(self, line: Line) -> bool:
-        """Append *line*; whether the disk has it. A response that a forked child ends is still its parent's."""
+    def write(self, line: bytes) -> bool:
+        """Append the encoded *line*; whether the disk has it.
+
+        A response that a forked child ends is still its parent's, and is not written here.
+        """
         if os.getpid() != self._pid:
             return False
-        written = self._append(encode(line))
+        written = self._append(line)
         if written and self._counts:
             self._write_counts()
         return written

@@ -8,7 +8,7 @@ from itertools import count
 
 from ..settings import Settings
 from ..state import StateFolder
-from ..transfer import Opening, Part, Play, Transfer
+from ..transfer import Opening, Part, Play, close_line, open_line, opening_text
 from .journal import JournalWriter
 from .launch import RelayLauncher
 
@@ -44,26 +44,28 @@ class _Process:
         opening = Opening(
             next(self._numbers), time.monotonic_ns(), time.time_ns() // 1_000_000, play, part, status, length
         )
-        self.journal.write(opening)
-        return Recording(self, opening)
+        text = opening_text(opening)
+        self.journal.write(open_line(text))
+        return Recording(self, opening, text)
 
 
 class Recording:
     """A response that is being counted; its end is written once, whoever ends it how often."""
 
-    __slots__ = ("_process", "opening")
+    __slots__ = ("_process", "_text", "opening")
 
-    def __init__(self, process: _Process, opening: Opening) -> None:
+    def __init__(self, process: _Process, opening: Opening, text: str) -> None:
         self._process: _Process | None = process
+        self._text = text
         self.opening = opening
 
-    def end(self, counted: int, declared: bool) -> None:
+    def end(self, counted: int, declared: int) -> None:
         """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""
         process, self._process = self._process, None
         if process is None:
             return
         length = self.opening.length
         sent = counted if length is None else min(counted, length)
-        line = Transfer(self.opening, time.monotonic_ns(), time.time_ns() // 1_000_000, sent, int(declared))
-        if process.journal.write(line):
+        now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
+        if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared)):
             process.launcher.written()

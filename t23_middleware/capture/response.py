@@ -100,7 +100,7 @@ class Response:
         """Exchange the server's file wrapper for one that remembers what it wrapped, if the request may name a play."""
         original = self._environ.get(FILE_WRAPPER)
         way = self._capture.file_way
-        if (original is not None or way.fast) and self._may_name():
+        if (original is not None or way.fast) and self._missing() is None:
             self._lent = self._environ[FILE_WRAPPER] = LentWrapper(original, way)
 
     def take_wrapper_back(self) -> None:
@@ -138,7 +138,7 @@ class Response:
         """The body for the server: counted where this is a play, else the very object that the app returned."""
         if self._status is None:
             # The app may call start_response as late as its first chunk (PEP 3333, "The start_response() Callable").
-            return CountedLater(body, self, self._begin) if self._may_name() else body
+            return CountedLater(body, self, self._begin) if self._missing() is None else body
         if not self._media or not self._begin() or self._recording is None:
             return body
         if self._lent is not None:
@@ -148,7 +148,7 @@ class Response:
                 return body
         return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, self)
 
-    def end(self, counted: int, *, declared: bool = False) -> None:
+    def end(self, counted: int, *, declared: int = 0) -> None:
         """The body is over, and *counted* bytes of it went out beside what ``write()`` sent."""
         if self._recording is None:
             return
@@ -176,11 +176,15 @@ class Response:
                 log.exception("a response could not be recorded; the app's answer is not touched")
         return self._recording is not None
 
-    def _may_name(self) -> bool:
-        return self._capture.identifier.may_name(self._environ, self._path)
+    def _missing(self) -> str | None:
+        return self._capture.identifier.missing(self._environ, self._path)
 
     def _record(self, said: str) -> Recording | None:
         if not self._media or self._environ.get("t23.ignore"):
+            return None
+        missing = self._missing()
+        if missing is not None:
+            self._capture.count(missing)
             return None
         try:
             play = self._capture.identifier.identify(self._environ, self._path)
@@ -206,7 +210,10 @@ class Response:
         )
 
     def _header(self, wanted: str) -> str | None:
-        return next((value for name, value in self._headers if name.lower() == wanted), None)
+        for name, value in self._headers:
+            if name.lower() == wanted:
+                return value
+        return None
 
 
 def _by_the_servers_way(lent: LentWrapper, body: Iterable[bytes], opening: Opening) -> Iterable[bytes]:

@@ -453,9 +453,9 @@ def test_wrapped_bodies_pass_for_instances_of_the_wrapper_while_the_app_runs(fil
 
 def test_the_witness_of_each_kind_of_wrapper() -> None:
     for known in (FileWrapper, OldFileWrapper, ReadOnlyFileBasedBuffer, WsgirefWrapper):
-        assert witness_of(known) is Witness.POSITION
-    assert witness_of(io.FileIO) is Witness.BLOCKS
-    assert witness_of(lambda file, size=8192: file) is Witness.BLOCKS
+        assert witness_of(known, FileWay()) is Witness.POSITION
+    assert witness_of(io.FileIO, FileWay()) is Witness.BLOCKS
+    assert witness_of(lambda file, size=8192: file, FileWay()) is Witness.BLOCKS
 
 
 def test_wrappers_that_are_made_anew_for_each_request_are_not_remembered(wrap: Any, film: Path) -> None:
@@ -534,7 +534,7 @@ def test_uwsgi_closing_in_another_thread_counts_nothing_rather_than_anything(
 @pytest.mark.parametrize("option", ["offload_threads", "gevent", "async", "asyncio", "ugreen"])
 def test_uwsgi_that_sends_elsewhere_gets_blocks(in_uwsgi: Any, option: str) -> None:
     in_uwsgi(**{option: b"1"})
-    assert witness_of(uwsgi_wrapper) is Witness.BLOCKS
+    assert witness_of(uwsgi_wrapper, FileWay()) is Witness.BLOCKS
 
 
 def test_uwsgi_whose_account_can_not_be_read_gets_blocks(
@@ -545,7 +545,7 @@ def test_uwsgi_whose_account_can_not_be_read_gets_blocks(
 
     in_uwsgi()
     monkeypatch.setattr(files, "_thread_io", refused)
-    assert witness_of(uwsgi_wrapper) is Witness.BLOCKS
+    assert witness_of(uwsgi_wrapper, FileWay()) is Witness.BLOCKS
 
 
 def test_an_account_that_fails_in_mid_life_leaves_the_iterator_to_count(
@@ -555,7 +555,7 @@ def test_an_account_that_fails_in_mid_life_leaves_the_iterator_to_count(
         raise OSError(24, "Too many open files")
 
     in_uwsgi()
-    assert witness_of(uwsgi_wrapper) is (Witness.ACCOUNT if sys.platform == "linux" else Witness.BLOCKS)
+    assert witness_of(uwsgi_wrapper, FileWay()) is (Witness.ACCOUNT if sys.platform == "linux" else Witness.BLOCKS)
     monkeypatch.setattr(files, "_thread_io", refused)
     answer = ask(wrap(wrapped_file(film)), request(**{"wsgi.file_wrapper": uwsgi_wrapper}))
     assert answer.body == FILM

@@ -31,7 +31,7 @@ def play(query: str = "", cookie: str = "", path: str = "/film.mp4", /, **argume
     more = arguments.pop("environ", {})
     environ = request(path, query, HTTP_COOKIE=cookie, **more)
     reader = identifier(**arguments)
-    assert reader.may_name(environ, path), "what names a play must pass the first look"
+    assert reader.missing(environ, path) is None, "what names a play must pass the first look"
     return reader.identify(environ, path)
 
 
@@ -191,7 +191,7 @@ def test_whatever_query_and_cookie_hold_it_is_a_play_or_not_counted(query: str, 
     reader = identifier(session_secret="", photo_pattern="twentythree")
     for asked in (query, f"session_id={query}&photo_id={cookie}"):
         environ = request(query=asked, HTTP_COOKIE=f"session_id={cookie}; {cookie}")
-        reader.may_name(environ, "/")
+        reader.missing(environ, "/")
         try:
             found = reader.identify(environ, "/")
         except NotCounted:
