@@ -667,6 +667,9 @@ def _through_relay(
         reports += feed(playback, sorted(arrived, key=lambda fact: fact.at_ns))
         reports += playback.advance(now - hold_back, 0)
     assert waiting == []
+    assert (
+        per == "stream" or playback.counts["late"] == 0
+    )  # per stream it also counts bytes that ride on nothing
     return reports
 
 

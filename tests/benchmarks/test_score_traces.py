@@ -1,0 +1,117 @@
+"""The score of the relay's machine over traces, run as a developer runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "score_traces.py"
+TOTAL = 33_000_000
+
+
+def request(t: float, t_close: float, first: int, sent: int, **other: Any) -> dict[str, Any]:
+    """A request of a trace, answered with a 206 from *first* to the end of the file."""
+    length = TOTAL - first
+    return {
+        "t": t,
+        "t_close": t_close,
+        "method": "GET",
+        "range": f"bytes={first}-",
+        "status": 206,
+        "content_range": f"bytes {first}-{TOTAL - 1}/{TOTAL}",
+        "length": length,
+        "sent": sent,
+        "aborted": sent < length,
+        **other,
+    }
+
+
+def trace(player: str, scenario: str, viewings: int, scrubs: int, *requests: dict[str, Any]) -> str:
+    """One line of a file of traces."""
+    truth = {"viewings": viewings, "scrubs": scrubs}
+    return json.dumps({"player": player, "scenario": scenario, "truth": truth, "requests": requests})
+
+
+PLAY, SCRUB = request(0, 5, 0, 3_000_000), request(5.01, 9, 20_000_000, 2_000_000)
+TRACES = [
+    trace("mpv", "seek1", 1, 1, PLAY, SCRUB),
+    trace("mpv", "plain", 1, 0, PLAY, SCRUB),
+    trace("curl", "head", 0, 0, request(0, 0.1, 0, 0, method="HEAD", status=200, content_range=None)),
+    trace("vlc", "seek3", 2, 3, PLAY, SCRUB, request(10, 10.1, TOTAL, 0, status=416, content_range=None)),
+]
+
+
+def score(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> str:
+    path = tmp_path / "traces.jsonl"
+    path.write_text("\n".join(TRACES) + "\n\n")
+    return str(path)
+
+
+def test_over_and_under_are_sums_over_traces(traces: str) -> None:
+    answer = score(traces, "--per", "stream", "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.count("\n") == 1
+    scores = json.loads(answer.stdout)
+    assert set(scores) == {"all", "players"}
+    assert scores["all"] == {
+        "traces": 4,
+        "plays_right": 3,
+        "both_right": 2,
+        "plays_over": 0,
+        "plays_under": 1,
+        "false_scrubs": 1,
+        "missed_scrubs": 2,
+        "plays_told": 3,
+        "scrubs_told": 3,
+        "reports": 6,
+        "bytes_unreported": 0,
+    }
+    assert set(scores["players"]) == {"mpv", "curl", "vlc"}
+    assert scores["players"]["mpv"]["traces"] == 2
+
+
+def test_both_modes_and_both_groupings_print_a_line_per_name_and_the_sum(traces: str) -> None:
+    for per in ("stream", "response"):
+        for by, names in (
+            ("player", ["curl", "mpv", "vlc"]),
+            ("scenario", ["head", "plain", "seek1", "seek3"]),
+        ):
+            answer = score(traces, traces, "--per", per, "--by", by)
+            lines = answer.stdout.splitlines()
+            assert [line.split()[0] for line in lines] == [by, *names, "all"]
+            assert lines[-1].split()[1] == "8"
+
+
+def test_bytes_that_make_no_report_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "preload.jsonl"
+    path.write_text(trace("firefox", "meta_only", 0, 0, request(0, 0.1, 0, 74_000)))
+    assert (
+        json.loads(score(str(path), "--per", "stream", "--json").stdout)["all"]["bytes_unreported"] == 74_000
+    )
+    assert json.loads(score(str(path), "--json").stdout)["all"]["plays_over"] == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"player": "mpv"}', '{"player": 1, "scenario": "x"}'])
+def test_a_file_that_holds_no_traces_is_refused_in_one_sentence(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "no_traces.jsonl"
+    path.write_text(content)
+    answer = score(str(path))
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr.startswith("score_traces: ") and answer.stderr.count("\n") == 1
+
+
+def test_a_file_that_is_not_there_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    answer = score(str(tmp_path / "nowhere.jsonl"))
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("score_traces: ") and answer.stderr.count("\n") == 1
