@@ -73,6 +73,12 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _bytes(text: str) -> int:
+    if not text.strip().isascii() or not text.strip().isdigit():
+        raise ValueError(f"{text!r} is not a number of bytes; write for example 524288")
+    return int(text)
+
+
 def _choice(*words: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         word = text.strip().lower()
@@ -251,6 +257,26 @@ class Settings:
     )
     player_type: str | None = _setting(
         None, _player_type, "`user_player_type` where the request does not say"
+    )
+    report_per: str = _setting(
+        "response",
+        _choice("response", "stream"),
+        "`response`: each counted response is a report as it closes; `stream`: one report per viewing and one per"
+        " scrub, with the bytes of all their responses",
+        relay=True,
+    )
+    stream_idle: float = _setting(
+        30.0,
+        _seconds,
+        "`stream`: seconds with no request and no open response after which a stream counts as concluded",
+        relay=True,
+    )
+    min_bytes: int | None = _setting(
+        None,
+        _bytes,
+        "`stream`: a viewing that never handed over so much makes no report (`below_minimum`). Default: the smaller"
+        " of 512 KiB and an eighth of the file",
+        relay=True,
     )
     count: str = _setting(
         "exact",
