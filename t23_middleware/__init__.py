@@ -7,10 +7,10 @@
     app.wsgi_app = T23Middleware(app.wsgi_app)
 """
 
-try:
-    import fcntl as _fcntl  # noqa: F401
-except ImportError as error:
-    raise ImportError("t23_middleware runs on Linux and macOS; Windows has no fcntl") from error
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("t23_middleware runs on Linux and macOS; Windows has no record locks (fcntl)")
 
 from .capture.identity import sign_session
 from .errors import ConfigurationError, StateError, T23Error, UsageError

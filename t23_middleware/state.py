@@ -50,19 +50,21 @@ class StateFolder:
         Raises :class:`~t23_middleware.errors.StateError` where it can't be made, is another user's, or a link.
         """
         try:
+            _make_folders(self.path)
+            self._refuse_what_is_anothers()
             _make_folders(self.journals)
-            found = self.path.lstat()
-            theirs = (
-                not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or _lies_in_theirs(self.path)
-            )
         except OSError as error:
             raise StateError(self._remedy(error.strerror or str(error))) from error
-        if theirs:
+        if not os.access(self.journals, os.W_OK | os.X_OK):
+            raise StateError(self._remedy("it can't be written"))
+
+    def _refuse_what_is_anothers(self) -> None:
+        """Before anything is made in it: what root left in a user's folder would lock that user out."""
+        found = self.path.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or _lies_in_theirs(self.path):
             raise StateError(self._remedy("it is a link or another user's, or lies in such a folder"))
         if found.st_mode & 0o077:
             self.path.chmod(0o700)
-        if not os.access(self.journals, os.W_OK | os.X_OK):
-            raise StateError(self._remedy("it can't be written"))
 
     def relay_holder(self) -> Holder | None:
         """What the relay that holds the lock, or the last that did, says of itself."""
