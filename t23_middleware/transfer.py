@@ -73,6 +73,17 @@ class Transfer(NamedTuple):
     declared: int = 0
 
 
+class Progress(NamedTuple):
+    """How far a response is: what is known of it if its writer dies."""
+
+    #: Its number among the responses of its writer.
+    number: int
+    at_ns: int
+    at_ms: int
+    #: Body bytes so far.
+    sent: int
+
+
 class Writer(NamedTuple):
     """First line of each journal: who writes it, and which relay it wants."""
 
@@ -94,7 +105,7 @@ class Counts(NamedTuple):
     counts: dict[str, int]
 
 
-Line: TypeAlias = Writer | Opening | Transfer | Counts
+Line: TypeAlias = Writer | Opening | Progress | Transfer | Counts
 
 
 class NotALine(ValueError):
@@ -116,6 +127,11 @@ def encode(line: Line) -> bytes:
     if isinstance(line, Transfer):
         return close_line(opening_text(line.opening), line.ended_ns, line.ended_ms, line.sent, line.declared)
     return _framed(_dump((_WORDS[type(line)], *line)))
+
+
+def progress_line(number: int, at_ns: int, at_ms: int, sent: int) -> bytes:
+    """The line of a :class:`Progress`, which a long body writes again and again."""
+    return _framed(f'["progress",{number},{at_ns},{at_ms},{sent}]')
 
 
 def opening_text(opening: Opening) -> str:
@@ -213,7 +229,8 @@ def _counts(fields: list[Any]) -> Counts:
 _READERS: dict[str, Callable[[list[Any]], Line]] = {
     "writer": _plain(Writer, str, int, str, str, int, str),
     "open": _opening,
+    "progress": _plain(Progress, int, int, int, int),
     "close": _transfer,
     "counts": _counts,
 }
-_WORDS: dict[type, str] = {Writer: "writer", Counts: "counts"}
+_WORDS: dict[type, str] = {Writer: "writer", Progress: "progress", Counts: "counts"}

@@ -8,9 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
+#: Bytes of an iterated body after which its progress is written down, for the case that the worker is killed.
+PROGRESS_EVERY = 8 << 20
+
 
 class Ending(Protocol):
-    """What a counted body tells when it is over."""
+    """What a counted body tells of itself."""
+
+    def progress(self, counted: int) -> None: ...
 
     def end(self, counted: int, *, declared: int = 0) -> None: ...
 
@@ -29,11 +34,21 @@ class CountedIterable:
 
     def __iter__(self) -> Iterator[bytes]:
         # A variable that close() sees through a closure costs less per chunk than an attribute.
-        taken = 0
+        taken, told = 0, PROGRESS_EVERY
         self._counts.append(lambda: taken)
         for chunk in self._body:
             yield chunk
             taken += len(chunk)
+            if taken >= told:
+                told = taken + PROGRESS_EVERY
+                self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if self._ending is not None:
+            self._ending.progress(self._taken())
+
+    def _taken(self) -> int:
+        return sum(count() for count in self._counts)
 
     def close(self) -> None:
         """End the count, and close the app's body as the server would have."""
@@ -45,7 +60,7 @@ class CountedIterable:
             if close is not None:
                 close()
         finally:
-            ending.end(sum(count() for count in self._counts))
+            ending.end(self._taken())
 
 
 class CountedSequence(CountedIterable):

@@ -8,7 +8,7 @@ from itertools import count
 
 from ..settings import Settings
 from ..state import StateFolder
-from ..transfer import Opening, Part, Play, close_line, open_line, opening_text
+from ..transfer import Opening, Part, Play, close_line, open_line, opening_text, progress_line
 from .journal import JournalWriter
 from .launch import RelayLauncher
 
@@ -58,6 +58,12 @@ class Recording:
         self._process: _Process | None = process
         self._text = text
         self.opening = opening
+
+    def progress(self, counted: int) -> None:
+        """Write down that *counted* body bytes went out so far."""
+        if self._process is not None:
+            now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
+            self._process.journal.write(progress_line(self.opening.number, now_ns, now_ms, counted))
 
     def end(self, counted: int, declared: int) -> None:
         """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..settings import Settings
 from ..transfer import Opening
-from .body import CountedIterable, CountedLater, CountedSequence
+from .body import PROGRESS_EVERY, CountedIterable, CountedLater, CountedSequence
 from .files import FileWay, LentWrapper
 from .identity import Identifier, NotCounted
 from .ranges import part_of
@@ -148,6 +148,14 @@ class Response:
                 return body
         return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, self)
 
+    def progress(self, counted: int) -> None:
+        """So far *counted* bytes of the body went out beside what ``write()`` sent."""
+        if self._recording is not None and not self._void:
+            try:
+                self._recording.progress(self._written + counted)
+            except Exception:
+                log.exception("a response could not be recorded; the app's answer is not touched")
+
     def end(self, counted: int, *, declared: int = 0) -> None:
         """The body is over, and *counted* bytes of it went out beside what ``write()`` sent."""
         if self._recording is None:
@@ -161,7 +169,9 @@ class Response:
         def counted_write(data: bytes) -> object:
             self._begin()
             answer = write(data)
-            self._written += len(data)
+            before, self._written = self._written, self._written + len(data)
+            if before // PROGRESS_EVERY != self._written // PROGRESS_EVERY:
+                self.progress(0)
             return answer
 
         return counted_write
