@@ -155,7 +155,7 @@ def test_an_outage_loses_nothing_and_doubles_nothing(api, tmp_path):
 
 def test_what_waited_is_delivered_by_the_next_process_at_its_first_request_of_any_kind(api, tmp_path):
     with running(COMMANDS["gunicorn gthread"], tmp_path / "state", api.url, T23_RELAY="off") as server:
-        server.get(play("before"))
+        get_until_the_server_hangs_up(server.port, play("before"))
         server.signal_group(signal.SIGKILL)
         server.process.wait()
     with running(COMMANDS["gunicorn gthread"], tmp_path / "state", api.url) as server:
