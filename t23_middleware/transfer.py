@@ -76,8 +76,7 @@ class Transfer(NamedTuple):
 class Progress(NamedTuple):
     """How far a response is: what is known of it if its writer dies."""
 
-    #: Its number among the responses of its writer.
-    number: int
+    opening: Opening
     at_ns: int
     at_ms: int
     #: Body bytes so far.
@@ -126,12 +125,14 @@ def encode(line: Line) -> bytes:
         return open_line(opening_text(line))
     if isinstance(line, Transfer):
         return close_line(opening_text(line.opening), line.ended_ns, line.ended_ms, line.sent, line.declared)
+    if isinstance(line, Progress):
+        return progress_line(opening_text(line.opening), *line[1:])
     return _framed(_dump((_WORDS[type(line)], *line)))
 
 
-def progress_line(number: int, at_ns: int, at_ms: int, sent: int) -> bytes:
-    """The line of a :class:`Progress`, which a long body writes again and again."""
-    return _framed(f'["progress",{number},{at_ns},{at_ms},{sent}]')
+def progress_line(opening: str, at_ns: int, at_ms: int, sent: int) -> bytes:
+    """The line of a :class:`Progress`, whole without the open line."""
+    return _framed(f'["progress",{opening},{at_ns},{at_ms},{sent}]')
 
 
 def opening_text(opening: Opening) -> str:
@@ -219,6 +220,15 @@ def _transfer(fields: list[Any]) -> Transfer:
 _read_transfer = _plain(Transfer, Opening, int, int, int, int)
 
 
+def _progress(fields: list[Any]) -> Progress:
+    opening, *rest = fields
+    progress: Progress = _read_progress([_opening(opening), *rest])
+    return progress
+
+
+_read_progress = _plain(Progress, Opening, int, int, int)
+
+
 def _counts(fields: list[Any]) -> Counts:
     (counts,) = fields
     if not all(type(value) is int for value in counts.values()):
@@ -229,8 +239,8 @@ def _counts(fields: list[Any]) -> Counts:
 _READERS: dict[str, Callable[[list[Any]], Line]] = {
     "writer": _plain(Writer, str, int, str, str, int, str),
     "open": _opening,
-    "progress": _plain(Progress, int, int, int, int),
+    "progress": _progress,
     "close": _transfer,
     "counts": _counts,
 }
-_WORDS: dict[type, str] = {Writer: "writer", Progress: "progress", Counts: "counts"}
+_WORDS: dict[type, str] = {Writer: "writer", Counts: "counts"}

@@ -63,7 +63,7 @@ class Recording:
         """Write down that *counted* body bytes went out so far."""
         if self._process is not None:
             now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-            self._process.journal.write(progress_line(self.opening.number, now_ns, now_ms, counted))
+            self._process.journal.write(progress_line(self._text, now_ns, now_ms, counted))
 
     def end(self, counted: int, declared: int) -> None:
         """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from ..transfer import Opening, Transfer
+from ..transfer import Opening, Progress, Transfer, decode, encode
 from .report import Report
 from .segments import player_of
 from .viewer import CLOCK_FELL_NS, Key, Viewer, Viewers, key_of
@@ -42,7 +42,7 @@ class Playback:
         self._changed: dict[Key, None] = {}
         self._clock_ns = 0
         #: Named events since the caller last took them: ``late``, ``repeated``, ``below_minimum``,
-        #: ``interrupted_unknown``, ``ignored_empty``, ``ignored_probe``, ``responses_given_up``,
+        #: ``interrupted``, ``interrupted_unknown``, ``ignored_empty``, ``ignored_probe``, ``responses_given_up``,
         #: ``viewings_dropped``, ``state_unreadable``.
         self.counts: Counter[str] = Counter()
 
@@ -70,13 +70,25 @@ class Playback:
         viewer, reports = self._viewer(key, transfer.ended_ns)
         return reports + self._close(viewer, writer, transfer)
 
+    def progressed(self, writer: str, progress: Progress) -> None:
+        """An open response has handed over so much."""
+        viewer, found = self._find(writer, progress.opening.number)
+        if viewer is not None and found is not None:
+            found[1].known = encode(progress).decode().rstrip()
+            self._changed[viewer.key] = None
+
     def lost(self, writer: str, number: int, at_ns: int, at_ms: int) -> list[Report]:
-        """The writer of an open response died; what it had handed over is not known, so it makes no report."""
-        key = self._open.get((writer, number))
-        viewer = None if key is None else self._viewers.get(key)
-        found = None if viewer is None else viewer.find(writer, number)
+        """The writer of an open response died: it ends with what is known of it.
+
+        Where nothing is known it makes no report, and what follows of its viewing is ``skip=1``.
+        """
+        viewer, found = self._find(writer, number)
         if viewer is None or found is None:
             return []
+        known = None if found[1].known is None else decode(found[1].known.encode())
+        if isinstance(known, Progress):
+            self.counts["interrupted"] += 1
+            return self.closed(writer, Transfer(known.opening, at_ns, known.at_ms, known.sent))
         self._lose(*found, at_ns)
         self.counts["interrupted_unknown"] += 1
         viewer.last_ns = max(viewer.last_ns, at_ns)
@@ -130,6 +142,11 @@ class Playback:
         return self._open.keys()
 
     # A response's way through.
+
+    def _find(self, writer: str, number: int) -> tuple[Viewer | None, tuple[Viewing, Response] | None]:
+        key = self._open.get((writer, number))
+        viewer = None if key is None else self._viewers.get(key)
+        return viewer, None if viewer is None else viewer.find(writer, number)
 
     def _pass(self, time_ns: int) -> None:
         if time_ns < self._clock_ns:

@@ -79,6 +79,8 @@ class Response:
     parallel: bool = False
     #: Took the place of one that played and was cut off.
     replacing: bool = False
+    #: The latest that is known of it, as its journal's line: all that is left if its writer dies.
+    known: str | None = None
 
     @classmethod
     def of(cls, writer: str, opening: Opening) -> Response:
