@@ -31,8 +31,11 @@ FIRST_PROBE, LONGEST_PROBE = 1.0, 60.0
 PROBE_WHEN_PAUSED = 300.0
 #: Longest that ``Retry-After`` is obeyed, in seconds.
 LONGEST_RETRY_AFTER = 3600.0
-#: Seconds before a report is tried again that failed while its API is not left alone.
-RETRY_AFTER = 1.0
+#: Seconds before a report is tried again that failed while its API is not left alone; doubled, up to the longest,
+#: each time that others got through since and it did not.
+RETRY_AFTER, LONGEST_RETRY = 1.0, 300.0
+#: Seconds between two tries to write down, at the end, what could not be written.
+SETTLE_AGAIN = 0.1
 #: Seconds before each further try of a report that the API refuses with a code nobody documents: over an hour in all.
 UNEXPLAINED_DELAYS = (60.0, 300.0, 900.0, 2700.0)
 #: Longest answer that is kept with a dead letter, in characters.
@@ -48,7 +51,10 @@ class Breaker:
         self._failures = 0
         self._probes = 0
         self._closed_until = 0.0
-        self._probing = False
+        #: Id of the report that is under way as a probe.
+        self.probe: int | None = None
+        #: How often the API answered as it should.
+        self.successes = 0
         #: Why the API takes nothing from this server, where that is so.
         self.paused: str | None = None
 
@@ -62,22 +68,24 @@ class Breaker:
         if now < self._closed_until:
             return 0
         if self.is_open:
-            return 0 if self._probing else 1
+            return 1 if self.probe is None else 0
         return None
 
-    def claimed(self) -> None:
-        """A report is on its way."""
-        self._probing = self.is_open
+    def claimed(self, id: int) -> None:
+        """The report *id* is on its way."""
+        if self.is_open:
+            self.probe = id
 
     def worked(self) -> None:
         """The API answered as it should."""
         if self.is_open:
             log.warning("reports are delivered again%s", self._where())
-        self._failures, self._probes, self._closed_until, self._probing, self.paused = 0, 0, 0.0, False, None
+        self._failures, self._probes, self._closed_until, self.probe, self.paused = 0, 0, 0.0, None, None
+        self.successes += 1
 
-    def failed(self, now: float, error: RetryLater) -> None:
-        """The API did not answer, or said "not now"."""
-        was_open, probed, self._probing = self.is_open, self._probing, False
+    def failed(self, id: int, now: float, error: RetryLater) -> None:
+        """The API did not answer *id*, or said "not now"."""
+        was_open, probed = self.is_open, self._returned(id)
         self._failures += 1
         wait = min(error.retry_after or 0.0, LONGEST_RETRY_AFTER)
         if self.is_open and not was_open:
@@ -89,9 +97,9 @@ class Breaker:
             wait = max(wait, self._jitter(longest / 2, longest))
         self._closed_until = max(self._closed_until, now + wait)
 
-    def denied(self, now: float, error: NotAccepted) -> None:
-        """The API takes nothing from this server."""
-        self._probing = False
+    def denied(self, id: int, now: float, error: NotAccepted) -> None:
+        """The API takes nothing from this server, as it told *id*."""
+        self._returned(id)
         self._closed_until = now + PROBE_WHEN_PAUSED
         if self.paused is None:
             log.error(
@@ -103,7 +111,14 @@ class Breaker:
 
     def ask_now(self) -> None:
         """Let a probe go at once."""
-        self._closed_until, self._probing = 0.0, False
+        self._closed_until, self.probe = 0.0, None
+
+    def _returned(self, id: int) -> bool:
+        """Whether *id* was the probe, which is back then."""
+        probed = self.probe == id
+        if probed:
+            self.probe = None
+        return probed
 
     def _where(self) -> str:
         return f" for {self._host}" if self._host else ""
@@ -139,14 +154,31 @@ class Delivery:
         self._senders: list[threading.Thread] = []
         self._breakers: dict[str, Breaker] = {}
         self._unsettled: list[Settlement] = []
+        #: Report -> successes of its API when it failed last, and the seconds that it had to wait then.
+        self._setbacks: dict[int, tuple[int, float]] = {}
         self._store_fails = False
         #: Reports that are with the senders.
         self.in_flight = 0
 
     def step(self) -> bool:
-        """Settle what came back and send what may go; whether anything moved."""
-        settled = self.settle()
-        return self._claim() > 0 or settled
+        """Write down what came back and send what may go; whether anything moved.
+
+        Both in one transaction: it costs one write to the disk, and while what came back can't be written,
+        nothing more is claimed, or it would be sent twice.
+        """
+        self._gather()
+        try:
+            with self._outbox.together():
+                self._outbox.settle(self._unsettled, self._wall_ms())
+                entries = self._claim()
+        except OutboxError as error:
+            self._say_store_fails(error)
+            return self.settle()  # an acknowledgement alone may find room on a full disk
+        moved = bool(self._unsettled or entries)
+        self._unsettled = []
+        self._store_fails = False
+        self._hand_out(entries)
+        return moved
 
     def wait(self, seconds: float) -> None:
         """Wait until a report comes back, or *seconds*."""
@@ -156,14 +188,8 @@ class Delivery:
             pass
 
     def settle(self) -> bool:
-        """Write down what came back; whether there was anything.
-
-        What can't be written is kept and tried again; until then nothing more is claimed, or it would be sent twice.
-        """
-        while not self._results.empty():
-            result = self._results.get()
-            self.in_flight -= 1
-            self._unsettled.append(self._judge(result))
+        """Write down what came back; whether there was anything. What can't be written is kept and tried again."""
+        self._gather()
         if not self._unsettled:
             return False
         try:
@@ -172,14 +198,17 @@ class Delivery:
             self._say_store_fails(error)
             return False
         self._unsettled = []
-        self._store_fails = False
         return True
 
     def can_deliver(self) -> bool:
         """Whether anything is under way or could be: something waits for an API that is not paused."""
         if self.in_flight or self._unsettled:
             return True
-        return any(self._breaker(host).paused is None for host in self._outbox.hosts())
+        try:
+            return any(self._breaker(host).paused is None for host in self._outbox.hosts())
+        except OutboxError as error:
+            self._say_store_fails(error)
+            return True
 
     def breakers(self) -> Iterable[tuple[str, Breaker]]:
         """Host and state of each API that was asked."""
@@ -188,28 +217,48 @@ class Delivery:
     def stop(self, seconds: float) -> None:
         """Claim nothing more, and give what is under way *seconds* to come back."""
         deadline = self._monotonic() + seconds
-        while self.in_flight and (left := deadline - self._monotonic()) > 0:
-            self.wait(left)
+        self._take_back(lambda entry: True)
+        self.settle()
+        while (self.in_flight or self._unsettled) and (left := deadline - self._monotonic()) > 0:
+            self.wait(min(left, SETTLE_AGAIN))
             self.settle()
         for _ in self._senders:
             self._tasks.put(None)
+        self._senders = []
 
-    def _claim(self) -> int:
-        room = MOST_SENDERS * CLAIMED_PER_SENDER - self.in_flight
-        if room <= 0 or self._unsettled:
-            return 0
-        try:
-            entries = self._claim_allowed(room)
-        except OutboxError as error:
-            self._say_store_fails(error)
-            return 0
+    def _gather(self) -> None:
+        while not self._results.empty():
+            result = self._results.get()
+            self.in_flight -= 1
+            self._unsettled.append(self._judge(result))
+
+    def _take_back(self, wanted: Callable[[Entry], bool]) -> None:
+        """Put back what no sender has begun, as if it had never been claimed."""
+        kept = []
+        while not self._tasks.empty():
+            try:
+                entry = self._tasks.get_nowait()
+            except queue.Empty:
+                break  # a sender was faster
+            if entry is None or not wanted(entry):
+                kept.append(entry)
+                continue
+            self.in_flight -= 1
+            self._unsettled.append(Again(entry.id, self._wall_ms(), entry.tries, entry.attempts))
+        for entry in kept:
+            self._tasks.put(entry)
+
+    def _hand_out(self, entries: list[Entry]) -> None:
         for entry in entries:
-            self._breaker(entry.report.host).claimed()
+            self._breaker(entry.report.host).claimed(entry.id)
             self._tasks.put(entry)
         self.in_flight += len(entries)
         while len(self._senders) < min(self.in_flight, MOST_SENDERS):
             self._start_sender()
-        return len(entries)
+
+    def _claim(self) -> list[Entry]:
+        room = MOST_SENDERS * CLAIMED_PER_SENDER - self.in_flight
+        return self._claim_allowed(room) if room > 0 else []
 
     def _claim_allowed(self, room: int) -> list[Entry]:
         now = self._monotonic()
@@ -252,18 +301,32 @@ class Delivery:
     def _judge(self, result: _Result) -> Settlement:
         entry, outcome = result
         breaker = self._breaker(entry.report.host)
-        now = self._monotonic()
-        if isinstance(outcome, Answer):
-            breaker.worked()
-            return self._answered(entry, outcome)
         if isinstance(outcome, RetryLater):
-            breaker.failed(now, outcome)
-            return self._unanswered(entry, outcome)
+            breaker.failed(entry.id, self._monotonic(), outcome)
+            self._spare(breaker, entry.report.host)
+            return self._unanswered(entry, outcome, self._setback(entry, breaker))
+        self._setbacks.pop(entry.id, None)
         if isinstance(outcome, NotAccepted):
-            breaker.denied(now, outcome)
+            breaker.denied(entry.id, self._monotonic(), outcome)
+            self._spare(breaker, entry.report.host)
             return Again(entry.id, self._wall_ms(), entry.tries, entry.attempts)
         breaker.worked()
+        if isinstance(outcome, Answer):
+            return self._answered(entry, outcome)
         return self._refused(entry, outcome)
+
+    def _spare(self, breaker: Breaker, host: str) -> None:
+        """What waits for a sender is no longer for an API that is left alone, its probe excepted."""
+        if breaker.is_open:
+            self._take_back(lambda entry: entry.report.host == host and entry.id != breaker.probe)
+
+    def _setback(self, entry: Entry, breaker: Breaker) -> float:
+        """Seconds before *entry* is tried again. One that fails alone must not be tried each second for days."""
+        successes, seconds = self._setbacks.get(entry.id, (breaker.successes, RETRY_AFTER))
+        if breaker.successes > successes:
+            seconds = min(seconds * 2, LONGEST_RETRY)
+        self._setbacks[entry.id] = breaker.successes, seconds
+        return seconds
 
     def _answered(self, entry: Entry, answer: Answer) -> Settlement:
         """``cached`` on a first try: the API answered from its cache and recorded nothing; on a later one, the first did."""
@@ -274,13 +337,12 @@ class Delivery:
         later = max(self._wall_ms(), entry.report.time_ms + 1)
         return Again(entry.id, self._wall_ms(), 0, entry.attempts, later)
 
-    def _unanswered(self, entry: Entry, error: RetryLater) -> Settlement:
+    def _unanswered(self, entry: Entry, error: RetryLater, seconds: float) -> Settlement:
         ambiguous = isinstance(error, NoAnswer)
         if ambiguous and not self._retry_ambiguous:
+            self._setbacks.pop(entry.id, None)
             return Lost(entry.id, "ambiguous")
-        return Again(
-            entry.id, self._wall_ms() + int(RETRY_AFTER * 1000), entry.tries + ambiguous, entry.attempts
-        )
+        return Again(entry.id, self._wall_ms() + int(seconds * 1000), entry.tries + ambiguous, entry.attempts)
 
     def _refused(self, entry: Entry, error: DeliveryError) -> Settlement:
         code = error.code if isinstance(error, Refused) else type(error).__name__
@@ -293,6 +355,4 @@ class Delivery:
     def _say_store_fails(self, error: OutboxError) -> None:
         if not self._store_fails:
             self._store_fails = True
-            log.error(
-                "the outbox can't be written (%s); nothing is sent until it can, and captures go on", error
-            )
+            log.error("%s; nothing is sent until it can be written again, and captures go on", error)

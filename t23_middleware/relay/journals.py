@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 from ..state import StateFolder, hold_lock, lock_is_held
 from ..transfer import (
@@ -19,6 +20,7 @@ from ..transfer import (
     ForeignLine,
     Line,
     Opening,
+    Progress,
     TornLine,
     Transfer,
     Writer,
@@ -28,27 +30,43 @@ from ..transfer import (
 log = logging.getLogger(__name__)
 
 #: Bytes that are taken from one journal at a look: a backlog is taken in pieces, each its own transaction.
-PIECE = 1 << 20
+PIECE = 256 << 10
+#: Bytes that are read of a new journal, to see when it begins.
+GLANCE = 16 << 10
 #: Seconds between two looks at who lives; a writer's death is no hurry.
 LOOK_AT_WRITERS_EVERY = 0.5
 
 
+#: Of a line that says nothing of its time: it never has to wait for its turn.
+ANY_TIME = -(1 << 63)
+
+_NAME = re.compile(r"([^.]+)\.(\d+)\.journal")
+#: What a line must hold to be one that can't be stored: a long number, or the escape of half a surrogate pair.
+_SUSPECT = re.compile(rb"\d{19}|\\u[dD]")
+
+
+#: What a response does.
+Event: TypeAlias = Opening | Progress | Transfer
+
+
 class Fact(NamedTuple):
-    """A response that started or ended, on the time axis of this boot."""
+    """What a response did, on the time axis of this boot."""
 
     at_ns: int
     writer: str
-    what: Opening | Transfer
+    what: Event
 
 
-class Reading(NamedTuple):
-    """What one look brought."""
+@dataclass
+class Reading:
+    """What one look brought: all that happened until *until_ns*, where not more of it is left."""
 
-    facts: list[Fact]
-    places: dict[str, int]
-    counts: Counter[str]
+    until_ns: int
+    facts: list[Fact] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     #: Whether a backlog is left that can be read at once.
-    more: bool
+    more: bool = False
 
 
 @dataclass
@@ -56,29 +74,31 @@ class _Journal:
     """One file that is being followed."""
 
     path: Path
+    writer: str
+    sequence: int
     offset: int
     header: Writer | None = None
+    #: When the line that comes next happened, in ns; ``None`` before the first look.
+    next_ns: int | None = None
     #: Whether all of it was taken at the last look.
     at_end: bool = False
-
-    @property
-    def writer(self) -> str:
-        return self.path.name.split(".")[0]
-
-    @property
-    def sequence(self) -> int:
-        return int(self.path.name.split(".")[1])
+    #: Whether the last try to read it failed.
+    unreadable: bool = False
 
     def has_grown(self) -> bool:
         """Whether there is something behind the offset."""
         try:
-            return not self.is_foreign() and self.path.stat().st_size > self.offset
+            return not self.is_left_alone() and self.path.stat().st_size > self.offset
         except FileNotFoundError:
             return False
 
     def is_foreign(self) -> bool:
         """Whether another version of the package wrote it, in a form that this one does not read."""
         return self.header is not None and self.header.format != FORMAT
+
+    def is_left_alone(self) -> bool:
+        """Whether this relay can do nothing with it."""
+        return self.unreadable or self.is_foreign()
 
 
 class _Line(NamedTuple):
@@ -97,6 +117,11 @@ class _Piece(NamedTuple):
     more: bool
     rest: bool
 
+    def reaches(self, until_ns: int) -> int:
+        """Up to when it tells all. Not its last line but its latest: lines are taken as they stand in the file,
+        and one that no piece ever reached would stop them for good."""
+        return min(until_ns, max(line.at_ns for line in self.lines)) if self.more else until_ns
+
 
 class Journals:
     """The folder of journals; *places* says up to where each was taken in already."""
@@ -105,6 +130,7 @@ class Journals:
         self._folder = folder
         self._places = places
         self._followed: dict[str, _Journal] = {}
+        self._newest: dict[str, int] = {}
         self._boot = _boot_id()
         self._living: set[str] = set()
         self._looked = 0.0
@@ -116,12 +142,14 @@ class Journals:
         judged after another's present.
         """
         self._find()
+        # Now, and not when one more is found: what was read before its end was known to be one is not at its end.
+        # Files are found in the order of their names, so a writer's last one counts.
+        self._newest = {journal.writer: journal.sequence for journal in self._followed.values()}
         self._look_at_writers()
-        pieces = [self._piece(journal, until_ns) for journal in self._followed.values()]
-        horizon = min([until_ns, *(piece.lines[-1].at_ns for piece in pieces if piece.more and piece.lines)])
-        reading = Reading([], {}, Counter(), any(piece.more for piece in pieces))
+        pieces, horizon = self._pieces(until_ns)
+        reading = Reading(horizon)
         for piece in pieces:
-            self._take(piece, horizon, reading)
+            self._take(piece, reading)
         reading.facts.sort(key=lambda fact: fact.at_ns)
         return reading
 
@@ -143,20 +171,26 @@ class Journals:
 
     def dead_writers(self, among: Iterable[str]) -> set[str]:
         """Those of *among* that died and of whom everything is read."""
-        unread = {journal.writer for journal in self._followed.values() if not journal.at_end}
+        self._find()  # a last file, begun between the look for files and the one at who lives
+        unread = {
+            journal.writer
+            for journal in self._followed.values()
+            if not journal.at_end or journal.is_left_alone()
+        }
         return {writer for writer in among if writer not in self._living and writer not in unread}
 
     def remove_finished(self) -> list[str]:
-        """Unlink the journals that nobody writes any more and that are read to the end; their names.
+        """Unlink the journals that nobody writes any more and that are read to the end; names without a file.
 
-        First the file, then (by the caller) its place: after a kill in between, a place without a file is harmless,
-        while a file without its place would be read a second time.
+        First the file, then (by the caller) its place: after a kill in between, a place without a file is harmless
+        and named by the next relay, while a file without its place would be read a second time.
         """
         finished = [name for name, journal in self._followed.items() if self._is_finished(journal)]
         for name in finished:
             self._followed.pop(name).path.unlink(missing_ok=True)
         self._remove_locks()
-        return finished
+        forgotten, self._places = list(self._places), {}
+        return finished + forgotten
 
     def all_read(self) -> bool:
         """Whether no journal holds a line that was not taken."""
@@ -184,87 +218,117 @@ class Journals:
 
     def _find(self) -> None:
         for path in sorted(self._folder.journals.glob("*.journal")):
-            if path.name not in self._followed and path.name.count(".") == 2:
-                self._followed[path.name] = _Journal(path, self._places.pop(path.name, 0))
+            if path.name not in self._followed and (name := _NAME.fullmatch(path.name)):
+                offset = self._places.pop(path.name, 0)
+                self._followed[path.name] = _Journal(path, name[1], int(name[2]), offset)
 
-    def _piece(self, journal: _Journal, until_ns: int) -> _Piece:
+    def _pieces(self, until_ns: int) -> tuple[list[_Piece], int]:
+        """The next lines of all, and up to when they tell all; what begins later than that is not even read."""
+        for journal in self._followed.values():
+            if journal.next_ns is None:
+                journal.next_ns = self._begins_ns(journal, until_ns)
+        pieces, horizon = [], until_ns
+        for journal in sorted(self._followed.values(), key=_next_ns):
+            if _next_ns(journal) <= horizon:
+                pieces.append(self._piece(journal, until_ns, PIECE))
+                horizon = pieces[-1].reaches(horizon)
+        return pieces, horizon
+
+    def _begins_ns(self, journal: _Journal, until_ns: int) -> int:
+        lines = self._piece(journal, until_ns, GLANCE).lines
+        return next((line.at_ns for line in lines if line.at_ns != ANY_TIME), ANY_TIME)
+
+    def _piece(self, journal: _Journal, until_ns: int, size: int) -> _Piece:
         """The next lines of one journal, without taking them."""
-        data = self._read_bytes(journal)
+        data = self._read_bytes(journal, size)
         lines: list[_Line] = []
-        start, at_ns = 0, 0
+        start, at_ns = 0, ANY_TIME
         while (end := data.find(b"\n", start)) >= 0:
             what = _read_line(data[start:end])
-            if isinstance(what, (Opening, Transfer)):
-                what, at_ns = self._on_our_axis(journal, what)
-                if journal.writer not in self._living:
-                    at_ns = min(at_ns, until_ns)  # nothing is to be waited for
+            if isinstance(what, Event):
+                what, at_ns = self._on_our_axis(journal, what, until_ns)
             start = end + 1
             lines.append(_Line(journal.offset + start, at_ns, what))
-        if start == 0 and len(data) > LONGEST_LINE:  # rubbish without an end: no line of ours is so long
-            start = len(data)
-            lines.append(_Line(journal.offset + start, at_ns, "journal_torn"))
-        # A half line may still become whole while its writer lives; a dead writer's is torn for good.
-        rest = start < len(data) and journal.writer in self._living
-        return _Piece(journal, lines, more=len(data) == PIECE, rest=rest)
+        more, rest = len(data) == size, start < len(data)
+        if rest and self._is_torn(journal, len(data) - start, more):
+            rest = False
+            lines.append(_Line(journal.offset + len(data), at_ns, "journal_torn"))
+        return _Piece(journal, lines, more, rest)
 
-    def _take(self, piece: _Piece, horizon: int, reading: Reading) -> None:
-        """Move the lines of *piece* up to *horizon* into *reading*."""
+    def _is_torn(self, journal: _Journal, length: int, more: bool) -> bool:
+        """Whether what has no end will never be a line: no line of ours is so long, or nobody will end it."""
+        return length > LONGEST_LINE or not (more or self._is_being_written(journal))
+
+    def _take(self, piece: _Piece, reading: Reading) -> None:
+        """Move the lines of *piece* into *reading*, up to the time that it tells of."""
         taken = 0
         for line in piece.lines:
-            if line.at_ns > horizon:
+            if line.at_ns > reading.until_ns:
                 break
             taken += 1
             reading.places[piece.journal.path.name] = line.end
-            if line.what == "blank":
-                continue
-            if isinstance(line.what, str):
-                reading.counts[line.what] += 1
-            elif isinstance(line.what, Counts):
-                reading.counts.update(line.what.counts)
-            elif isinstance(line.what, (Opening, Transfer)):
-                reading.facts.append(Fact(line.at_ns, piece.journal.writer, line.what))
-        piece.journal.at_end = taken == len(piece.lines) and not piece.more and not piece.rest
+            self._put(line, piece.journal, reading)
+        all_taken = taken == len(piece.lines)
+        piece.journal.next_ns = ANY_TIME if all_taken else piece.lines[taken].at_ns
+        piece.journal.at_end = all_taken and not piece.more and not piece.rest
+        reading.more = reading.more or (all_taken and piece.more)
 
-    def _read_bytes(self, journal: _Journal) -> bytes:
+    def _put(self, line: _Line, journal: _Journal, reading: Reading) -> None:
+        if isinstance(line.what, str):
+            reading.counts[line.what] += line.what != "blank"
+        elif isinstance(line.what, Counts):
+            reading.counts.update(line.what.counts)
+        elif isinstance(line.what, Event):
+            reading.facts.append(Fact(line.at_ns, journal.writer, line.what))
+
+    def _read_bytes(self, journal: _Journal, size: int) -> bytes:
+        unreadable, journal.unreadable = journal.unreadable, False
         try:
             with journal.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if journal.offset > size:
-                    journal.offset = size  # a power cut took what had been taken in already
-                if journal.header is None:
-                    self._read_header(journal, file.readline(LONGEST_LINE))
-                if journal.is_foreign():
-                    return b""
-                file.seek(journal.offset)
-                return file.read(PIECE)
+                return self._read_from(file, journal, size)
         except FileNotFoundError:
             return b""
+        except OSError as error:
+            journal.unreadable = True
+            if not unreadable:
+                log.error("%s can't be read (%s); it waits until it can", journal.path, error.strerror)
+            return b""
+
+    def _read_from(self, file: BinaryIO, journal: _Journal, size: int) -> bytes:
+        length = os.fstat(file.fileno()).st_size
+        if journal.offset > length:
+            journal.offset = length  # a power cut took what had been taken in already
+        if journal.header is None:
+            self._read_header(journal, file.readline(LONGEST_LINE))
+        if journal.is_foreign():
+            return b""
+        file.seek(journal.offset)
+        return file.read(size)
 
     def _read_header(self, journal: _Journal, line: bytes) -> None:
         header = _read_line(line.rstrip(b"\n"))
         if isinstance(header, Writer):
             journal.header = header
 
-    def _on_our_axis(self, journal: _Journal, what: Opening | Transfer) -> tuple[Opening | Transfer, int]:
+    def _on_our_axis(self, journal: _Journal, what: Event, until_ns: int) -> tuple[Event, int]:
         """Lines of another boot are placed by their wall clock: the monotonic one began anew."""
-        header = journal.header
+        header, now_ns = journal.header, time.monotonic_ns()
         if header is not None and header.boot != self._boot:
-            what = _placed_by_wall_clock(what, time.monotonic_ns() - time.time_ns())
-        return what, what.started_ns if isinstance(what, Opening) else what.ended_ns
+            what = _placed_by_wall_clock(what, now_ns - time.time_ns())
+        at_ns = _time_of(what)
+        # A time that has not come yet is another clock's: it would hold up the journal until it comes.
+        return what, at_ns if at_ns <= now_ns else until_ns
 
-    def _is_finished(self, journal: _Journal) -> bool:
-        """Read to the end, and either its writer is dead or two rotations on.
+    def _is_being_written(self, journal: _Journal) -> bool:
+        """Whether its writer lives and is less than two rotations on.
 
         One rotation is not enough: a thread may hold the file before the last for a line that it is about to write.
         """
-        if not journal.at_end or journal.is_foreign():
-            return False
-        if journal.writer not in self._living:
-            return True
-        return any(
-            other.writer == journal.writer and other.sequence >= journal.sequence + 2
-            for other in self._followed.values()
-        )
+        return journal.writer in self._living and self._newest[journal.writer] < journal.sequence + 2
+
+    def _is_finished(self, journal: _Journal) -> bool:
+        """Read to the end, and nobody writes it any more."""
+        return journal.at_end and not journal.is_left_alone() and not self._is_being_written(journal)
 
     def _remove_locks(self) -> None:
         """Locks of dead writers without a journal. Taken before they go: a writer may be about to begin with one."""
@@ -278,22 +342,48 @@ class Journals:
                 os.close(descriptor)
 
 
+def _next_ns(journal: _Journal) -> int:
+    return ANY_TIME if journal.next_ns is None else journal.next_ns
+
+
 def _read_line(line: bytes) -> Line | str:
     """The line, or the counter of what is wrong with it."""
     if not line:
         return "blank"  # the newline that keeps a torn line apart
     try:
-        return decode(line)
+        what = decode(line)
     except TornLine:
         return "journal_torn"
     except ForeignLine:
         return "journal_foreign"
+    if _SUSPECT.search(line) and not _can_be_stored(what):
+        return "journal_foreign"
+    return what
 
 
-def _placed_by_wall_clock(what: Opening | Transfer, shift_ns: int) -> Opening | Transfer:
+def _can_be_stored(value: object) -> bool:
+    """Whether SQLite takes it. Our writers write nothing else, but one such line would stop all that follow."""
+    if isinstance(value, int):
+        return -(1 << 62) < value < 1 << 62
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, dict):
+        return all(map(_can_be_stored, (*value, *value.values())))
+    return not isinstance(value, tuple) or all(map(_can_be_stored, value))
+
+
+def _time_of(what: Event) -> int:
+    if isinstance(what, Opening):
+        return what.started_ns
+    return what.at_ns if isinstance(what, Progress) else what.ended_ns
+
+
+def _placed_by_wall_clock(what: Event, shift_ns: int) -> Event:
     if isinstance(what, Opening):
         return what._replace(started_ns=what.started_ms * 1_000_000 + shift_ns)
     opening = what.opening._replace(started_ns=what.opening.started_ms * 1_000_000 + shift_ns)
+    if isinstance(what, Progress):
+        return what._replace(opening=opening, at_ns=what.at_ms * 1_000_000 + shift_ns)
     return what._replace(opening=opening, ended_ns=what.ended_ms * 1_000_000 + shift_ns)
 
 

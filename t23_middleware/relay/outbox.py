@@ -9,10 +9,11 @@ import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from ..errors import StateError
 from .report import Report
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,14 @@ WITH RECURSIVE found (host) AS (
     SELECT (SELECT min(host) FROM reports WHERE host > found.host) FROM found WHERE host IS NOT NULL
 )
 SELECT host FROM found WHERE host IS NOT NULL
+"""
+_STATS = """
+SELECT
+    coalesce((SELECT value FROM counters WHERE name = 'captured'), 0),
+    (SELECT count(*) FROM reports),
+    coalesce((SELECT value FROM counters WHERE name = 'sent'), 0),
+    (SELECT count(*) FROM dead),
+    (SELECT coalesce(sum(reports), 0) FROM losses)
 """
 _REPORT = ", ".join(Report._fields)
 _MARKS = ", ".join("?" * len(Report._fields))
@@ -143,6 +152,9 @@ class Stats(NamedTuple):
 class Outbox(Protocol):
     """What the relay needs of a store; every method raises :class:`OutboxError` where the store fails."""
 
+    def together(self) -> AbstractContextManager[None]:
+        """What is done within happens whole or not at all, at the price of one write to the disk."""
+
     def places(self) -> dict[str, int]:
         """Journal -> offset up to which it was taken in."""
 
@@ -168,15 +180,18 @@ class Outbox(Protocol):
         """The figures."""
 
 
-class OutboxError(Exception):
+class OutboxError(StateError):
     """The store failed; what was asked of it did not happen."""
+
+
+class OutboxCorrupt(StateError):
+    """The file is no longer a database; the next :class:`SQLiteOutbox` on it begins a new one."""
 
 
 class SQLiteOutbox:
     """An :class:`Outbox` in one SQLite file, written with ``synchronous=FULL``: off the request path, so it may."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._db = _open_or_replace(path)
 
     def close(self) -> None:
@@ -186,6 +201,11 @@ class SQLiteOutbox:
     def places(self) -> dict[str, int]:
         with _translated():
             return dict(self._db.execute("SELECT name, offset FROM journals"))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._transaction():
+            yield
 
     def viewings(self) -> Iterator[tuple[Key, str]]:
         with _translated():
@@ -221,28 +241,31 @@ class SQLiteOutbox:
         return len(rows)
 
     def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
-        names = list(hosts)
         with self._transaction():
-            rows = self._db.execute(
-                f"SELECT id, tries, attempts, retimed, {_REPORT} FROM reports"
-                f" WHERE host IN ({', '.join('?' * len(names))}) AND leased = 0 AND (due_ms <= ? OR due_ms > ?)"
-                " ORDER BY id LIMIT ?",
-                (*names, now_ms, now_ms + LONGEST_DELAY_MS, count),
-            ).fetchall()
+            rows = [row for host in hosts for row in self._due(host, now_ms, count)]
+            rows = sorted(rows)[:count]
             self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[0],) for row in rows))
         return [Entry(row[0], Report(*row[4:]), row[1], row[2], bool(row[3])) for row in rows]
+
+    def _due(self, host: str, now_ms: int, count: int) -> list[Any]:
+        """One host at a time: the index has them in order then, where several would all be read and sorted."""
+        return self._db.execute(
+            f"SELECT id, tries, attempts, retimed, {_REPORT} FROM reports"
+            " WHERE host = ? AND leased = 0 AND (due_ms <= ? OR due_ms > ?) ORDER BY id LIMIT ?",
+            (host, now_ms, now_ms + LONGEST_DELAY_MS, count),
+        ).fetchall()
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
         with self._transaction():
             acked = [(item.id,) for item in settlements if isinstance(item, Acked)]
-            self._db.executemany("DELETE FROM reports WHERE id = ?", acked)
+            sent = self._db.executemany("DELETE FROM reports WHERE id = ?", acked).rowcount if acked else 0
             for item in settlements:
                 if isinstance(item, Again):
                     self._put_back(item)
                 elif isinstance(item, Dead):
                     self._bury(item, now_ms)
             self._lose([(item.id, item.reason) for item in settlements if isinstance(item, Lost)], now_ms)
-            self._count({"sent": len(acked)})
+            self._count({"sent": sent})
 
     def hosts(self) -> list[str]:
         with _translated():
@@ -250,11 +273,7 @@ class SQLiteOutbox:
 
     def stats(self) -> Stats:
         with _translated():
-            counters = self.counters()
-            (waiting,) = self._db.execute("SELECT count(*) FROM reports").fetchone()
-            (dead,) = self._db.execute("SELECT count(*) FROM dead").fetchone()
-            (lost,) = self._db.execute("SELECT coalesce(sum(reports), 0) FROM losses").fetchone()
-        return Stats(counters.get("captured", 0), waiting, counters.get("sent", 0), dead, lost)
+            return Stats(*self._db.execute(_STATS).fetchone())
 
     def counters(self) -> dict[str, int]:
         """Every named counter."""
@@ -293,6 +312,9 @@ class SQLiteOutbox:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        if self._db.in_transaction:
+            yield  # a part of what is done together
+            return
         with _translated():
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -309,22 +331,32 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise OutboxError(str(error)) from error
+        if _means_corrupt(error):
+            raise OutboxCorrupt(
+                f"the outbox is corrupt ({error}); restart the relay to begin a new one"
+            ) from error
+        raise OutboxError(f"the outbox can't be used: {error}") from error
+
+
+def _means_corrupt(error: sqlite3.Error) -> bool:
+    """SQLITE_CORRUPT and SQLITE_NOTADB have no class of their own; all else that may happen has."""
+    return type(error) is sqlite3.DatabaseError
 
 
 def _open_or_replace(path: Path) -> sqlite3.Connection:
     """The database at *path*; a corrupt one is set aside, for a relay that refuses to start delivers nothing."""
     try:
         return _open(path)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):
+    except sqlite3.Error as error:
+        if not _means_corrupt(error):
             raise OutboxError(f"{path} can't be opened: {error}") from error
-        aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
+        aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
         path.replace(aside)
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
         log.error("the outbox was corrupt (%s); it is set aside as %s, and a new one begins", error, aside)
-        return _open(path)
+        with _translated():
+            return _open(path)
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -335,7 +367,12 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-        if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise OutboxError(
+                f"{path} is of a newer version of t23_middleware; run that one, or move the file"
+            )
+        if version == 0:
             db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")

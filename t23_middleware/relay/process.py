@@ -9,17 +9,17 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ..settings import Settings
 from ..state import Holder, StateFolder, hold_lock
-from ..transfer import Opening
+from ..transfer import Opening, Progress
 from ..version import VERSION
 from .client import AnalyticsClient
 from .delivery import Delivery
 from .journals import Journals, Reading
-from .outbox import Ingest, OutboxError, SQLiteOutbox
+from .outbox import Ingest, OutboxCorrupt, OutboxError, SQLiteOutbox
 from .playback import Playback
 from .report import Report
 
@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 POLL = 0.1
 #: How late a line may be, in ns: a worker that was put to sleep between taking the time and writing it.
 LATE_NS = 250_000_000
+#: Seconds between two tries while the outbox can't be written.
+TRY_STORE_AGAIN = 1.0
+#: Seconds between two looks for responses that dead workers left open.
+LOOK_FOR_DEAD_EVERY = 1.0
 #: Seconds without anything to do before an automatic relay leaves.
 LEAVE_AFTER = 1.0
 
@@ -45,80 +49,100 @@ class Relay:
         self._folder = folder
         self._automatic = automatic
         self._ending = False
+        self._told_to_stop = False
         self._store_fails = False
         self._moved = time.monotonic()
+        self._looked_for_dead = 0.0
         folder.create()
         self._lock = self._take_lock()
 
     def run(self) -> None:
         """Work until told to stop, or, if automatic, until nothing is left to do."""
-        with self._opened():
+        while True:
+            try:
+                with self._opened():
+                    return self._work_while_needed()
+            except OutboxCorrupt as error:
+                log.error("%s", error)  # opened again, it is set aside; the journals are still here
+
+    def _work_while_needed(self) -> None:
+        self._work()
+        # A worker that saw the lock held a moment ago relies on us: look once more.
+        while not self._ending and self._journals.has_news() and self._retake_lock():
             self._work()
-            os.close(self._lock)
-            # A worker that saw the lock held a moment ago relies on us: look once more.
-            while not self._ending and self._journals.has_news() and self._retake_lock():
-                self._begin_reading()
-                self._work()
-                os.close(self._lock)
 
     def stop(self) -> None:
         """End after what is in flight; safe in a signal handler."""
-        self._ending = True
+        self._ending = self._told_to_stop = True
 
     def _work(self) -> None:
+        """All that is done with the lock held, which is given up at the end."""
+        self._begin()
         next_look = 0.0
         while not (self._ending or self._should_leave()):
             now = time.monotonic()
             if now >= next_look:
-                next_look = now if self._take_in() else now + POLL
+                next_look = now + self._take_in()
             if not self._ending and not self._delivery.step():
                 self._delivery.wait(max(next_look - time.monotonic(), 0.001))
             if self._delivery.in_flight:
                 self._moved = now
+        if self._told_to_stop and self._conclude():
+            self._delivery.step()
         self._delivery.stop(self._settings.exit_seconds)
+        self._say_whether_finished()
+        os.close(self._lock)
 
-    def _take_in(self) -> bool:
-        """Journals into the outbox; whether there is more to take at once."""
-        until_ns = time.monotonic_ns() - LATE_NS
-        reading = self._journals.read(until_ns)
-        if self._automatic and self._is_outdated():
-            log.info("a worker wants a relay of another version or with other settings; this one ends")
+    def _begin(self) -> None:
+        self._folder.unfinished.touch(mode=0o600)
+        self._outbox.recover_leases(self._settings.retry_ambiguous, _wall_ms())
+        self._begin_reading()
+
+    def _take_in(self) -> float:
+        """Journals into the outbox; seconds until the next look."""
+        reading = self._journals.read(time.monotonic_ns() - LATE_NS)
+        if self._must_end():
             self._ending = True
-            return False
-        reports = self._judge(reading, until_ns)
+            return 0.0
+        reports = self._judge(reading)
         batch = Ingest(reports, list(self._playback.changed()), reading.places, self._counts(reading))
-        if not (batch.reports or batch.viewings or batch.places or batch.counts):
-            self._outbox.forget_journals(self._journals.remove_finished())
-            return False
         try:
-            self._outbox.ingest(batch)
+            if batch.reports or batch.viewings or batch.places or batch.counts:
+                self._outbox.ingest(batch)
+                self._journals.taken(reading)
+                self._moved = time.monotonic()
+            self._outbox.forget_journals(self._journals.remove_finished())
         except OutboxError as error:
             self._say_store_fails(error)
-            self._begin_reading()  # what was judged did not happen; it is read and judged again
-            return False
+            self._begin_reading()  # what was judged may not have happened; it is read and judged again
+            return TRY_STORE_AGAIN
         self._store_fails = False
-        self._journals.taken(reading)
-        self._outbox.forget_journals(self._journals.remove_finished())
-        self._moved = time.monotonic()
-        return reading.more
+        return 0.0 if reading.more else POLL
 
-    def _judge(self, reading: Reading, now_ns: int) -> list[Report]:
+    def _judge(self, reading: Reading) -> list[Report]:
+        """Time passes no further than *reading* tells: of a backlog's rest, nothing is known yet."""
         reports = []
         for fact in reading.facts:
             if isinstance(fact.what, Opening):
                 reports += self._playback.opened(fact.writer, fact.what)
+            elif isinstance(fact.what, Progress):
+                self._playback.progressed(fact.writer, fact.what)
             else:
                 reports += self._playback.closed(fact.writer, fact.what)
-        reports += self._end_what_the_dead_left()
-        return reports + self._playback.advance(now_ns, _wall_ms())
+                reading.counts["declared"] += fact.what.declared
+        reports += self._end_what_the_dead_left(reading.until_ns)
+        return reports + self._playback.advance(reading.until_ns, _wall_ms())
 
-    def _end_what_the_dead_left(self) -> list[Report]:
+    def _end_what_the_dead_left(self, at_ns: int) -> list[Report]:
+        if time.monotonic() - self._looked_for_dead < LOOK_FOR_DEAD_EVERY:
+            return []
+        self._looked_for_dead = time.monotonic()
         open_responses = list(self._playback.open_responses())
         dead = self._journals.dead_writers({writer for writer, _ in open_responses})
         reports = []
         for writer, number in open_responses:
             if writer in dead:
-                reports += self._playback.lost(writer, number, time.monotonic_ns(), _wall_ms())
+                reports += self._playback.lost(writer, number, at_ns, _wall_ms())
         return reports
 
     def _counts(self, reading: Reading) -> Counter[str]:
@@ -131,7 +155,38 @@ class Relay:
             return False
         if time.monotonic() - self._moved < LEAVE_AFTER or self._journals.has_live_writer():
             return False
-        return self._journals.all_read() and not self._delivery.can_deliver()
+        if not self._journals.all_read() or self._delivery.can_deliver():
+            return False
+        return not self._conclude()
+
+    def _conclude(self) -> bool:
+        """Tell of the streams that are not over, since nobody may be here when they are; whether there were any."""
+        reports = self._playback.conclude(_wall_ms())
+        try:
+            if reports:
+                self._outbox.ingest(Ingest(reports, list(self._playback.changed()), {}, {}))
+        except OutboxError as error:
+            self._say_store_fails(error)
+            return False
+        self._moved = time.monotonic()
+        return bool(reports)
+
+    def _must_end(self) -> bool:
+        """Whether the folder is, or should be, another relay's; looked at before anything is taken in."""
+        if not self._holds_folder():
+            log.error("%s was removed or replaced; this relay ends", self._folder.relay_lock)
+            return True
+        if self._automatic and self._is_outdated():
+            log.info("a worker wants a relay of another version or with other settings; this one ends")
+            return True
+        return False
+
+    def _holds_folder(self) -> bool:
+        """Whether our lock is still the one that others look at: somebody may have tidied up."""
+        try:
+            return os.path.samestat(self._folder.relay_lock.stat(), os.fstat(self._lock))
+        except FileNotFoundError:
+            return False
 
     def _is_outdated(self) -> bool:
         """The newest-started live writer decides what relay is wanted."""
@@ -144,46 +199,53 @@ class Relay:
     @contextmanager
     def _opened(self) -> Iterator[None]:
         """The files and connections of a relay that holds the lock."""
-        self._folder.unfinished.touch(mode=0o600)
         self._outbox = SQLiteOutbox(self._folder.outbox)
         client = AnalyticsClient(self._settings)
+        self._delivery = Delivery(
+            self._outbox,
+            client.send,
+            retry_ambiguous=self._settings.retry_ambiguous,
+            monotonic=time.monotonic,
+            wall_ms=_wall_ms,
+        )
         try:
-            self._outbox.recover_leases(self._settings.retry_ambiguous, _wall_ms())
-            self._begin_reading()
-            self._delivery = Delivery(
-                self._outbox,
-                client.send,
-                retry_ambiguous=self._settings.retry_ambiguous,
-                monotonic=time.monotonic,
-                wall_ms=_wall_ms,
-            )
             yield
-            if not self._outbox.stats().waiting:
-                self._folder.unfinished.unlink(missing_ok=True)
         finally:
             client.close()
             self._outbox.close()
 
+    def _say_whether_finished(self) -> None:
+        """Still with the lock: the next relay's word must not be taken back."""
+        try:
+            if not self._outbox.stats().waiting:
+                self._folder.unfinished.unlink(missing_ok=True)
+        except OutboxError as error:
+            self._say_store_fails(error)
+
     def _begin_reading(self) -> None:
         """Journals and playback as the outbox knows them."""
         self._journals = Journals(self._folder, self._outbox.places())
-        self._playback = Playback()
+        self._playback = Playback(
+            per=self._settings.report_per,
+            idle_s=self._settings.stream_idle,
+            min_bytes=self._settings.min_bytes,
+        )
         self._playback.restore(self._outbox.viewings())
 
     def _say_store_fails(self, error: OutboxError) -> None:
         if not self._store_fails:
             self._store_fails = True
-            log.error(
-                "the outbox can't be written (%s); what the workers write waits in their journals", error
-            )
+            log.error("%s; until it can be written, what the workers write waits in their journals", error)
 
     def _take_lock(self) -> int:
         lock = hold_lock(self._folder.relay_lock)
         if lock is None:
             raise AnotherRelay
         holder = Holder(os.getpid(), VERSION, self._settings.relay_digest(), self._automatic)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, json.dumps(holder._asdict()).encode(), 0)
+        text = json.dumps(holder._asdict()).encode()
+        with suppress(OSError):  # a full disk: workers then know less of us, and that is all
+            os.pwrite(lock, text, 0)
+            os.ftruncate(lock, len(text))
         return lock
 
     def _retake_lock(self) -> bool:
@@ -197,6 +259,7 @@ class Relay:
 
 def run_relay(settings: Settings, *, automatic: bool) -> None:
     """A relay in this process until it is told to stop. Raises :class:`AnotherRelay`."""
+    os.umask(0o077)
     relay = Relay(settings, StateFolder(settings.state_path()), automatic=automatic)
     with _stopped_by_signals(relay.stop):
         relay.run()
@@ -207,6 +270,8 @@ def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     def handler(number: int, frame: FrameType | None) -> None:
         stop()
 
+    # uWSGI blocks signals in its threads, and a relay that one of them starts would inherit that.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
     former = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
