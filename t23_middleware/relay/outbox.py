@@ -363,11 +363,12 @@ def _open(path: Path) -> sqlite3.Connection:
     # Only one thread touches it at a time; the check would also refuse a test's own thread.
     db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     try:
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a file without tables takes it
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA_VERSION:
             raise OutboxError(
                 f"{path} is of a newer version of t23_middleware; run that one, or move the file"

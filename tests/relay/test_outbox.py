@@ -1,0 +1,494 @@
+"""The outbox: what it took it keeps, whole or not at all, and its figures add up."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from t23_middleware.errors import StateError
+from t23_middleware.relay.outbox import (
+    LONGEST_DELAY_MS,
+    SCHEMA_VERSION,
+    Acked,
+    Again,
+    Dead,
+    Entry,
+    Ingest,
+    Lost,
+    OutboxCorrupt,
+    OutboxError,
+    SQLiteOutbox,
+    Stats,
+)
+from t23_middleware.relay.report import Report
+
+NOW = 1_764_000_000_000
+KEY = ("", "s", "1")
+
+
+def report(number: int, host: str = "", sent: int = 100) -> Report:
+    return Report(NOW + number, host, f"session-{number}", "7", sent, 0, "html5", None, "720p")
+
+
+def batch(*reports: Report, **options: object) -> Ingest:
+    return Ingest(**({"reports": reports, "viewings": [], "places": {}, "counts": {}} | options))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "outbox.db"
+
+
+@pytest.fixture
+def outbox(path: Path) -> Iterator[SQLiteOutbox]:
+    outbox = SQLiteOutbox(path)
+    yield outbox
+    outbox.close()
+
+
+def claimed(
+    outbox: SQLiteOutbox, count: int = 100, now_ms: int = NOW, hosts: tuple[str, ...] = ("",)
+) -> list[Entry]:
+    return outbox.claim(count, now_ms, hosts)
+
+
+def adds_up(outbox: SQLiteOutbox) -> Stats:
+    stats = outbox.stats()
+    assert stats.captured == stats.waiting + stats.sent + stats.dead + stats.lost
+    return stats
+
+
+# What is taken in.
+
+
+def test_a_batch_is_kept_with_its_places_viewings_and_counts(outbox, path):
+    outbox.ingest(
+        batch(report(1), viewings=[(KEY, "state")], places={"a": 10}, counts={"late": 2, "none": 0})
+    )
+    outbox.ingest(batch(report(2), viewings=[(KEY, "state 2")], places={"a": 20, "b": 5}, counts={"late": 1}))
+    outbox.close()
+    again = SQLiteOutbox(path)
+    assert again.places() == {"a": 20, "b": 5}
+    assert list(again.viewings()) == [(KEY, "state 2")]
+    assert again.counters() == {"late": 3, "captured": 2}
+    assert [entry.report for entry in claimed(again)] == [report(1), report(2)]
+    again.close()
+
+
+def test_a_viewing_that_is_dropped_and_a_journal_that_is_gone_are_forgotten(outbox):
+    outbox.ingest(batch(viewings=[(KEY, "state")], places={"a": 10, "b": 20}))
+    outbox.ingest(batch(viewings=[(KEY, None)]))
+    outbox.forget_journals(["a", "unheard of"])
+    outbox.forget_journals([])
+    assert (list(outbox.viewings()), outbox.places()) == ([], {"b": 20})
+
+
+def test_a_batch_that_fails_at_its_end_leaves_nothing(outbox):
+    with pytest.raises(OverflowError):
+        outbox.ingest(batch(report(1), viewings=[(KEY, "x")], places={"a": 1}, counts={"late": 1 << 70}))
+    assert (outbox.places(), list(outbox.viewings()), outbox.stats()) == ({}, [], Stats(0, 0, 0, 0, 0))
+    outbox.ingest(batch(report(1)))
+    assert adds_up(outbox).waiting == 1
+
+
+def test_what_is_done_together_happens_whole_or_not_at_all(outbox):
+    outbox.ingest(batch(report(1), report(2)))
+    first, _ = claimed(outbox)
+    with pytest.raises(RuntimeError), outbox.together():
+        outbox.settle([Acked(first.id)], NOW)
+        outbox.ingest(batch(report(3)))
+        raise RuntimeError
+    assert outbox.stats() == Stats(2, 2, 0, 0, 0)
+    with outbox.together():
+        outbox.settle([Acked(first.id)], NOW)
+        outbox.ingest(batch(report(3)))
+    assert adds_up(outbox) == Stats(3, 2, 1, 0, 0)
+
+
+# What is claimed.
+
+
+def test_the_oldest_go_first_and_none_goes_twice(outbox):
+    outbox.ingest(batch(*map(report, range(5))))
+    assert [entry.report for entry in claimed(outbox, 2)] == [report(0), report(1)]
+    assert [entry.report for entry in claimed(outbox)] == [report(2), report(3), report(4)]
+    assert claimed(outbox) == []
+
+
+def test_the_oldest_of_all_hosts_asked_for_go_first_and_no_others(outbox):
+    outbox.ingest(batch(*[report(n, host) for n, host in enumerate("abcabc")]))
+    assert outbox.hosts() == ["a", "b", "c"]
+    assert [entry.report for entry in claimed(outbox, 3, hosts=("c", "a"))] == [
+        report(0, "a"),
+        report(2, "c"),
+        report(3, "a"),
+    ]
+    assert claimed(outbox, hosts=()) == []
+    assert outbox.hosts() == ["a", "b", "c"]
+
+
+def test_a_report_that_was_put_back_is_claimed_when_it_is_due_and_in_its_old_turn(outbox):
+    outbox.ingest(batch(*map(report, range(3))))
+    first = claimed(outbox, 1)[0]
+    outbox.settle([Again(first.id, NOW + 1000, 1, 2)], NOW)
+    assert [entry.report for entry in claimed(outbox, 1, NOW + 999)] == [report(1)]
+    back, after = claimed(outbox, 2, NOW + 1000)
+    assert back == Entry(first.id, report(0), 1, 2, False)
+    assert after.report == report(2)
+
+
+def test_a_new_time_is_kept_with_the_report(outbox):
+    outbox.ingest(batch(report(1)))
+    first = claimed(outbox)[0]
+    outbox.settle([Again(first.id, NOW, 0, 0, NOW + 77)], NOW)
+    assert claimed(outbox) == [Entry(first.id, report(1)._replace(time_ms=NOW + 77), 0, 0, True)]
+
+
+def test_a_clock_that_was_set_back_keeps_nothing_waiting_for_what_was_the_future(outbox):
+    outbox.ingest(batch(report(1)))
+    outbox.settle([Again(claimed(outbox)[0].id, NOW + 60_000, 0)], NOW)
+    a_year_before = NOW - 365 * 86_400_000
+    assert len(claimed(outbox, now_ms=a_year_before)) == 1
+    outbox.recover_leases(True, NOW)
+    assert claimed(outbox, now_ms=NOW + 60_000 - LONGEST_DELAY_MS) == []
+
+
+# What becomes of it.
+
+
+def test_the_figures_add_up_whatever_becomes_of_the_reports(outbox):
+    outbox.ingest(batch(*[report(n, sent=10**n) for n in range(6)]))
+    ids = [entry.id for entry in claimed(outbox)]
+    outbox.settle(
+        [
+            Acked(ids[0]),
+            Dead(ids[1], "no_such_photo", "answer"),
+            Lost(ids[2], "ambiguous"),
+            Again(ids[3], NOW, 1),
+        ],
+        NOW,
+    )
+    assert adds_up(outbox) == Stats(6, 3, 1, 1, 1)
+    outbox.settle([Lost(ids[4], "ambiguous"), Lost(ids[5], "age")], NOW)
+    assert adds_up(outbox) == Stats(6, 1, 1, 1, 3)
+    rows = outbox._db.execute("SELECT * FROM losses ORDER BY reason").fetchall()
+    assert rows == [("2025-11-24", "age", 1, 10**5), ("2025-11-24", "ambiguous", 2, 10**2 + 10**4)]
+
+
+def test_a_dead_letter_keeps_the_report_and_the_answer(outbox):
+    outbox.ingest(batch(report(1)))
+    (entry,) = claimed(outbox)
+    outbox.settle([Dead(entry.id, "no_such_photo", "There is no such photo")], NOW + 5)
+    row = outbox._db.execute("SELECT * FROM dead").fetchone()
+    assert row == (entry.id, *report(1), "no_such_photo", "There is no such photo", NOW + 5)
+
+
+def test_what_is_settled_twice_counts_once(outbox):
+    """A commit whose failure was told too late: it is tried again."""
+    outbox.ingest(batch(*map(report, range(4))))
+    ids = [entry.id for entry in claimed(outbox, 3)]
+    said = [Acked(ids[0]), Dead(ids[1], "code", ""), Lost(ids[2], "ambiguous")]
+    outbox.settle(said, NOW)
+    outbox.settle(said, NOW)
+    assert adds_up(outbox) == Stats(4, 1, 1, 1, 1)
+
+
+def test_leases_of_a_dead_relay_are_sent_again_as_what_may_have_arrived(outbox, path):
+    outbox.ingest(batch(*map(report, range(3))))
+    claimed(outbox, 2)
+    outbox.close()
+    after = SQLiteOutbox(path)
+    assert [entry.report for entry in claimed(after)] == [report(2)]
+    after.close()
+    last = SQLiteOutbox(path)
+    assert last.recover_leases(True, NOW) == 3
+    assert [(entry.report, entry.tries) for entry in claimed(last)] == [(report(n), 1) for n in range(3)]
+    assert adds_up(last).waiting == 3
+    last.close()
+
+
+def test_leases_of_a_dead_relay_are_lost_where_nothing_may_be_sent_twice(outbox):
+    outbox.ingest(batch(*map(report, range(3))))
+    claimed(outbox, 2)
+    assert outbox.recover_leases(False, NOW) == 2
+    assert adds_up(outbox) == Stats(3, 1, 0, 0, 2)
+    assert [(entry.report, entry.tries) for entry in claimed(outbox)] == [(report(2), 0)]
+
+
+# The file.
+
+
+def test_only_its_owner_may_read_it(outbox, path):
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("damage", ["rubbish", "header", "pages"])
+def test_a_corrupt_file_is_set_aside_and_a_new_one_begins(damage, outbox, path, caplog):
+    outbox.ingest(batch(*map(report, range(2000))))
+    outbox.close()
+    content = bytearray(path.read_bytes())
+    if damage == "rubbish":
+        content[:] = b"no database" * 1000
+    elif damage == "header":
+        content[:16] = b"\0" * 16
+    else:
+        content[4096:] = os.urandom(len(content) - 4096)
+    path.write_bytes(content)
+    new = SQLiteOutbox(path)
+    assert new.stats() == Stats(0, 0, 0, 0, 0)
+    new.ingest(batch(report(1)))
+    new.close()
+    (aside,) = path.parent.glob("outbox.db.corrupt-*")
+    assert aside.read_bytes()[100:] == content[100:]  # behind SQLite's header, in which it counts changes
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+    again = SQLiteOutbox(path)
+    assert again.stats().waiting == 1
+    again.close()
+
+
+def test_an_empty_file_is_a_new_outbox(path):
+    path.touch()
+    outbox = SQLiteOutbox(path)
+    assert outbox.stats() == Stats(0, 0, 0, 0, 0)
+    outbox.close()
+
+
+def test_a_file_that_turns_corrupt_while_it_is_open_says_so(outbox, path):
+    outbox.ingest(batch(*map(report, range(2000))))
+    outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    outbox._db.execute("PRAGMA cache_size = 0")
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(path.stat().st_size - 4096))
+    with pytest.raises(OutboxCorrupt):
+        for _ in range(10):
+            outbox.claim(2000, NOW, [""])
+            outbox.recover_leases(True, NOW)
+
+
+def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(outbox, path):
+    outbox.ingest(batch(report(1)))
+    outbox._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    outbox.close()
+    with pytest.raises(StateError, match="newer version"):
+        SQLiteOutbox(path)
+    assert list(path.parent.glob("*.corrupt*")) == []
+
+
+def test_a_path_that_can_hold_no_file_is_an_error_with_its_name(path):
+    path.mkdir()
+    with pytest.raises(OutboxError, match="outbox.db"):
+        SQLiteOutbox(path)
+
+
+def test_a_full_disk_refuses_whole_batches_and_takes_acknowledgements(outbox):
+    outbox.ingest(batch(*map(report, range(300))))
+    (pages,) = outbox._db.execute("PRAGMA page_count").fetchone()
+    outbox._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(OutboxError, match="full"):
+        outbox.ingest(batch(*map(report, range(300, 5000)), places={"a": 1}))
+    assert (outbox.stats(), outbox.places()) == (Stats(300, 300, 0, 0, 0), {})
+    outbox.settle([Acked(entry.id) for entry in claimed(outbox, 200)], NOW)
+    assert adds_up(outbox) == Stats(300, 100, 200, 0, 0)
+    outbox._db.execute("PRAGMA max_page_count = 1000000")
+    outbox.ingest(batch(*map(report, range(300, 5000)), places={"a": 1}))
+    assert adds_up(outbox) == Stats(5000, 4800, 200, 0, 0)
+
+
+def test_a_claim_that_cannot_be_written_did_not_happen(outbox, path):
+    """Another connection holds the lock for longer than SQLite waits."""
+    outbox.ingest(batch(report(1)))
+    other = SQLiteOutbox(path)
+    outbox._db.execute("PRAGMA busy_timeout = 1")
+    with other.together(), pytest.raises(OutboxError, match="locked"):
+        claimed(outbox)
+    assert len(claimed(outbox)) == 1
+    other.close()
+
+
+def test_what_was_acknowledged_to_the_caller_survives_a_kill(path):
+    """The process dies by its own hand right after each kind of write, with nothing closed."""
+    script = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from tests.relay.test_outbox import *\n"
+        "outbox = SQLiteOutbox(Path(sys.argv[1]))\n"
+        "outbox.ingest(batch(*map(report, range(10)), places={'a': 5}))\n"
+        "outbox.settle([Acked(entry.id) for entry in outbox.claim(4, NOW, [''])], NOW)\n"
+        "outbox.claim(3, NOW, [''])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], cwd=root, capture_output=True, timeout=60
+    )
+    assert done.returncode == -9, done.stderr
+    outbox = SQLiteOutbox(path)
+    assert (adds_up(outbox), outbox.places()) == (Stats(10, 6, 4, 0, 0), {"a": 5})
+    assert [entry.report for entry in claimed(outbox)] == [report(n) for n in range(7, 10)]
+    assert outbox.recover_leases(True, NOW) == 6
+    outbox.close()
+
+
+def test_a_disk_that_fails_is_an_outbox_error(outbox, monkeypatch):
+    """Whatever sqlite3 makes of it."""
+
+    class Failing:
+        in_transaction = False
+
+        def execute(self, *arguments: object) -> None:
+            raise sqlite3.OperationalError(os.strerror(errno.EIO))
+
+    healthy = outbox._db
+    outbox._db = Failing()
+    for attempt in (
+        outbox.places,
+        outbox.hosts,
+        outbox.stats,
+        outbox.counters,
+        lambda: list(outbox.viewings()),
+    ):
+        with pytest.raises(OutboxError, match="Input/output"):
+            attempt()
+    outbox._db = healthy
+
+
+# Against a model.
+
+
+class Model(RuleBasedStateMachine):
+    """A dict that does what the outbox says it does; both are asked the same."""
+
+    folder: Path
+
+    @initialize()
+    def begin(self) -> None:
+        self.path = Path(self.folder) / f"{os.urandom(8).hex()}.db"
+        self.outbox = SQLiteOutbox(self.path)
+        self.now = NOW
+        self.number = 0
+        #: Id -> report, tries, attempts, retimed, due.
+        self.waiting: dict[int, list] = {}
+        self.leased: set[int] = set()
+        self.sent = self.dead = 0
+        self.losses: dict[str, int] = {}
+        self.places: dict[str, int] = {}
+
+    @rule(
+        hosts=st.lists(st.sampled_from("ab"), max_size=5),
+        places=st.dictionaries(st.sampled_from("xyz"), st.integers(0, 99), max_size=2),
+    )
+    def ingest(self, hosts: list[str], places: dict[str, int]) -> None:
+        reports = []
+        for host in hosts:
+            self.number += 1
+            reports.append(report(self.number, host))
+            self.waiting[self.number] = [reports[-1], 0, 0, False, 0]
+        self.outbox.ingest(batch(*reports, places=places))
+        self.places |= places
+
+    @rule()
+    def ingest_that_fails(self) -> None:
+        with pytest.raises(OverflowError):
+            self.outbox.ingest(batch(report(0), places={"x": 1 << 70}))
+
+    @rule(names=st.sets(st.sampled_from("xyz")))
+    def forget(self, names: set[str]) -> None:
+        self.outbox.forget_journals(sorted(names))
+        for name in names:
+            self.places.pop(name, None)
+
+    @rule(count=st.integers(1, 4), hosts=st.sets(st.sampled_from("abc")))
+    def claim(self, count: int, hosts: set[str]) -> None:
+        due = [
+            id for id, (each, *_, due) in sorted(self.waiting.items())
+            if id not in self.leased and each.host in hosts and not self.now < due <= self.now + LONGEST_DELAY_MS
+        ][:count]  # fmt: skip
+        entries = self.outbox.claim(count, self.now, sorted(hosts))
+        assert entries == [Entry(id, *self.waiting[id][:4]) for id in due]
+        self.leased |= set(due)
+
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        settlements = []
+        for id in sorted(self.leased):
+            match data.draw(st.sampled_from(["acked", "again", "retimed", "dead", "lost", "open"])):
+                case "acked":
+                    settlements.append(Acked(id))
+                    self.sent += 1
+                case "again":
+                    due, tries, attempts = (
+                        self.now + data.draw(st.integers(0, 5000)),
+                        data.draw(st.integers(0, 3)),
+                        1,
+                    )
+                    settlements.append(Again(id, due, tries, attempts))
+                    self.waiting[id][1:] = [tries, attempts, self.waiting[id][3], due]
+                case "retimed":
+                    settlements.append(Again(id, self.now, 0, 0, self.now))
+                    self.waiting[id] = [self.waiting[id][0]._replace(time_ms=self.now), 0, 0, True, self.now]
+                case "dead":
+                    settlements.append(Dead(id, "code", "answer"))
+                    self.dead += 1
+                case "lost":
+                    settlements.append(Lost(id, "ambiguous"))
+                    self.losses["ambiguous"] = self.losses.get("ambiguous", 0) + 1
+                case _:
+                    continue
+            self.leased.discard(id)
+            if not isinstance(settlements[-1], Again):
+                del self.waiting[id]
+        self.outbox.settle(settlements, self.now)
+
+    @rule(retry=st.booleans())
+    def reopen(self, retry: bool) -> None:
+        self.outbox.close()
+        self.outbox = SQLiteOutbox(self.path)
+        assert self.outbox.recover_leases(retry, self.now) == len(self.leased)
+        for id in self.leased:
+            if retry:
+                self.waiting[id][1] += 1
+            else:
+                del self.waiting[id]
+                self.losses["ambiguous"] = self.losses.get("ambiguous", 0) + 1
+        self.leased = set()
+
+    @rule(step=st.sampled_from([1, 1000, 60_000, -3600_000, -LONGEST_DELAY_MS * 2]))
+    def let_time_pass(self, step: int) -> None:
+        self.now += step
+
+    @invariant()
+    def says_the_same(self) -> None:
+        if not hasattr(self, "outbox"):
+            return
+        lost = sum(self.losses.values())
+        assert self.outbox.stats() == Stats(self.number, len(self.waiting), self.sent, self.dead, lost)
+        assert self.number == len(self.waiting) + self.sent + self.dead + lost
+        assert self.outbox.places() == self.places
+        assert self.outbox.hosts() == sorted({each[0].host for each in self.waiting.values()})
+
+    def teardown(self) -> None:
+        if hasattr(self, "outbox"):
+            self.outbox.close()
+
+
+def test_the_outbox_does_what_its_model_does(tmp_path):
+    machine = type("Machine", (Model,), {"folder": tmp_path})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
