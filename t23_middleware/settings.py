@@ -299,6 +299,13 @@ class Settings:
         "`auto`: started when needed; `external`: a service runs it; `off`: capture only",
     )
     timeout: float = _setting(10.0, _seconds, "seconds for one report", relay=True)
+    ephemeral: bool = _setting(
+        False,
+        _switch,
+        "`1`: the state folder dies with the container, so a worker that ends waits up to `T23_EXIT_SECONDS` for its"
+        " reports to leave",
+        relay=True,
+    )
     retry_ambiguous: bool = _setting(
         True,
         _switch,

@@ -41,6 +41,8 @@ class StateFolder:
         self.relay_start = path / "relay.start"
         self.relay_log = path / "relay.log"
         self.outbox = path / "outbox.db"
+        #: Its time: all that was written down before then is delivered (kept with ``T23_EPHEMERAL``).
+        self.delivered = path / "delivered"
         #: Exists while the outbox may hold something to deliver: a look that needs no SQL.
         self.unfinished = path / "unfinished"
 

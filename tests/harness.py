@@ -55,6 +55,13 @@ def lacking(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def need_root() -> None:
+    """Skip a test that only root can run, or fail in CI, which is root."""
+    if os.environ.get("CI"):
+        pytest.fail("only root can run this")
+    pytest.skip("only root can run this")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -74,7 +81,15 @@ def until(true: Callable[[], object], seconds: float = PATIENCE) -> bool:
 class Server:
     """A server's own command, in a process group of its own, started through ``t23-middleware run``."""
 
-    def __init__(self, command: str, state: Path, api_url: str, cwd: Path = ROOT, **environ: str) -> None:
+    def __init__(
+        self,
+        command: str,
+        state: Path,
+        api_url: str,
+        cwd: Path = ROOT,
+        before: tuple[str, ...] = (),
+        **environ: str,
+    ) -> None:
         self.port = free_port()
         self.state = StateFolder(state)
         words = command.replace("PORT", str(self.port)).split()
@@ -90,7 +105,7 @@ class Server:
         self._log = state.with_suffix(".log")
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "t23_middleware", "run", *words],
+                [*before, sys.executable, "-m", "t23_middleware", "run", *words],
                 env=self._environ,
                 cwd=cwd,
                 stdout=log,
@@ -155,9 +170,11 @@ def end_relay(state: StateFolder) -> None:
 
 
 @contextmanager
-def running(command: str, state: Path, api_url: str, **environ: str) -> Iterator[Server]:
+def running(
+    command: str, state: Path, api_url: str, before: tuple[str, ...] = (), **environ: str
+) -> Iterator[Server]:
     """The server, once it answers; ended with its relay."""
-    server = Server(command, state, api_url, **environ)
+    server = Server(command, state, api_url, before=before, **environ)
     try:
         yield server.wait_until_ready()
     finally:

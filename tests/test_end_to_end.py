@@ -18,7 +18,19 @@ import pytest
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.state import lock_is_held
 
-from .harness import CLIP_BYTES, COMMANDS, MEDIA, PATIENCE, ROOT, end_relay, free_port, need, running, until
+from .harness import (
+    CLIP_BYTES,
+    COMMANDS,
+    MEDIA,
+    PATIENCE,
+    ROOT,
+    end_relay,
+    free_port,
+    need,
+    need_root,
+    running,
+    until,
+)
 
 
 @pytest.fixture
@@ -227,3 +239,18 @@ def test_workers_with_other_settings_get_a_relay_of_their_own_settings(api, tmp_
         end_relay(new.state)
         assert [report["session_id"] for report in second.recorded()] == ["new"]
     assert [report["session_id"] for report in api.recorded()] == ["old"]
+
+
+def test_a_container_without_a_volume_can_wait_for_its_last_reports(api, tmp_path):
+    """The server is PID 1 of a PID namespace: when it ends, the kernel kills the relay."""
+    if os.geteuid() != 0:
+        need_root()
+    container = (need("unshare"), "--pid", "--fork", "--kill-child", "--mount-proc")
+    command, state = COMMANDS["gunicorn gthread"], tmp_path / "state"
+    api.fault("latency", seconds=2)  # longer than gunicorn takes to end by itself
+    with running(command, state, api.url, container, T23_EPHEMERAL="1", T23_EXIT_SECONDS="20") as server:
+        get_until_the_server_hangs_up(server.port, play("last"))
+        (first,) = workers_of(server.process.pid)
+        os.kill(first, signal.SIGTERM)
+        server.process.wait(PATIENCE)
+    assert [report["session_id"] for report in api.recorded()] == ["last"]

@@ -60,25 +60,35 @@ class CountedIterable:
             if close is not None:
                 close()
         finally:
-            ending.end(self._taken())
+            self._finish(ending)
+
+    def _finish(self, ending: Ending) -> None:
+        ending.end(self._taken())
 
 
 class CountedSequence(CountedIterable):
     """Round a list: servers that see one chunk in it give the answer a Content-Length (PEP 3333)."""
 
+    def __iter__(self) -> Iterator[bytes]:
+        if not self._counts:
+            return super().__iter__()
+        # gevent goes through it again to add up the lengths, before it sends the first chunk (gevent/pywsgi.py:835).
+        return iter(self._body)
+
     def __len__(self) -> int:
         return len(self._body)  # type: ignore[arg-type]
 
 
-class CountedLater(CountedIterable):
-    """Round the body of an app that has not called ``start_response`` yet: *begin* is called at its first chunk."""
+class BegunLater:
+    """Round a counted body whose app has not called ``start_response`` yet: *begin* is called at its first chunk."""
 
-    def __init__(self, body: Iterable[bytes], ending: Ending, begin: Callable[[], object]) -> None:
-        super().__init__(body, ending)
+    def __init__(self, body: CountedIterable, begin: Callable[[], object]) -> None:
+        self._body = body
         self._begin = begin
+        self.close = body.close
 
     def __iter__(self) -> Iterator[bytes]:
-        chunks = super().__iter__()
+        chunks = iter(self._body)
         for chunk in chunks:
             self._begin()
             yield chunk

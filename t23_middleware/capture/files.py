@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -133,6 +133,13 @@ class PositionedFile:
         except (AttributeError, OSError, ValueError):
             return 0
 
+    def left_on_disk(self) -> int | None:
+        """Bytes between the file's position and its end; ``None`` for what is no file."""
+        try:
+            return int(os.fstat(self._file.fileno()).st_size - self._file.tell())
+        except (AttributeError, OSError, ValueError):
+            return None
+
     def _raw_position(self) -> int:
         return os.lseek(self._file.fileno(), 0, os.SEEK_CUR)
 
@@ -182,7 +189,8 @@ class Blocks:
     """
 
     def __init__(self, file: Any, size: int = BLOCK, *, may_seek: bool = True) -> None:
-        self._file = file
+        self.file = file
+        self.is_read = False
         self._size = max(size, BLOCK)
         if may_seek:
             for name in ("seekable", "seek", "tell"):
@@ -193,13 +201,14 @@ class Blocks:
         return self
 
     def __next__(self) -> bytes:
-        data = self._file.read(self._size)
+        self.is_read = True
+        data = self.file.read(self._size)
         if not data:
             raise StopIteration
         return data  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        close = getattr(self._file, "close", None)
+        close = getattr(self.file, "close", None)
         if close is not None:
             close()
 
@@ -225,6 +234,7 @@ class LentWrapper:
         self._way = way
         self._witness = Witness.BLOCKS
         self._made: list[tuple[Any, PositionedFile]] = []
+        self._blocks: list[tuple[Blocks, Callable[[Any], Any]]] = []
 
     def __call__(self, file: Any, *block_size: int, **named: int) -> Any:
         if self.original is not None:
@@ -232,7 +242,10 @@ class LentWrapper:
         if self._witness is Witness.BLOCKS:
             # What stands in for werkzeug's own wrapper seeks as that does.
             may_seek = self.original is None or _stands_at_0(file)
-            return Blocks(file, *block_size, *named.values(), may_seek=may_seek)
+            blocks = Blocks(file, *block_size, *named.values(), may_seek=may_seek)
+            if self.original is not None:
+                self._blocks.append((blocks, lambda given: self.original(given, *block_size, **named)))
+            return blocks
         positioned = PositionedFile(file, in_blocks=self._way.fast)
         body = self.original(positioned, *block_size, **named)
         self._made.append((body, positioned))
@@ -242,6 +255,29 @@ class LentWrapper:
 
     def __instancecheck__(self, body: object) -> bool:
         return isinstance(body, Blocks) or any(body is made for made, _ in self._made)
+
+    def as_the_server_has_it(self, body: Any) -> Any:
+        """The server's own wrapper in place of our blocks, where nobody counts them; else *body*."""
+        make = self._wrapper_for(body)
+        return body if make is None else make(body.file)
+
+    def as_declared(self, body: Any, ending: Ending) -> Any:
+        """The same for a body without a Content-Length, and what the file has left is believed to be sent; else ``None``.
+
+        mod_wsgi says the file's length where the app does not, but only of its own wrapper (wsgi_adapter.c:1236).
+        """
+        positioned, make = self._file_in(body), self._wrapper_for(body)
+        if make is not None:
+            positioned = PositionedFile(body.file, in_blocks=False)
+            body = make(positioned)
+        left = None if positioned is None else positioned.left_on_disk()
+        if positioned is None or left is None:
+            return None
+        positioned.arm(ending, None, left)
+        return body
+
+    def _wrapper_for(self, body: object) -> Callable[[Any], Any] | None:
+        return next((make for made, make in self._blocks if made is body and not made.is_read), None)
 
     def shorten(self, body: Any, start: int | None, length: int | None) -> Any:
         """The server's own wrapper in place of werkzeug's Range round it, where that sends the same; else *body*.

@@ -6,6 +6,7 @@ once, so that the relay's parent is init. This was seen to survive SIGTERM and S
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -38,11 +39,35 @@ class RelayLauncher:
         self._told = False
         #: Whether something was written of which no relay was seen to take care; unknown before the first request.
         self._owed: bool | None = None
+        self._written_ns = 0
+        self._pid = os.getpid()
 
     def written(self) -> None:
         """A close line was written: see that a relay takes care of it."""
         self._owed = True
+        if self._settings.ephemeral:
+            self._wait_at_exit()
         self._look()
+
+    def _wait_at_exit(self) -> None:
+        if self._written_ns == 0:
+            atexit.register(self._wait_until_delivered)
+        self._written_ns = time.time_ns()
+
+    def _wait_until_delivered(self) -> None:
+        """The state folder dies with the container: give the relay its seconds before this worker ends.
+
+        Servers that end without running exit handlers (waitress, werkzeug, bjoern at SIGTERM) don't come here.
+        """
+        deadline = time.monotonic() + self._settings.exit_seconds
+        while os.getpid() == self._pid and time.monotonic() < deadline and not self._is_delivered():
+            time.sleep(0.02)
+
+    def _is_delivered(self) -> bool:
+        try:
+            return self._folder.delivered.stat().st_mtime_ns > self._written_ns
+        except OSError:
+            return False
 
     def wake(self) -> None:
         """A request of any kind came: what was left here, or what a relay that died or left did not take, gets one."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from ..settings import Settings
 from ..transfer import Opening
-from .body import PROGRESS_EVERY, CountedIterable, CountedLater, CountedSequence
+from .body import PROGRESS_EVERY, BegunLater, CountedIterable, CountedSequence
 from .files import FileWay, LentWrapper
+from .held import CountedHeld, CountedHeldSequence, Holder, holder_of
 from .identity import Identifier, NotCounted
 from .ranges import part_of
 from .recorder import Recorder, Recording
@@ -70,6 +71,7 @@ class Response:
         "_decided",
         "_environ",
         "_headers",
+        "_holder",
         "_lent",
         "_media",
         "_path",
@@ -93,6 +95,7 @@ class Response:
         self._lent: LentWrapper | None = None
         self._recording: Recording | None = None
         self._void = False
+        self._holder: Holder | None = None
 
     # What happens while the app runs.
 
@@ -129,7 +132,9 @@ class Response:
 
     def abandon(self) -> None:
         """The app raised: what ``write()`` sent before is all there was."""
-        if self._recording is not None:
+        if self._holder is not None:
+            self._holder.finish(0, self)
+        else:
             self.end(0)
 
     # What happens to its body.
@@ -138,15 +143,30 @@ class Response:
         """The body for the server: counted where this is a play, else the very object that the app returned."""
         if self._status is None:
             # The app may call start_response as late as its first chunk (PEP 3333, "The start_response() Callable").
-            return CountedLater(body, self, self._begin) if self._missing() is None else body
+            return BegunLater(self._iterated(body), self._begin) if self._missing() is None else body
         if not self._media or not self._begin() or self._recording is None:
-            return body
+            return body if self._lent is None else self._lent.as_the_server_has_it(body)
         if self._lent is not None:
             opening = self._recording.opening
+            if opening.length is None and "mod_wsgi.version" in self._environ:
+                own = self._lent.as_declared(body, self)
+                if own is not None:
+                    return own  # type: ignore[no-any-return]
             body = _by_the_servers_way(self._lent, body, opening)
             if self._lent.arm(body, self, opening.length):
                 return body
-        return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, self)
+        if type(body) is list and self._environ.get("SERVER_SOFTWARE") == "Granian":
+            # It joins a list, sends it from Rust, and never closes it (granian/wsgi.py:59).
+            self.end(sum(map(len, body)))
+            return body
+        return self._iterated(body)
+
+    def _iterated(self, body: Iterable[bytes]) -> CountedIterable:
+        has_length = hasattr(body, "__len__")
+        self._holder = self._holder or holder_of(self._environ)
+        if self._holder is not None:
+            return (CountedHeldSequence if has_length else CountedHeld)(body, self, self._holder)
+        return (CountedSequence if has_length else CountedIterable)(body, self)
 
     def progress(self, counted: int) -> None:
         """So far *counted* bytes of the body went out beside what ``write()`` sent."""
@@ -161,20 +181,28 @@ class Response:
         if self._recording is None:
             return
         try:
-            self._recording.end(0 if self._void else self._written + counted, declared)
+            self._recording.end(0 if self._void else max(self._written + counted, 0), declared)
         except Exception:
             log.exception("a response could not be recorded; the app's answer is not touched")
 
     def _counting(self, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
         def counted_write(data: bytes) -> object:
-            self._begin()
+            if self._begin() and self._holder is None:
+                self._holder = holder_of(self._environ)
+            may_arrive = self._holder is None or self._holder.sends()
             answer = write(data)
-            before, self._written = self._written, self._written + len(data)
-            if before // PROGRESS_EVERY != self._written // PROGRESS_EVERY:
-                self.progress(0)
+            if may_arrive:
+                self._wrote(len(data))
             return answer
 
         return counted_write
+
+    def _wrote(self, size: int) -> None:
+        before, self._written = self._written, self._written + size
+        if self._holder is not None:
+            self._holder.took()
+        if before // PROGRESS_EVERY != self._written // PROGRESS_EVERY:
+            self.progress(0 if self._holder is None else -self._holder.held())
 
     def _begin(self) -> bool:
         """Decide, once, whether this response is counted, and open its record; whether it is."""

@@ -100,6 +100,7 @@ class Relay:
 
     def _take_in(self) -> float:
         """Journals into the outbox; seconds until the next look."""
+        looked_ns = time.time_ns()
         reading = self._journals.read(time.monotonic_ns() - LATE_NS)
         if self._must_end():
             self._ending = True
@@ -117,7 +118,15 @@ class Relay:
             self._begin_reading()  # what was judged may not have happened; it is read and judged again
             return TRY_STORE_AGAIN
         self._store_fails = False
+        if self._settings.ephemeral:
+            self._say_delivered(looked_ns)
         return 0.0 if reading.more else POLL
+
+    def _say_delivered(self, until_ns: int) -> None:
+        """Workers that end look at this file's time, and go when all that they wrote is delivered."""
+        if self._journals.all_read() and not self._delivery.in_flight and not self._outbox.hosts():
+            self._folder.delivered.touch(mode=0o600)
+            os.utime(self._folder.delivered, ns=(until_ns, until_ns))
 
     def _judge(self, reading: Reading) -> list[Report]:
         """Time passes no further than *reading* tells: of a backlog's rest, nothing is known yet."""

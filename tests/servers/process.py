@@ -1,0 +1,176 @@
+"""A server of the matrix as a running process, and what its journals say."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from t23_middleware.transfer import Opening, Transfer, decode
+
+from .client import Answer, Client
+from .setups import BIN, Setup, words
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Seconds that anything may take on a busy machine before it is called hung.
+PATIENCE = 30.0
+
+FILM_BYTES = 8 << 20
+LONG_BYTES = 64 << 20
+
+
+def make_files(folder: Path) -> None:
+    """``film.mp4``, in which each 8 bytes are unlike all others, and ``long.mp4``, longer than all buffers."""
+    numbers = b"".join(number.to_bytes(8, "little") for number in range(FILM_BYTES // 8))
+    (folder / "film.mp4").write_bytes(numbers)
+    (folder / "long.mp4").touch()
+    os.truncate(folder / "long.mp4", LONG_BYTES)
+
+
+class Site:
+    """A server that runs, its clients, and the journals that it writes."""
+
+    def __init__(self, setup: Setup, process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
+        self.setup = setup
+        self.process = process
+        self.port = port
+        self.folder = folder
+        self._numbers = iter(range(1, 1_000_000))
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text(errors="replace")
+
+    def session(self) -> str:
+        """A session that no request had yet."""
+        return f"s{next(self._numbers)}"
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.port, tls=self.setup.tls, **options)
+
+    def bare(self, method: str, path: str, **headers: str) -> Answer:
+        """The answer of the app without us, in the same process."""
+        return self.ask(method, path, self.session(), X_Bare="1", **headers)
+
+    def ask(self, method: str, path: str, session: str, **headers: str) -> Answer:
+        with self.client() as client:
+            return client.ask(method, play(path, session), headers)
+
+    def sent(self, session: str) -> list[int]:
+        """Bytes of each close line of *session*, once there is one."""
+        deadline = time.monotonic() + PATIENCE
+        while not (closed := self.closed(session)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return closed
+
+    def closed(self, session: str) -> list[int]:
+        """Bytes of each close line that *session* has now."""
+        return [line.sent for line in self._lines() if isinstance(line, Transfer) and of(line) == session]
+
+    def opened(self, session: str) -> bool:
+        """Whether a response to *session* has been opened, now."""
+        return any(of(line) == session for line in self._lines())
+
+    def closes(self) -> list[str]:
+        """The session of each close line."""
+        return [of(line) for line in self._lines() if isinstance(line, Transfer)]
+
+    def _lines(self) -> Iterator[Opening | Transfer]:
+        for journal in (self.folder / "state" / "journals").glob("*.journal"):
+            text = journal.read_bytes()
+            for line in text[: text.rfind(b"\n") + 1].splitlines():
+                decoded = decode(line)
+                if isinstance(decoded, Opening | Transfer):
+                    yield decoded
+
+
+def play(path: str, session: str) -> str:
+    return f"{path}?session_id={session}&photo_id=7"
+
+
+def of(line: Opening | Transfer) -> str:
+    opening = line.opening if isinstance(line, Transfer) else line
+    return opening.play.session_id
+
+
+@contextmanager
+def running(setup: Setup, folder: Path, served: Path, *before: str, **environ: str) -> Iterator[Site]:
+    """The server, once it answers; its command stands after the words *before*. *folder* is its own."""
+    if setup.tls:
+        _make_certificate(folder)
+    port = _free_port()
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*before, *words(setup, port, folder)],
+            env=_environ(folder, served) | dict(setup.environ) | environ,
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    site = Site(setup, process, port, folder)
+    try:
+        _wait_until_it_answers(site)
+        yield site
+    finally:
+        _stop(process)
+
+
+def _environ(folder: Path, served: Path) -> dict[str, str]:
+    ours = {
+        "PATH": os.pathsep.join((str(BIN), os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin")),
+        "PYTHONPATH": str(ROOT),
+        "LC_ALL": "C.UTF-8",
+        "SERVED_FOLDER": str(served),
+        "T23_API_URL": "http://127.0.0.1:9",
+        "T23_RELAY": "off",
+        "T23_STATE_DIR": str(folder / "state"),
+    }
+    return os.environ | ours
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_it_answers(site: Site) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        if site.process.poll() is not None:
+            raise RuntimeError(f"the server ended at its start:\n{site.log()}")
+        if site.bare("GET", "/nothing").status == 404:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the server does not answer:\n{site.log()}")
+        time.sleep(0.05)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server as its operator does, and whatever it leaves behind."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _make_certificate(folder: Path) -> None:
+    command: Sequence[str] = (
+        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1",
+        "-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem"),
+    )  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)

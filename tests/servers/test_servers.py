@@ -1,0 +1,203 @@
+"""What a server's clients get from a wrapped app is what the bare app would have sent them, counted to the byte."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .client import Client
+from .process import FILM_BYTES, LONG_BYTES, PATIENCE, Site, play
+
+#: Small enough that a client which does not read is felt by the server at once, in bytes.
+SMALL_BUFFER = 1 << 16
+#: What a client takes before it leaves or stalls, in bytes.
+TASTE = 100_000
+
+COMPLETE = {
+    "a file by file_wrapper": ("/wrapper/film.mp4", {}),
+    "a file by file_wrapper without a length": ("/wrapper-without-length/film.mp4", {}),
+    "a file that the app has positioned": ("/positioned/film.mp4", {}),
+    "a generator": ("/generator/film.mp4", {}),
+    "a generator that starts late": ("/late-generator/film.mp4", {}),
+    "a generator without a length": ("/generator-without-length/film.mp4", {}),
+    "one chunk": ("/one-chunk", {}),
+    "several chunks": ("/several-chunks", {}),
+    "Flask's send_file": ("/flask/film.mp4", {}),
+    "a Range of send_file": ("/flask/film.mp4", {"Range": "bytes=1000000-3000000"}),
+    "a Range from the start": ("/flask/film.mp4", {"Range": "bytes=0-"}),
+    "a Range in the middle, to the end": ("/flask/film.mp4", {"Range": "bytes=5000000-"}),
+    "a player's probe": ("/flask/film.mp4", {"Range": "bytes=0-1"}),
+    "a Range of a file that has changed": (
+        "/flask/film.mp4",
+        {"Range": "bytes=0-99", "If-Range": '"another"'},
+    ),
+    "a suffix Range": ("/flask/film.mp4", {"Range": "bytes=-5000"}),
+    "Django's FileResponse": ("/django/film.mp4", {}),
+    "a body zipped by an inner middleware": ("/gzip/film.mp4", {}),
+}
+
+
+@pytest.mark.parametrize("case", COMPLETE)
+def test_a_complete_answer_is_the_bare_apps_and_counted_to_the_byte(case: str, site: Site) -> None:
+    path, headers = COMPLETE[case]
+    session = site.session()
+    answer = site.ask("GET", path, session, **headers)
+    if case not in site.setup.garbles:
+        assert answer == site.bare("GET", path, **headers)
+    assert answer.status in (200, 206) and not answer.cut
+    assert site.sent(session) == [len(answer.body)]
+
+
+def test_an_empty_body_is_the_bare_apps_and_counted_as_nothing(site: Site) -> None:
+    session = site.session()
+    answer = site.ask("GET", "/empty", session)
+    assert answer == site.bare("GET", "/empty")
+    assert answer.status == (500 if site.setup.fails_on_empty else 200)
+    assert site.sent(session) == [0]
+
+
+def test_what_write_sent_is_counted_with_what_was_returned(site: Site) -> None:
+    session = site.session()
+    answer = site.ask("GET", "/write/film.mp4", session)
+    assert answer == site.bare("GET", "/write/film.mp4")
+    if site.setup.has_write:
+        assert site.sent(session) == [len(answer.body)] == [FILM_BYTES]
+    else:
+        assert answer.status in (0, 500), "the app calls None"
+
+
+def test_a_body_whose_close_fails_is_counted_as_it_was_sent(site: Site) -> None:
+    session = site.session()
+    answer = site.ask("GET", "/close-fails", session)
+    assert (answer.status, answer.body) == (200, bytes(2 << 16))
+    assert answer.headers == site.bare("GET", "/close-fails").headers
+    assert site.sent(session) == [2 << 16]
+
+
+def test_an_app_that_raises_midway_is_counted_as_far_as_it_came(site: Site) -> None:
+    session = site.session()
+    answer = site.ask("GET", "/raises-midway", session)
+    (sent,) = site.sent(session)
+    assert len(answer.body) <= sent <= 3 << 16
+    if not site.setup.resets:
+        assert answer == site.bare("GET", "/raises-midway")
+        assert sent == len(answer.body)
+
+
+NOT_COUNTED = {
+    "an app that raises before it answers": ("GET", "/raises-before", {}),
+    "HEAD of a file": ("HEAD", "/flask/film.mp4", {}),
+    "HEAD of a generator": ("HEAD", "/generator/film.mp4", {}),
+    "a Range beyond the end": ("GET", "/flask/film.mp4", {"Range": f"bytes={FILM_BYTES}-"}),
+    "two Ranges": ("GET", "/flask/film.mp4", {"Range": "bytes=0-99,200-299"}),
+    "a page that is not there": ("GET", "/nothing", {}),
+}
+
+
+@pytest.mark.parametrize("case", NOT_COUNTED)
+def test_an_answer_that_is_no_play_is_the_bare_apps_and_not_counted(case: str, site: Site) -> None:
+    method, path, headers = NOT_COUNTED[case]
+    session = site.session()
+    assert site.ask(method, path, session, **headers) == site.bare(method, path, **headers)
+    assert_not_opened(site, session)
+
+
+def test_a_304_is_the_bare_apps_and_not_counted(site: Site) -> None:
+    etag = site.bare("GET", "/flask/film.mp4").header("ETag")
+    assert etag is not None
+    session = site.session()
+    answer = site.ask("GET", "/flask/film.mp4", session, If_None_Match=etag)
+    assert answer.status == (500 if site.setup.fails_on_empty else 304)
+    assert answer == site.bare("GET", "/flask/film.mp4", If_None_Match=etag)
+    assert_not_opened(site, session)
+
+
+def assert_not_opened(site: Site, session: str) -> None:
+    """An open line is written before the head is sent, so that one of ours would be there by now."""
+    assert not site.opened(session)
+
+
+def test_two_requests_on_one_connection_are_counted_apart(site: Site) -> None:
+    first, second = site.session(), site.session()
+    with site.client() as client:
+        one = client.ask("GET", play("/flask/film.mp4", first), {"Range": "bytes=0-99999"})
+        two = client.ask("GET", play("/wrapper/film.mp4", second))
+    assert (len(one.body), len(two.body)) == (100_000, FILM_BYTES)
+    assert (site.sent(first), site.sent(second)) == ([100_000], [FILM_BYTES])
+
+
+def test_transfers_at_the_same_time_are_counted_apart(site: Site) -> None:
+    """uWSGI's threads share a process, whose account of bytes read must not be taken for a thread's."""
+    sessions = {site.session(): way for way in ("wrapper", "generator", "flask", "wrapper", "flask")}
+
+    def fetch(session: str) -> int:
+        return len(site.ask("GET", f"/{sessions[session]}/film.mp4", session).body)
+
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        assert list(pool.map(fetch, sessions)) == [FILM_BYTES] * len(sessions)
+    assert {session: site.sent(session) for session in sessions} == dict.fromkeys(sessions, [FILM_BYTES])
+
+
+BIG = {
+    "file_wrapper": "/wrapper/long.mp4",
+    "a generator": "/generator/long.mp4",
+    "send_file": "/flask/long.mp4",
+}
+
+
+@pytest.mark.parametrize("way", BIG)
+def test_a_client_that_leaves_early_is_counted_with_no_less_than_it_got(way: str, site: Site) -> None:
+    session = site.session()
+    with site.client(buffer=SMALL_BUFFER) as client:
+        client.request("GET", play(BIG[way], session))
+        taken = client.read_some(TASTE)
+    (sent,) = site.sent(session)
+    assert taken <= sent <= LONG_BYTES
+    if site.setup.notices_leaving:
+        assert sent < LONG_BYTES
+
+
+@pytest.mark.parametrize("way", BIG)
+def test_a_client_that_never_reads_is_not_counted_as_if_it_had(way: str, site: Site) -> None:
+    session = site.session()
+    with site.client(buffer=SMALL_BUFFER) as client:
+        client.request("GET", play(BIG[way], session))
+        wait_until_opened(site, session)
+    (sent,) = site.sent(session)
+    assert 0 <= sent <= LONG_BYTES
+    if site.setup.notices_leaving:
+        assert sent < LONG_BYTES
+
+
+def wait_until_opened(site: Site, session: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not site.opened(session):
+        assert time.monotonic() < deadline, site.log()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("way", ["wrapper", "generator", "flask"])
+def test_a_client_that_stalls_and_goes_on_is_counted_to_the_byte(way: str, site: Site) -> None:
+    session = site.session()
+    with site.client(buffer=SMALL_BUFFER) as client:
+        client.request("GET", play(f"/{way}/film.mp4", session))
+        taken = client.read_some(TASTE)
+        stall(client)
+        taken += len(client.read_rest())
+    assert taken == FILM_BYTES
+    assert site.sent(session) == [FILM_BYTES]
+
+
+def stall(client: Client) -> None:
+    """Read nothing until nothing more comes: the server has filled what lies between, and waits."""
+    before, now = -1, client.kernel_bytes()
+    while now != before:
+        time.sleep(0.1)
+        before, now = now, client.kernel_bytes()
+
+
+def test_after_all_of_that_no_response_has_two_close_lines(site: Site) -> None:
+    assert {session: often for session, often in Counter(site.closes()).items() if often != 1} == {}
