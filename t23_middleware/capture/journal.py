@@ -12,11 +12,10 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import StateError
-from ..state import StateFolder, hold_lock
+from ..state import StateFolder, boot_id, hold_lock
 from ..transfer import FORMAT, Counts, Writer, encode
 
 log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class JournalWriter:
         self._folder = folder
         self._pid = os.getpid()
         self.name = f"{self._pid}-{os.urandom(8).hex()}"
-        self._header = Writer(self.name, FORMAT, version, _boot_id(), time.time_ns() // 1_000_000, digest)
+        self._header = Writer(self.name, FORMAT, version, boot_id(), time.time_ns() // 1_000_000, digest)
         self._files: _Files | None = None
         self._lock_file: int | None = None
         self._size = 0
@@ -200,10 +199,3 @@ class JournalWriter:
         if self._failing:
             self._failing = False
             log.warning("plays can be written down again")
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""  # macOS: a restart is then not told from a clock that went on

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from t23_middleware.capture.journal import _boot_id
-from t23_middleware.state import StateFolder
+from t23_middleware.state import StateFolder, boot_id
 from t23_middleware.transfer import FORMAT, Line, Opening, Part, Play, Transfer, Writer, encode
 
 MS = 1_000_000
-BOOT = _boot_id()
+BOOT = boot_id()
 
 _WRITER = """
 import sys
