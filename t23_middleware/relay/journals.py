@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
-from ..state import StateFolder, hold_lock, lock_is_held
+from ..state import StateFolder, boot_id, hold_lock, lock_is_held
 from ..transfer import (
     FORMAT,
     LONGEST_LINE,
@@ -131,7 +131,7 @@ class Journals:
         self._places = places
         self._followed: dict[str, _Journal] = {}
         self._newest: dict[str, int] = {}
-        self._boot = _boot_id()
+        self._boot = boot_id()
         self._living: set[str] = set()
         self._looked = 0.0
 
@@ -385,10 +385,3 @@ def _placed_by_wall_clock(what: Event, shift_ns: int) -> Event:
     if isinstance(what, Progress):
         return what._replace(opening=opening, at_ns=what.at_ms * 1_000_000 + shift_ns)
     return what._replace(opening=opening, ended_ns=what.ended_ms * 1_000_000 + shift_ns)
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
