@@ -555,7 +555,9 @@ def test_an_account_that_fails_in_mid_life_leaves_the_iterator_to_count(
         raise OSError(24, "Too many open files")
 
     in_uwsgi()
-    assert witness_of(uwsgi_wrapper, FileWay()) is (Witness.ACCOUNT if sys.platform == "linux" else Witness.BLOCKS)
+    assert witness_of(uwsgi_wrapper, FileWay()) is (
+        Witness.ACCOUNT if sys.platform == "linux" else Witness.BLOCKS
+    )
     monkeypatch.setattr(files, "_thread_io", refused)
     answer = ask(wrap(wrapped_file(film)), request(**{"wsgi.file_wrapper": uwsgi_wrapper}))
     assert answer.body == FILM

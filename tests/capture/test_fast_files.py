@@ -115,7 +115,9 @@ def test_a_server_that_reads_to_the_end_of_the_file_meets_the_ranges_end(
     body = wrap(ranged(open_film))(environ, lambda status, headers, exc_info=None: None)
     assert isinstance(body, FileWrapper)
     assert b"".join(body) == FILM[START:STOP]
-    assert os.lseek(taken[0], 0, os.SEEK_CUR) < STOP + io.DEFAULT_BUFFER_SIZE  # no more than Python's own buffer
+    assert (
+        os.lseek(taken[0], 0, os.SEEK_CUR) < STOP + io.DEFAULT_BUFFER_SIZE
+    )  # no more than Python's own buffer
     body.close()
     assert journals.sent() == [STOP - START]
 
@@ -164,7 +166,8 @@ def test_a_file_of_any_kind_gives_the_bare_apps_answer(
 ) -> None:
     bare = serve(ranged(lambda: opener(film)), request(HTTP_RANGE=RANGE))
     answer = serve(wrap(ranged(lambda: opener(film))), request(HTTP_RANGE=RANGE))
-    assert answer == bare  # also where werkzeug itself counts from where the file stood (gunicorn, positioned)
+    # Also where werkzeug itself counts from where the file stood (gunicorn, positioned).
+    assert answer == bare
     assert journals.sent() == [STOP - START]
 
 
