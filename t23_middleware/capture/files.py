@@ -191,7 +191,8 @@ class Blocks:
     def __init__(self, file: Any, size: int = BLOCK, *, may_seek: bool = True) -> None:
         self.file = file
         self.is_read = False
-        self._size = max(size, BLOCK)
+        # What can't be sought may be a live pipe, of which a large block would wait for more than the app does.
+        self._size = max(size, BLOCK) if hasattr(file, "seekable") and file.seekable() else size
         if may_seek:
             for name in ("seekable", "seek", "tell"):
                 if hasattr(file, name):
@@ -209,7 +210,7 @@ class Blocks:
 
     def close(self) -> None:
         close = getattr(self.file, "close", None)
-        if close is not None:
+        if callable(close):  # Falcon takes files whose close is no function
             close()
 
 

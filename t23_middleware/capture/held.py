@@ -7,10 +7,11 @@ two here run far ahead of the client, and tell how far to whoever knows where to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from time import monotonic
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .body import PROGRESS_EVERY, CountedIterable, Ending
+from .body import PROGRESS_EVERY, PROGRESS_PAUSE, CountedIterable, Ending
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -134,6 +135,7 @@ class CountedHeld(CountedIterable):
 
     def __iter__(self) -> Iterator[bytes]:
         holder, taken, told = self._holder, 0, PROGRESS_EVERY
+        quiet_until = monotonic() + PROGRESS_PAUSE
         self._counts.append(lambda: taken)
         for chunk in self._body:
             may_arrive = holder.sends()
@@ -143,7 +145,9 @@ class CountedHeld(CountedIterable):
             holder.took()
             if taken >= told:
                 told = taken + PROGRESS_EVERY
-                self._tell_progress()
+                if monotonic() >= quiet_until:
+                    quiet_until = monotonic() + PROGRESS_PAUSE
+                    self._tell_progress()
 
     def _tell_progress(self) -> None:
         if self._ending is not None:
