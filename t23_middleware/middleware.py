@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 #: In the environ of a request that passed through us: a second middleware round the same app leaves it alone.
 SEEN = "t23.seen"
+#: The operator's pages, as they follow ``T23_STATUS_PATH``; what else is under it is the app's.
+PAGES = frozenset(("", "/", ".json", "/metrics"))
 
 
 class T23Middleware:
@@ -28,8 +31,9 @@ class T23Middleware:
     """
 
     def __init__(self, app: WSGIApplication, settings: Settings | None = None, **arguments: Any) -> None:
-        self.app = app
-        self._capture = _capture(settings, arguments)
+        settled = _settled(settings, arguments)
+        self._capture = Capture(settled, VERSION) if settled else None
+        self.app = _WithPages(app, settled) if settled and settled.status_token else app
         self._told_of_two = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -62,7 +66,30 @@ class T23Middleware:
         return True
 
 
-def _capture(settings: Settings | None, arguments: dict[str, Any]) -> Capture | None:
+class _WithPages:
+    """The app with the operator's pages beside it; they are loaded by the first request for one."""
+
+    def __init__(self, app: WSGIApplication, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self._prefix = settings.status_path
+        self._pages: WSGIApplication | None = None
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path: str = environ.get("PATH_INFO", "")
+        if path.startswith(self._prefix) and path[len(self._prefix) :] in PAGES:
+            return self._loaded()(environ, start_response)
+        return self._app(environ, start_response)
+
+    def _loaded(self) -> WSGIApplication:
+        if self._pages is None:
+            # By name: the pages read the relay's database, and an app whose pages nobody opens never loads that.
+            self._pages = importlib.import_module("t23_middleware.ops.page").Pages(self._settings)
+        return self._pages
+
+
+def _settled(settings: Settings | None, arguments: dict[str, Any]) -> Settings | None:
+    """The settings, or ``None`` where nothing is counted."""
     try:
         if settings is None:
             settings = Settings(**arguments)
@@ -77,7 +104,7 @@ def _capture(settings: Settings | None, arguments: dict[str, Any]) -> Capture | 
         return None
     for warning in settings.warnings:
         log.warning("%s", warning)
-    return Capture(settings, VERSION) if settings.enabled else None
+    return settings if settings.enabled else None
 
 
 def _is_off(arguments: dict[str, Any]) -> bool:

@@ -21,6 +21,10 @@ from .errors import ConfigurationError
 PREFIX = "T23_"
 #: Set by a worker for the relay that it starts: such a relay leaves when there is nothing to do.
 STARTED_BY_WORKER = "_T23_STARTED_BY_WORKER"
+#: Smallest ``T23_MAX_BYTES``: what the outbox takes with nothing in it.
+LEAST_BOUND = 65536
+#: Set by tests: the point at which the relay dies, see ``relay/crash.py``.
+CRASH_AT = "_T23_CRASH_AT"
 
 #: TwentyThree's own media URLs: ``/<tree>/<photo_id>/<token>/<format>[/<slug>-video.<ext>]``, downloads with
 #: ``/attachment`` before. A token of digits alone is long, which keeps dated paths (``/2026/11/24/a.mp4``) out.
@@ -28,6 +32,9 @@ TWENTYTHREE_PATTERN = (
     r"^/(?:attachment/)?[0-9]+/(?P<photo_id>[0-9]+)/"
     r"(?:[0-9]{16,}|(?=[0-9]*[A-Za-z])[0-9A-Za-z]+)/[A-Za-z]\w*(?:/|$)"
 )
+
+#: Characters that a token has at least: what is shorter can be guessed.
+SHORTEST_TOKEN = 16
 
 #: Variables of the process that the relay needs beside ours: to run Python, to find proxies and certificates.
 #: Everything else (the app's own secrets) stays behind.
@@ -77,6 +84,12 @@ def _bytes(text: str) -> int:
     if not text.strip().isascii() or not text.strip().isdigit():
         raise ValueError(f"{text!r} is not a number of bytes; write for example 524288")
     return int(text)
+
+
+def _bound(text: str) -> int:
+    if _bytes(text) < LEAST_BOUND:
+        raise ValueError(f"{text!r} is less than an empty outbox takes; write for example 268435456")
+    return _bytes(text)
 
 
 def _choice(*words: str) -> Callable[[str], str]:
@@ -131,6 +144,22 @@ def _hosts(text: str) -> tuple[str, ...]:
 def _path(text: str) -> str:
     if not text.startswith("/") or not text.isprintable() or any(char in text for char in "?# "):
         raise ValueError(f"{text!r} is not a path; write for example /api/analytics/report/play")
+    return text
+
+
+def _status_path(text: str) -> str:
+    path = text.strip().rstrip("/")
+    if not re.fullmatch(r"(?:/[\w.~-]+)+", path, re.ASCII):
+        raise ValueError(f"{text!r} is not a path below the app's own /; write for example /_t23")
+    return path
+
+
+def _token(text: str) -> str:
+    if len(text) < SHORTEST_TOKEN or not (text.isascii() and text.isprintable()) or " " in text:
+        raise ValueError(
+            f"is shorter than {SHORTEST_TOKEN} characters, or holds others than printable ASCII; let Python make one:"
+            " python3 -c 'import secrets; print(secrets.token_urlsafe(24))'"
+        )
     return text
 
 
@@ -312,8 +341,31 @@ class Settings:
         "resend a report whose answer was lost: `1` at least once, `0` at most once",
         relay=True,
     )
+    max_age: float = _setting(
+        604800.0,
+        _seconds,
+        "seconds that a report may wait; an older one is given up and counted (`too_old`)",
+        relay=True,
+    )
+    max_bytes: int = _setting(
+        268435456,
+        _bound,
+        "bytes that the outbox may take; beyond it the oldest reports are given up and counted (`outbox_full`)",
+        relay=True,
+    )
     exit_seconds: float = _setting(
         2.0, _seconds, "seconds in which a relay that is told to stop finishes what is in flight", relay=True
+    )
+    status_token: str | None = _setting(
+        None,
+        _token,
+        "password of the operator's pages, at least 16 characters (any user, or as Bearer); without it they do not exist",
+        secret=True,
+    )
+    status_path: str = _setting(
+        "/_t23",
+        _status_path,
+        "where the operator's pages are: this path, the same with `.json`, and `/metrics` under it",
     )
 
     #: Name of each setting -> ``argument``, ``environment`` or ``default``.
@@ -352,6 +404,11 @@ class Settings:
         return STARTED_BY_WORKER in os.environ
 
     @staticmethod
+    def crash_at() -> str:
+        """Where a test wants this process to die; ``""`` for nowhere."""
+        return os.environ.get(CRASH_AT, "")
+
+    @staticmethod
     def newest_session_secret() -> str:
         """The key that :func:`~t23_middleware.sign_session` signs with, from the environment alone."""
         secrets = _words(os.environ.get("T23_SESSION_SECRET", ""))
@@ -366,9 +423,12 @@ class Settings:
         """Whether reports go to the host that each request named."""
         return "{host}" in self.api_url
 
-    def report_url(self, host: str) -> str:
-        """The address that reports of *host* go to; *host* matters only where the URL holds ``{host}``."""
-        return self.api_url.replace("{host}", host) + self.report_path
+    def report_url(self, host: str, path: str | None = None) -> str:
+        """The address that reports of *host* go to; *host* matters only where the URL holds ``{host}``.
+
+        *path* stands for ``T23_REPORT_PATH`` where it is given.
+        """
+        return self.api_url.replace("{host}", host) + (path or self.report_path)
 
     def photo_regex(self) -> re.Pattern[str] | None:
         """The compiled ``photo_pattern``."""

@@ -45,6 +45,8 @@ class StateFolder:
         self.delivered = path / "delivered"
         #: Exists while the outbox may hold something to deliver: a look that needs no SQL.
         self.unfinished = path / "unfinished"
+        #: Room that is given up when the disk is full, so that what was sent can be ticked off.
+        self.reserve = path / "reserve"
 
     def create(self) -> None:
         """Make the folder where it is missing.

@@ -231,6 +231,12 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return min(max((until - now).total_seconds(), 0.0), LONGEST_WAIT)
 
 
+def clock_ahead(headers: Mapping[str, str], now_s: float) -> float | None:
+    """Seconds that *now_s* (epoch) is ahead of the answer's ``Date`` (RFC 9110 section 6.6.1), if it has one."""
+    date = _date(headers.get("Date", ""))
+    return None if date is None else now_s - date.timestamp()
+
+
 def _date(text: str) -> datetime | None:
     try:
         return parse_date(text)

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from functools import cache
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import requests
@@ -28,7 +28,7 @@ from urllib3.exceptions import HTTPError, LocationValueError
 from ..errors import DeliveryError, NoAnswer, Unreachable
 from ..settings import Settings, process_environment
 from ..version import VERSION
-from .answer import LONGEST_ANSWER, Answer, clip, judge, shown
+from .answer import LONGEST_ANSWER, Answer, clip, clock_ahead, judge, shown
 from .report import Report, form
 
 #: Seconds that a connection may take, all of ``T23_TIMEOUT`` if that is less.
@@ -53,6 +53,19 @@ _HEADERS = {
     "Accept-Encoding": "identity",
     "Content-Type": "application/x-www-form-urlencoded",
 }
+
+
+#: The form of a request that reports nothing.
+_NO_REPORT = {"format": "json", "raw": "1"}
+
+
+class Probe(NamedTuple):
+    """What came of a request that reports nothing."""
+
+    url: str
+    outcome: Answer | DeliveryError
+    #: Seconds that this machine's clock is ahead of the API's, where its answer says its time.
+    ahead: float | None
 
 
 class AnalyticsClient:
@@ -81,9 +94,33 @@ class AnalyticsClient:
         """
         started = time.monotonic()
         url = self._settings.report_url(report.host)
-        body = _Body(report, started + self._settings.timeout)
+        status, headers, content = self._posted(url, form(report), self._cookie(report))
+        answer = judge(status, headers, content, url, report.session_id)
+        return answer._replace(seconds=time.monotonic() - started)
+
+    def probe(self, host: str = "", path: str | None = None) -> Probe:
+        """What the API says to a report without video and session, which reports nothing.
+
+        *path* may be another than ``T23_REPORT_PATH``. Never raises what :meth:`send` does.
+        """
+        url = self._settings.report_url(host, path)
+        asked_s = time.time()
         try:
-            status, headers, content = self._exchange(url, report, body)
+            status, headers, content = self._posted(url, _NO_REPORT | {"time": str(int(asked_s * 1000))}, {})
+        except DeliveryError as error:
+            return Probe(url, error, None)
+        ahead = clock_ahead(headers, (asked_s + time.time()) / 2)
+        try:
+            return Probe(url, judge(status, headers, content, url), ahead)
+        except DeliveryError as error:
+            return Probe(url, error, ahead)
+
+    def _posted(
+        self, url: str, fields: Mapping[str, str], headers: Mapping[str, str]
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        body = _Body(fields, time.monotonic() + self._settings.timeout)
+        try:
+            return self._exchange(url, body, headers)
         # ValueError: what the standard library says of names and numbers that are none.
         except (
             requests.RequestException,
@@ -94,8 +131,6 @@ class AnalyticsClient:
         ) as error:
             # "from None": the texts of these errors may hold a proxy's password.
             raise _not_answered(error, url, body.begun) from None
-        answer = judge(status, headers, content, url, report.session_id)
-        return answer._replace(seconds=time.monotonic() - started)
 
     def close(self) -> None:
         """Closes the connections of all threads; a later report opens new ones."""
@@ -104,12 +139,14 @@ class AnalyticsClient:
         for session in sessions:
             session.close()
 
-    def _exchange(self, url: str, report: Report, body: _Body) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange(
+        self, url: str, body: _Body, headers: Mapping[str, str]
+    ) -> tuple[int, Mapping[str, str], bytes]:
         session = self._session()
         with session.post(
             url,
             data=body,
-            headers=self._cookie(report),
+            headers=headers,
             stream=True,
             allow_redirects=False,
             timeout=self._timeout,  # type: ignore[arg-type]  # requests takes urllib3's, its stubs don't say
@@ -184,8 +221,8 @@ class _Session(requests.Session):
 class _Body:
     """The form of a report, which knows whether any of it has left; without its body no report is one."""
 
-    def __init__(self, report: Report, deadline: float) -> None:
-        self._bytes = urlencode(form(report), errors="replace").encode()
+    def __init__(self, fields: Mapping[str, str], deadline: float) -> None:
+        self._bytes = urlencode(fields, errors="replace").encode()
         self._deadline = deadline
         #: Whether sending has begun.
         self.begun = False

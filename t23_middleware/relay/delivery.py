@@ -9,11 +9,14 @@ import logging
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from ..errors import DeliveryError, NoAnswer, NotAccepted, Refused, RetryLater, Unexplained
+from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, RetryLater, Unexplained
 from .answer import Answer
+from .crash import crash_point
+from .health import FAILING, PAUSED, WELL, Health, as_notes, healths, next_health
+from .history import grown_troubles, troubles_note, troubles_of
 from .outbox import Acked, Again, Dead, Entry, Lost, Outbox, OutboxError, Settlement
 from .report import Report
 
@@ -57,6 +60,8 @@ class Breaker:
         self.successes = 0
         #: Why the API takes nothing from this server, where that is so.
         self.paused: str | None = None
+        #: How the last report failed that the API did not judge.
+        self.failure = ""
 
     @property
     def is_open(self) -> bool:
@@ -87,6 +92,7 @@ class Breaker:
         """The API did not answer *id*, or said "not now"."""
         was_open, probed = self.is_open, self._returned(id)
         self._failures += 1
+        self.failure = str(error)
         wait = min(error.retry_after or 0.0, LONGEST_RETRY_AFTER)
         if self.is_open and not was_open:
             log.error("the API takes no reports%s (%s); they wait here until it does", self._where(), error)
@@ -143,6 +149,7 @@ class Delivery:
         retry_ambiguous: bool,
         monotonic: Callable[[], float],
         wall_ms: Callable[[], int],
+        notes: Mapping[str, str] = {},
     ) -> None:
         self._outbox = outbox
         self._send = send
@@ -156,7 +163,13 @@ class Delivery:
         self._unsettled: list[Settlement] = []
         #: Report -> successes of its API when it failed last, and the seconds that it had to wait then.
         self._setbacks: dict[int, tuple[int, float]] = {}
-        self._store_fails = False
+        self._health = healths(notes)
+        self._troubles = troubles_of(notes)
+        self._answered_ms: dict[str, int] = {}
+        #: How the last report failed, for whatever reason.
+        self.last_failure = ""
+        #: Whether the outbox could not be written at the last try.
+        self.store_fails = False
         #: Reports that are with the senders.
         self.in_flight = 0
 
@@ -171,12 +184,19 @@ class Delivery:
             with self._outbox.together():
                 self._outbox.settle(self._unsettled, self._wall_ms())
                 entries = self._claim()
+                health = self._note_health()
         except OutboxError as error:
             self._say_store_fails(error)
             return self.settle()  # an acknowledgement alone may find room on a full disk
         moved = bool(self._unsettled or entries)
+        if self._unsettled:
+            crash_point("after_ack")
+        if entries:
+            crash_point("after_claim")
         self._unsettled = []
-        self._store_fails = False
+        self._troubles = grown_troubles(self._troubles, self._health, health)
+        self._health = health
+        self.store_fails = False
         self._hand_out(entries)
         return moved
 
@@ -230,7 +250,23 @@ class Delivery:
         while not self._results.empty():
             result = self._results.get()
             self.in_flight -= 1
-            self._unsettled.append(self._judge(result))
+            self._unsettled.append(self._judge(result)._replace(said=_said(result.outcome)))
+
+    def _note_health(self) -> dict[str, Health]:
+        """How the APIs are, for commands and pages; written down where it changed."""
+        health, now_ms = dict(self._health), self._wall_ms()
+        for host, breaker in self._breakers.items():
+            self._put_health(health, host, breaker, now_ms)
+        troubles = grown_troubles(self._troubles, self._health, health)
+        self._outbox.note(as_notes(health, self._health) | troubles_note(troubles, self._troubles))
+        return health
+
+    def _put_health(self, health: dict[str, Health], host: str, breaker: Breaker, now_ms: int) -> None:
+        reason = breaker.paused if breaker.paused is not None else breaker.failure
+        state = PAUSED if breaker.paused is not None else FAILING if breaker.is_open else WELL
+        answered_ms = self._answered_ms.get(host, 0)
+        if state != WELL or answered_ms:  # else nothing is known of it yet, beside what a former relay knew
+            health[host] = next_health(health.get(host), state, reason, answered_ms, now_ms)
 
     def _take_back(self, wanted: Callable[[Entry], bool]) -> None:
         """Put back what no sender has begun, as if it had never been claimed."""
@@ -289,6 +325,7 @@ class Delivery:
         while (entry := self._tasks.get()) is not None:
             try:
                 outcome: Answer | DeliveryError = self._send(entry.report)
+                crash_point("after_send")
             except DeliveryError as error:
                 outcome = error
             except Exception as error:
@@ -301,6 +338,8 @@ class Delivery:
     def _judge(self, result: _Result) -> Settlement:
         entry, outcome = result
         breaker = self._breaker(entry.report.host)
+        if isinstance(outcome, DeliveryError):
+            self.last_failure = str(outcome)
         if isinstance(outcome, RetryLater):
             breaker.failed(entry.id, self._monotonic(), outcome)
             self._spare(breaker, entry.report.host)
@@ -311,6 +350,7 @@ class Delivery:
             self._spare(breaker, entry.report.host)
             return Again(entry.id, self._wall_ms(), entry.tries, entry.attempts)
         breaker.worked()
+        self._answered_ms[entry.report.host] = self._wall_ms()
         if isinstance(outcome, Answer):
             return self._answered(entry, outcome)
         return self._refused(entry, outcome)
@@ -331,7 +371,7 @@ class Delivery:
     def _answered(self, entry: Entry, answer: Answer) -> Settlement:
         """``cached`` on a first try: the API answered from its cache and recorded nothing; on a later one, the first did."""
         if not answer.cached or entry.tries:
-            return Acked(entry.id)
+            return Acked(entry.id, max(self._wall_ms() - entry.report.time_ms, 0))
         if entry.retimed:
             return Dead(entry.id, "cached", "the API answered from its cache twice, and so recorded nothing")
         later = max(self._wall_ms(), entry.report.time_ms + 1)
@@ -353,6 +393,23 @@ class Delivery:
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])
 
     def _say_store_fails(self, error: OutboxError) -> None:
-        if not self._store_fails:
-            self._store_fails = True
+        if not self.store_fails:
+            self.store_fails = True
             log.error("%s; nothing is sent until it can be written again, and captures go on", error)
+
+
+def _said(outcome: Answer | DeliveryError) -> str:
+    """The outcome as one of :data:`~t23_middleware.relay.history.ANSWERS`."""
+    match outcome:
+        case Answer():
+            return "accepted"
+        case NotAccepted():
+            return "denied"
+        case Busy():
+            return "busy"
+        case NoAnswer():
+            return "no_answer"
+        case RetryLater():
+            return "unreachable"
+        case _:
+            return "refused"

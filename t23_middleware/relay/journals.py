@@ -26,6 +26,7 @@ from ..transfer import (
     Writer,
     decode,
 )
+from .crash import crash_point
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ ANY_TIME = -(1 << 63)
 
 _NAME = re.compile(r"([^.]+)\.(\d+)\.journal")
 #: What a line must hold to be one that can't be stored: a long number, or the escape of half a surrogate pair.
-_SUSPECT = re.compile(rb"\d{19}|\\u[dD]")
+_SUSPECT = re.compile(rb"[\[,:] ?-?\d{19}|\\u[dD]")
 
 
 #: What a response does.
@@ -188,6 +189,7 @@ class Journals:
         finished = [name for name, journal in self._followed.items() if self._is_finished(journal)]
         for name in finished:
             self._followed.pop(name).path.unlink(missing_ok=True)
+            crash_point("after_unlink")
         self._remove_locks()
         forgotten, self._places = list(self._places), {}
         return finished + forgotten

@@ -8,12 +8,15 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ..errors import StateError
+from . import history
+from .history import Fatality, History, Series, Watched
 from .report import Report
 
 log = logging.getLogger(__name__)
@@ -23,7 +26,7 @@ Key = tuple[str, str, str]
 
 SCHEMA_VERSION = 1
 _SCHEMA = """
-CREATE TABLE reports (
+CREATE TABLE IF NOT EXISTS reports (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     time_ms INTEGER NOT NULL, host TEXT NOT NULL, session_id TEXT NOT NULL, photo_id TEXT NOT NULL,
     sent INTEGER NOT NULL, skip INTEGER NOT NULL,
@@ -34,24 +37,49 @@ CREATE TABLE reports (
     due_ms INTEGER NOT NULL DEFAULT 0,
     leased INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX reports_by_host ON reports (host, leased, id);
-CREATE TABLE dead (
+CREATE INDEX IF NOT EXISTS reports_by_host ON reports (host, leased, id);
+CREATE TABLE IF NOT EXISTS dead (
     id INTEGER PRIMARY KEY,
     time_ms INTEGER NOT NULL, host TEXT NOT NULL, session_id TEXT NOT NULL, photo_id TEXT NOT NULL,
     sent INTEGER NOT NULL, skip INTEGER NOT NULL,
     player_type TEXT, player_version TEXT, player_resolution TEXT,
     code TEXT NOT NULL, answer TEXT NOT NULL, died_ms INTEGER NOT NULL
 );
-CREATE TABLE viewings (
+CREATE TABLE IF NOT EXISTS viewings (
     host TEXT, session_id TEXT, photo_id TEXT, state TEXT NOT NULL,
     PRIMARY KEY (host, session_id, photo_id)
 ) WITHOUT ROWID;
-CREATE TABLE journals (name TEXT PRIMARY KEY, offset INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE losses (
+CREATE TABLE IF NOT EXISTS journals (name TEXT PRIMARY KEY, offset INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS losses (
     day TEXT, reason TEXT, reports INTEGER NOT NULL, bytes INTEGER NOT NULL,
     PRIMARY KEY (day, reason)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS summary (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+#: What pages read, so that none of it is counted while they wait. Made where it is missing: an outbox of a version
+#: before it goes on.
+_FOR_PAGES = """
+CREATE TABLE IF NOT EXISTS minutes (
+    minute INTEGER, name TEXT, value INTEGER NOT NULL, PRIMARY KEY (minute, name)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS videos (
+    hour INTEGER, host TEXT, photo_id TEXT, plays INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    PRIMARY KEY (hour, host, photo_id)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS dead_by_time ON dead (died_ms);
+CREATE TABLE IF NOT EXISTS sizes (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+INSERT OR IGNORE INTO sizes SELECT 'waiting', count(*) FROM reports;
+INSERT OR IGNORE INTO sizes SELECT 'dead', count(*) FROM dead;
+CREATE TRIGGER IF NOT EXISTS report_in AFTER INSERT ON reports
+    BEGIN UPDATE sizes SET value = value + 1 WHERE name = 'waiting'; END;
+CREATE TRIGGER IF NOT EXISTS report_out AFTER DELETE ON reports
+    BEGIN UPDATE sizes SET value = value - 1 WHERE name = 'waiting'; END;
+CREATE TRIGGER IF NOT EXISTS dead_in AFTER INSERT ON dead
+    BEGIN UPDATE sizes SET value = value + 1 WHERE name = 'dead'; END;
+CREATE TRIGGER IF NOT EXISTS dead_out AFTER DELETE ON dead
+    BEGIN UPDATE sizes SET value = value - 1 WHERE name = 'dead'; END;
 """
 #: Each host that has reports, by a jump through the index: DISTINCT would read all of it.
 _HOSTS = """
@@ -62,12 +90,26 @@ WITH RECURSIVE found (host) AS (
 )
 SELECT host FROM found WHERE host IS NOT NULL
 """
+_OLDEST = "SELECT time_ms FROM reports ORDER BY id LIMIT 1"
+_STEPS = f"""
+SELECT minute / ?, name, CASE WHEN name IN {history.GAUGES} THEN max(value) ELSE CAST(total(value) AS INTEGER) END
+FROM minutes WHERE minute >= ? GROUP BY 1, 2
+"""
+_VIDEOS = """
+SELECT host, photo_id, sum(plays), CAST(total(bytes) AS INTEGER) FROM videos WHERE hour >= ? GROUP BY 1, 2
+"""
+#: Of an hour, the videos that are neither among those with the most bytes nor among those with the most plays.
+_FORGET_VIDEOS = """
+DELETE FROM videos WHERE hour = :hour
+AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY bytes DESC LIMIT :most)
+AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY plays DESC LIMIT :most)
+"""
 _STATS = """
 SELECT
     coalesce((SELECT value FROM counters WHERE name = 'captured'), 0),
-    (SELECT count(*) FROM reports),
+    (SELECT value FROM sizes WHERE name = 'waiting'),
     coalesce((SELECT value FROM counters WHERE name = 'sent'), 0),
-    (SELECT count(*) FROM dead),
+    (SELECT value FROM sizes WHERE name = 'dead'),
     (SELECT coalesce(sum(reports), 0) FROM losses)
 """
 _REPORT = ", ".join(Report._fields)
@@ -78,6 +120,12 @@ LONGEST_DELAY_MS = 2 * 3600 * 1000
 #: Pages of the write-ahead log before it is folded into the file. Small, so that a full disk still takes
 #: acknowledgements: 2,000 of 2,000 with 16 pages, 54 with SQLite's default of 1,000.
 CHECKPOINT_PAGES = 16
+#: Bytes of the write-ahead log that stay after one large transaction: room that acknowledgements have for sure.
+LOG_KEPT = 1 << 20
+#: SQLite's own bound of a file's pages.
+MOST_PAGES = (1 << 30) - 1
+#: SQLite's words for SQLITE_FULL and SQLITE_IOERR; the codes came to Python with 3.11.
+_FULL = ("database or disk is full", "disk I/O error")
 
 
 class Entry(NamedTuple):
@@ -93,6 +141,14 @@ class Entry(NamedTuple):
     retimed: bool
 
 
+class GivenUp(NamedTuple):
+    """Plays that are lost without ever waiting; they count as captured and lost."""
+
+    reason: str
+    reports: int
+    bytes: int
+
+
 class Ingest(NamedTuple):
     """What one look at the journals brought; kept whole or not at all."""
 
@@ -102,12 +158,24 @@ class Ingest(NamedTuple):
     #: Journal -> offset in bytes up to which it is taken in.
     places: Mapping[str, int]
     counts: Mapping[str, int]
+    #: What the relay tells of itself with it, see :meth:`Outbox.note`.
+    notes: Mapping[str, str] = {}
+    #: What was lost before it could become a report.
+    losses: Sequence[GivenUp] = ()
+    #: Reason for which its reports are lost at once instead of kept; ``""`` for none.
+    lost_as: str = ""
+    #: Time of the look, in ms since the epoch; only losses need it.
+    at_ms: int = 0
 
 
 class Acked(NamedTuple):
     """The report was recorded."""
 
     id: int
+    #: Time from the report's making to this answer, in ms.
+    took_ms: int | None = None
+    #: One of :data:`~t23_middleware.relay.history.ANSWERS`, here and below; ``""`` for none.
+    said: str = ""
 
 
 class Again(NamedTuple):
@@ -119,6 +187,7 @@ class Again(NamedTuple):
     attempts: int = 0
     #: Its new time, where it needs one.
     time_ms: int | None = None
+    said: str = ""
 
 
 class Dead(NamedTuple):
@@ -127,6 +196,7 @@ class Dead(NamedTuple):
     id: int
     code: str
     answer: str
+    said: str = ""
 
 
 class Lost(NamedTuple):
@@ -134,6 +204,7 @@ class Lost(NamedTuple):
 
     id: int
     reason: str
+    said: str = ""
 
 
 Settlement = Acked | Again | Dead | Lost
@@ -147,6 +218,42 @@ class Stats(NamedTuple):
     sent: int
     dead: int
     lost: int
+
+
+class Loss(NamedTuple):
+    """What was given up on one day for one reason."""
+
+    day: str
+    reason: str
+    reports: int
+    bytes: int
+
+
+class DeadReport(NamedTuple):
+    """A report that the API refused for good."""
+
+    id: int
+    report: Report
+    code: str
+    #: The API's words, without the session.
+    answer: str
+    died_ms: int
+
+
+class Snapshot(NamedTuple):
+    """All that a look at the outbox tells, of one moment."""
+
+    stats: Stats
+    #: Those that reports wait for.
+    hosts: Sequence[str]
+    #: Time of the oldest report that waits, in ms since the epoch.
+    oldest_ms: int | None
+    counters: Mapping[str, int]
+    losses: Sequence[Loss]
+    #: Journal -> offset in bytes up to which it is taken in.
+    places: Mapping[str, int]
+    #: What the relay told of itself.
+    notes: Mapping[str, str]
 
 
 class Outbox(Protocol):
@@ -179,9 +286,23 @@ class Outbox(Protocol):
     def stats(self) -> Stats:
         """The figures."""
 
+    def note(self, notes: Mapping[str, str]) -> None:
+        """Keep what the relay tells of itself, by name; commands and pages read it."""
+
+    def begin_minute(self, now_ms: int, open_responses: int) -> None:
+        """Write down how full it is and how many responses are open, and forget the history that is too old."""
+
 
 class OutboxError(StateError):
     """The store failed; what was asked of it did not happen."""
+
+
+class OutboxFull(OutboxError):
+    """The disk, or the file's bound, takes no more; or the disk has a fault, which a quota looks like."""
+
+
+class NoOutbox(OutboxError):
+    """No relay has made one yet."""
 
 
 class OutboxCorrupt(StateError):
@@ -189,10 +310,20 @@ class OutboxCorrupt(StateError):
 
 
 class SQLiteOutbox:
-    """An :class:`Outbox` in one SQLite file, written with ``synchronous=FULL``: off the request path, so it may."""
+    """An :class:`Outbox` in one SQLite file, written with ``synchronous=FULL``: off the request path, so it may.
 
-    def __init__(self, path: Path) -> None:
-        self._db = _open_or_replace(path)
+    *make_room* is called when the disk is full; it answers whether there is more room now.
+    """
+
+    def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
+        self._make_room = make_room
+        self._spares_reserve = False
+        try:
+            self._db = _open_or_replace(path)
+        except OutboxFull:
+            if not make_room():
+                raise
+            self._db = _open_or_replace(path)
 
     def close(self) -> None:
         """Close the file."""
@@ -214,16 +345,21 @@ class SQLiteOutbox:
 
     def ingest(self, batch: Ingest) -> None:
         with self._transaction():
-            self._db.executemany(f"INSERT INTO reports ({_REPORT}) VALUES ({_MARKS})", batch.reports)
-            for key, state in batch.viewings:
-                if state is None:
-                    self._db.execute(
-                        "DELETE FROM viewings WHERE (host, session_id, photo_id) = (?, ?, ?)", key
-                    )
-                else:
-                    self._db.execute("INSERT OR REPLACE INTO viewings VALUES (?, ?, ?, ?)", (*key, state))
+            losses = list(batch.losses)
+            if batch.lost_as:
+                sent = sum(report.sent for report in batch.reports)
+                losses.append(GivenUp(batch.lost_as, len(batch.reports), sent))
+            else:
+                self._db.executemany(f"INSERT INTO reports ({_REPORT}) VALUES ({_MARKS})", batch.reports)
+            self._give_up(losses, batch.at_ms)
+            self._keep_viewings(batch.viewings)
             self._db.executemany("INSERT OR REPLACE INTO journals VALUES (?, ?)", batch.places.items())
-            self._count({**batch.counts, "captured": len(batch.reports)})
+            captured = len(batch.reports) + sum(loss.reports for loss in batch.losses)
+            self._count({**batch.counts, "captured": captured})
+            _happened(self._db, history.of_reports(batch.reports))
+            _happened_now(self._db, batch.at_ms, {history.CAPTURED: captured - len(batch.reports)})
+            self._watched(batch.reports)
+            self.note(batch.notes)
 
     def forget_journals(self, names: Sequence[str]) -> None:
         if not names:
@@ -266,6 +402,8 @@ class SQLiteOutbox:
                     self._bury(item, now_ms)
             self._lose([(item.id, item.reason) for item in settlements if isinstance(item, Lost)], now_ms)
             self._count({"sent": sent})
+            tries = [(item.said, item.took_ms if isinstance(item, Acked) else None) for item in settlements]
+            _happened_now(self._db, now_ms, {**history.of_tries(tries), history.SENT: sent})
 
     def hosts(self) -> list[str]:
         with _translated():
@@ -280,6 +418,102 @@ class SQLiteOutbox:
         with _translated():
             return dict(self._db.execute("SELECT name, value FROM counters"))
 
+    def note(self, notes: Mapping[str, str]) -> None:
+        if not notes:
+            return
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO summary VALUES (?, ?)", notes.items())
+
+    def notes(self) -> dict[str, str]:
+        """What :meth:`note` kept."""
+        with _translated():
+            return dict(self._db.execute("SELECT name, value FROM summary"))
+
+    def begin_minute(self, now_ms: int, open_responses: int) -> None:
+        minute, hour = now_ms // history.MINUTE_MS, now_ms // history.HOUR_MS
+        with self._transaction():
+            oldest = self._db.execute(_OLDEST).fetchone()
+            gauges = {
+                history.OPEN: open_responses,
+                history.WAITING: self.stats().waiting,
+                history.OLDEST: max(now_ms - oldest[0], 0) // 1000 if oldest else 0,
+            }
+            self._db.executemany(
+                "INSERT OR REPLACE INTO minutes VALUES (?, ?, ?)",
+                [(minute, name, value) for name, value in gauges.items()],
+            )
+            # What lies in the future came from a clock that was set back.
+            kept = minute - history.KEPT_MINUTES, minute + 60
+            self._db.execute("DELETE FROM minutes WHERE minute < ? OR minute > ?", kept)
+            self._db.execute("DELETE FROM videos WHERE hour < ? OR hour > ?", (kept[0] // 60, kept[1] // 60))
+            for each in (hour - 1, hour):
+                self._db.execute(_FORGET_VIDEOS, {"hour": each, "most": history.MOST_VIDEOS})
+
+    # Bounds.
+
+    def size(self) -> int:
+        """Bytes of the file that hold something."""
+        return (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
+
+    @contextmanager
+    def growing_by(self, size: int | None) -> Iterator[None]:
+        """Meanwhile the file grows by *size* bytes at most, and no room is made; ``None`` sets no limit."""
+        if size is None:
+            yield
+            return
+        self._pragma(f"max_page_count = {self._pragma('page_count') + size // self._pragma('page_size')}")
+        self._spares_reserve = True
+        try:
+            yield
+        finally:
+            self._spares_reserve = False
+            self._pragma(f"max_page_count = {MOST_PAGES}")
+
+    def shrink(self, kept: int, most: int) -> None:
+        """Give up to *most* pages back to the disk where more than *kept*, and more than half of all, are free."""
+        free = self._pragma("freelist_count")
+        if free > max(kept, self._pragma("page_count") // 2):
+            with _translated():
+                self._db.execute(f"PRAGMA incremental_vacuum({min(free - kept, most)})").fetchall()
+
+    def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
+        """Give up reports that tell of a time before *before_ms*, up to *most*; how many. Not what is in flight."""
+        query = "SELECT id FROM reports WHERE leased = 0 AND time_ms < ? ORDER BY id LIMIT ?"
+        return self._lose_found("reports", query, (before_ms, most), reason, now_ms)
+
+    def lose_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
+        """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight."""
+        query = (
+            "SELECT id FROM reports WHERE leased = 0 ORDER BY id"
+            " LIMIT max(0, min(?, (SELECT count(*) FROM reports) - ?))"
+        )
+        return self._lose_found("reports", query, (most, kept), reason, now_ms)
+
+    def lose_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
+        """Give up dead letters that were refused before *before_ms*, up to *most*; how many."""
+        query = "SELECT id FROM dead WHERE died_ms < ? ORDER BY died_ms LIMIT ?"
+        return self._lose_found("dead", query, (before_ms, most), reason, now_ms)
+
+    def lose_dead_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
+        """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many."""
+        query = (
+            "SELECT id FROM dead ORDER BY died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
+        )
+        return self._lose_found("dead", query, (most, kept), reason, now_ms)
+
+    def _lose_found(self, table: str, query: str, values: tuple[int, int], reason: str, now_ms: int) -> int:
+        with _translated():
+            found = self._db.execute(query, values).fetchall()
+        if found:
+            with self._transaction():
+                self._lose([(id, reason) for (id,) in found], now_ms, table)
+        return len(found)
+
+    def make_due(self) -> None:
+        """Whatever waits for its next try may be tried now."""
+        with self._transaction():
+            self._db.execute("UPDATE reports SET due_ms = 0 WHERE due_ms > 0")
+
     def _put_back(self, item: Again) -> None:
         self._db.execute(
             "UPDATE reports SET leased = 0, due_ms = ?, tries = ?, attempts = ?, retimed = retimed + ?,"
@@ -292,17 +526,44 @@ class SQLiteOutbox:
             f"INSERT OR REPLACE INTO dead SELECT id, {_REPORT}, ?, ?, ? FROM reports WHERE id = ?",
             (item.code, item.answer, now_ms, item.id),
         )
-        self._db.execute("DELETE FROM reports WHERE id = ?", (item.id,))
+        buried = self._db.execute("DELETE FROM reports WHERE id = ?", (item.id,)).rowcount
+        _happened_now(self._db, now_ms, {history.DEAD: buried})
 
-    def _lose(self, rows: Iterable[tuple[int, str]], now_ms: int) -> None:
-        day = time.strftime("%Y-%m-%d", time.gmtime(now_ms / 1000))
+    def _lose(self, rows: Iterable[tuple[int, str]], now_ms: int, table: str = "reports") -> None:
+        day, lost = _day(now_ms), Counter[str]()
         for id, reason in rows:
             self._db.execute(
-                "INSERT INTO losses SELECT ?, ?, 1, sent FROM reports WHERE id = ?"
+                f"INSERT INTO losses SELECT ?, ?, 1, sent FROM {table} WHERE id = ?"
                 " ON CONFLICT DO UPDATE SET reports = reports + 1, bytes = bytes + excluded.bytes",
                 (day, reason, id),
             )
-            self._db.execute("DELETE FROM reports WHERE id = ?", (id,))
+            gone = self._db.execute(f"DELETE FROM {table} WHERE id = ?", (id,)).rowcount
+            lost[history.LOST + reason] += gone
+        _happened_now(self._db, now_ms, lost)
+
+    def _give_up(self, losses: Iterable[GivenUp], now_ms: int) -> None:
+        for loss in losses:
+            if loss.reports:
+                self._db.execute(
+                    "INSERT INTO losses VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+                    " SET reports = reports + excluded.reports, bytes = bytes + excluded.bytes",
+                    (_day(now_ms), *loss),
+                )
+                _happened_now(self._db, now_ms, {history.LOST + loss.reason: loss.reports})
+
+    def _keep_viewings(self, viewings: Iterable[tuple[Key, str | None]]) -> None:
+        for key, state in viewings:
+            if state is None:
+                self._db.execute("DELETE FROM viewings WHERE (host, session_id, photo_id) = (?, ?, ?)", key)
+            else:
+                self._db.execute("INSERT OR REPLACE INTO viewings VALUES (?, ?, ?, ?)", (*key, state))
+
+    def _watched(self, reports: Iterable[Report]) -> None:
+        self._db.executemany(
+            "INSERT INTO videos VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET plays = plays + excluded.plays, bytes = bytes + excluded.bytes",
+            ((hour, *each) for hour, each in history.watched(reports)),
+        )
 
     def _count(self, counts: Mapping[str, int]) -> None:
         self._db.executemany(
@@ -315,15 +576,203 @@ class SQLiteOutbox:
         if self._db.in_transaction:
             yield  # a part of what is done together
             return
+        try:
+            with _immediate(self._db):
+                yield
+        except OutboxFull:
+            if not self._spares_reserve and self._make_room():
+                self._fold_log()
+            raise
+
+    def _fold_log(self) -> None:
+        """Before somebody else takes the room: a log that can't be folded into the file only grows."""
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def _pragma(self, text: str) -> int:
         with _translated():
-            self._db.execute("BEGIN IMMEDIATE")
+            return int(self._db.execute(f"PRAGMA {text}").fetchone()[0])
+
+
+@contextmanager
+def _immediate(db: sqlite3.Connection) -> Iterator[None]:
+    """One transaction that writes, whole or not at all."""
+    with _translated():
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+
+def _happened_now(db: sqlite3.Connection, now_ms: int, figures: Mapping[str, int]) -> None:
+    _happened(db, {(now_ms // history.MINUTE_MS, name): number for name, number in figures.items()})
+
+
+def _happened(db: sqlite3.Connection, figures: Mapping[tuple[int, str], int]) -> None:
+    """Add to the history, in the transaction of what it tells of."""
+    totals: Counter[str] = Counter()
+    for (_, name), number in figures.items():
+        totals[name] += number
+    db.executemany(
+        "INSERT INTO minutes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
+        [(*when, number) for when, number in figures.items() if number],
+    )
+    db.executemany(
+        "INSERT INTO totals VALUES (?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
+        [(name, number) for name, number in totals.items() if number],
+    )
+
+
+def _day(ms: int) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(ms / 1000))
+
+
+class OutboxView:
+    """The outbox as commands and pages see it: read only, while a relay works on it. Raises :class:`OutboxError`.
+
+    A context manager. Each look is one short transaction: a long one would let the write-ahead log grow.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _translated():
+            self._db = _connect_beside(path, "ro")
+
+    def __enter__(self) -> OutboxView:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._db.close()
+
+    def snapshot(self) -> Snapshot:
+        """The figures of one moment, which add up."""
+        with self._one_moment():
+            oldest = self._rows(_OLDEST)
+            return Snapshot(
+                Stats(*self._rows(_STATS)[0]),
+                [host for (host,) in self._rows(_HOSTS)],
+                oldest[0][0] if oldest else None,
+                dict(self._rows("SELECT name, value FROM counters")),
+                [Loss(*row) for row in self._rows("SELECT * FROM losses ORDER BY day, reason")],
+                dict(self._rows("SELECT name, offset FROM journals")),
+                dict(self._rows("SELECT name, value FROM summary")),
+            )
+
+    def history(self, now_ms: int) -> History:
+        """The last hour and the last day, and what was watched most."""
+        with self._one_moment():
+            videos = [Watched(*row) for row in self._rows(_VIDEOS, now_ms // history.HOUR_MS - 23)]
+            return History(
+                self._series(now_ms, *history.HOUR),
+                self._series(now_ms, *history.DAY),
+                dict(self._rows("SELECT name, value FROM totals")),
+                sorted(videos, key=lambda video: video.bytes, reverse=True)[:10],
+                sorted(videos, key=lambda video: video.plays, reverse=True)[:10],
+                [
+                    Fatality(*row)
+                    for row in self._rows(
+                        "SELECT died_ms, host, photo_id, code, answer FROM dead ORDER BY died_ms DESC LIMIT 10"
+                    )
+                ],
+            )
+
+    def _series(self, now_ms: int, step: int, count: int) -> Series:
+        """The last *count* steps of *step* minutes, the one under way included."""
+        first = history.first_minute(now_ms, step, count)
+        return history.in_steps(self._rows(_STEPS, step, first), first, step, count)
+
+    def dead(self) -> list[DeadReport]:
+        """The refused reports, the oldest first."""
+        with self._one_moment():
+            rows = self._rows(f"SELECT id, code, answer, died_ms, {_REPORT} FROM dead ORDER BY id")
+        return [DeadReport(id, Report(*report), code, answer, ms) for id, code, answer, ms, *report in rows]
+
+    def _rows(self, query: str, *values: int) -> list[Any]:
+        return self._db.execute(query, values).fetchall()
+
+    @contextmanager
+    def _one_moment(self) -> Iterator[None]:
+        with _translated():
+            self._db.execute("BEGIN")
             try:
                 yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            finally:
+                self._db.execute("ROLLBACK")
+
+
+class DeadLetters:
+    """The refused reports, to be sent again or thrown away while a relay works. Raises :class:`OutboxError`.
+
+    A context manager. Where *ids* is ``None``, all of them are meant.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with _translated():
+            self._db = _connect_beside(path, "rw")
+
+    def __enter__(self) -> DeadLetters:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._db.close()
+
+    def retry(self, ids: Iterable[int] | None) -> list[int]:
+        """Let them wait again, as if never sent; the ids that there were. Their time stays, as in every retry."""
+        with _immediate(self._db):
+            found = self._found(ids)
+            self._db.executemany(
+                f"INSERT INTO reports (id, {_REPORT}) SELECT id, {_REPORT} FROM dead WHERE id = ?", found
+            )
+            self._forget(found)
+        return [id for (id,) in found]
+
+    def purge(self, ids: Iterable[int] | None, now_ms: int) -> list[int]:
+        """Give them up, counted as lost because ``purged``; the ids that there were."""
+        day = _day(now_ms)
+        with _immediate(self._db):
+            found = self._found(ids)
+            self._db.executemany(
+                "INSERT INTO losses SELECT ?, 'purged', 1, sent FROM dead WHERE id = ?"
+                " ON CONFLICT DO UPDATE SET reports = reports + 1, bytes = bytes + excluded.bytes",
+                ((day, *id) for id in found),
+            )
+            _happened_now(self._db, now_ms, {f"{history.LOST}purged": len(found)})
+            self._forget(found)
+        return [id for (id,) in found]
+
+    def _found(self, ids: Iterable[int] | None) -> list[tuple[int]]:
+        there = {id for (id,) in self._db.execute("SELECT id FROM dead")}
+        return [(id,) for id in sorted(there if ids is None else there.intersection(ids))]
+
+    def _forget(self, ids: list[tuple[int]]) -> None:
+        self._db.executemany("DELETE FROM dead WHERE id = ?", ids)
+
+
+def _connect_beside(path: Path, mode: str) -> sqlite3.Connection:
+    """The database that a relay may be working on: never made, replaced or checked in full here."""
+    if not path.exists():
+        raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts")
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
+    )
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            raise NoOutbox(f"the outbox {path} is only being made; try again")
+        if version != SCHEMA_VERSION:
+            raise OutboxError(
+                f"{path} is of another version of t23_middleware (its format is {version}, not {SCHEMA_VERSION});"
+                " use that version's command, or start the relay of this one first"
+            )
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 @contextmanager
@@ -335,7 +784,8 @@ def _translated() -> Iterator[None]:
             raise OutboxCorrupt(
                 f"the outbox is corrupt ({error}); restart the relay to begin a new one"
             ) from error
-        raise OutboxError(f"the outbox can't be used: {error}") from error
+        kind = OutboxFull if str(error) in _FULL else OutboxError
+        raise kind(f"the outbox can't be used: {error}") from error
 
 
 def _means_corrupt(error: sqlite3.Error) -> bool:
@@ -349,7 +799,8 @@ def _open_or_replace(path: Path) -> sqlite3.Connection:
         return _open(path)
     except sqlite3.Error as error:
         if not _means_corrupt(error):
-            raise OutboxError(f"{path} can't be opened: {error}") from error
+            kind = OutboxFull if str(error) in _FULL else OutboxError
+            raise kind(f"{path} can't be opened: {error}") from error
         aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
         path.replace(aside)
         for suffix in ("-wal", "-shm"):
@@ -369,12 +820,17 @@ def _open(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        db.execute(f"PRAGMA journal_size_limit = {LOG_KEPT}")
         if version > SCHEMA_VERSION:
             raise OutboxError(
                 f"{path} is of a newer version of t23_middleware; run that one, or move the file"
             )
         if version == 0:
-            db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            db.executescript(
+                f"BEGIN IMMEDIATE; {_SCHEMA} {_FOR_PAGES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+        elif not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'sizes'").fetchone()[0]:
+            db.executescript(f"BEGIN IMMEDIATE; {_FOR_PAGES} COMMIT;")
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")
         path.chmod(0o600)

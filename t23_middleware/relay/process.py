@@ -16,8 +16,12 @@ from ..settings import Settings
 from ..state import Holder, StateFolder, hold_lock
 from ..transfer import Opening, Progress
 from ..version import VERSION
+from .bounds import Bounds, Reserve, taken_as_lost
 from .client import AnalyticsClient
+from .crash import crash_point
 from .delivery import Delivery
+from .health import OPEN_RESPONSES
+from .history import MINUTE_MS
 from .journals import Journals, Reading
 from .outbox import Ingest, OutboxCorrupt, OutboxError, SQLiteOutbox
 from .playback import Playback
@@ -53,6 +57,7 @@ class Relay:
         self._store_fails = False
         self._moved = time.monotonic()
         self._looked_for_dead = 0.0
+        self._minute = 0
         folder.create()
         self._lock = self._take_lock()
 
@@ -94,7 +99,8 @@ class Relay:
         os.close(self._lock)
 
     def _begin(self) -> None:
-        self._folder.unfinished.touch(mode=0o600)
+        with suppress(OSError):  # a full disk: the outbox says it
+            self._folder.unfinished.touch(mode=0o600)
         self._outbox.recover_leases(self._settings.retry_ambiguous, _wall_ms())
         self._begin_reading()
 
@@ -105,22 +111,43 @@ class Relay:
         if self._must_end():
             self._ending = True
             return 0.0
-        reports = self._judge(reading)
-        batch = Ingest(reports, list(self._playback.changed()), reading.places, self._counts(reading))
+        self._keep_bounds()
+        batch = self._batch(reading)
         try:
             if batch.reports or batch.viewings or batch.places or batch.counts:
-                self._outbox.ingest(batch)
+                self._bounds.ingest(batch)
+                crash_point("after_ingest_commit")
                 self._journals.taken(reading)
                 self._moved = time.monotonic()
             self._outbox.forget_journals(self._journals.remove_finished())
-        except OutboxError as error:
+            self._begin_minute()
+            if self._settings.ephemeral:
+                self._say_delivered(looked_ns)
+        except (OutboxError, OSError) as error:
             self._say_store_fails(error)
             self._begin_reading()  # what was judged may not have happened; it is read and judged again
             return TRY_STORE_AGAIN
         self._store_fails = False
-        if self._settings.ephemeral:
-            self._say_delivered(looked_ns)
         return 0.0 if reading.more else POLL
+
+    def _batch(self, reading: Reading) -> Ingest:
+        reports = self._judge(reading)
+        counts = self._counts(reading)
+        return Ingest(
+            reports,
+            list(self._playback.changed()),
+            reading.places,
+            counts,
+            self._notes(),
+            losses=taken_as_lost(counts),
+            at_ms=_wall_ms(),
+        )
+
+    def _keep_bounds(self) -> None:
+        try:
+            self._bounds.keep()
+        except OutboxError as error:
+            self._say_store_fails(error)
 
     def _say_delivered(self, until_ns: int) -> None:
         """Workers that end look at this file's time, and go when all that they wrote is delivered."""
@@ -146,25 +173,38 @@ class Relay:
         if time.monotonic() - self._looked_for_dead < LOOK_FOR_DEAD_EVERY:
             return []
         self._looked_for_dead = time.monotonic()
+        reports = []
+        for writer, number in self._left_by_the_dead():
+            reports += self._playback.lost(writer, number, at_ns, _wall_ms())
+        return reports
+
+    def _left_by_the_dead(self) -> list[tuple[str, int]]:
+        """Writer and number of each open response that nobody will close."""
         open_responses = list(self._playback.open_responses())
         dead = self._journals.dead_writers({writer for writer, _ in open_responses})
-        reports = []
-        for writer, number in open_responses:
-            if writer in dead:
-                reports += self._playback.lost(writer, number, at_ns, _wall_ms())
-        return reports
+        return [(writer, number) for writer, number in open_responses if writer in dead]
 
     def _counts(self, reading: Reading) -> Counter[str]:
         counts = reading.counts + self._playback.counts
         self._playback.counts.clear()
         return counts
 
+    def _notes(self) -> dict[str, str]:
+        return {OPEN_RESPONSES: str(len(list(self._playback.open_responses())))}
+
+    def _begin_minute(self) -> None:
+        """The history's gauges, once a minute; pages tell by them when a relay ran."""
+        now_ms = _wall_ms()
+        if now_ms // MINUTE_MS != self._minute:
+            self._outbox.begin_minute(now_ms, len(list(self._playback.open_responses())))
+            self._minute = now_ms // MINUTE_MS
+
     def _should_leave(self) -> bool:
         if not self._automatic:
             return False
         if time.monotonic() - self._moved < LEAVE_AFTER or self._journals.has_live_writer():
             return False
-        if not self._journals.all_read() or self._delivery.can_deliver():
+        if not self._journals.all_read() or self._left_by_the_dead() or self._delivery.can_deliver():
             return False
         return not self._conclude()
 
@@ -173,7 +213,7 @@ class Relay:
         reports = self._playback.conclude(_wall_ms())
         try:
             if reports:
-                self._outbox.ingest(Ingest(reports, list(self._playback.changed()), {}, {}))
+                self._bounds.ingest(Ingest(reports, list(self._playback.changed()), {}, {}))
         except OutboxError as error:
             self._say_store_fails(error)
             return False
@@ -208,7 +248,15 @@ class Relay:
     @contextmanager
     def _opened(self) -> Iterator[None]:
         """The files and connections of a relay that holds the lock."""
-        self._outbox = SQLiteOutbox(self._folder.outbox)
+        reserve = Reserve(self._folder.reserve)
+        self._outbox = SQLiteOutbox(self._folder.outbox, reserve.give_up)
+        self._bounds = Bounds(
+            self._outbox,
+            self._folder,
+            reserve,
+            max_age=self._settings.max_age,
+            max_bytes=self._settings.max_bytes,
+        )
         client = AnalyticsClient(self._settings)
         self._delivery = Delivery(
             self._outbox,
@@ -216,6 +264,7 @@ class Relay:
             retry_ambiguous=self._settings.retry_ambiguous,
             monotonic=time.monotonic,
             wall_ms=_wall_ms,
+            notes=self._outbox.notes(),
         )
         try:
             yield
@@ -241,7 +290,7 @@ class Relay:
         )
         self._playback.restore(self._outbox.viewings())
 
-    def _say_store_fails(self, error: OutboxError) -> None:
+    def _say_store_fails(self, error: OutboxError | OSError) -> None:
         if not self._store_fails:
             self._store_fails = True
             log.error("%s; until it can be written, what the workers write waits in their journals", error)
@@ -270,12 +319,14 @@ def run_relay(settings: Settings, *, automatic: bool) -> None:
     """A relay in this process until it is told to stop. Raises :class:`AnotherRelay`."""
     os.umask(0o077)
     relay = Relay(settings, StateFolder(settings.state_path()), automatic=automatic)
-    with _stopped_by_signals(relay.stop):
+    with stopped_by_signals(relay.stop):
         relay.run()
 
 
 @contextmanager
-def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call *stop* meanwhile."""
+
     def handler(number: int, frame: FrameType | None) -> None:
         stop()
 

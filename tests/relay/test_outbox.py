@@ -265,6 +265,21 @@ def test_an_empty_file_is_a_new_outbox(path):
     outbox.close()
 
 
+def test_two_processes_that_make_it_at_the_same_moment_both_get_it(path):
+    """The other is a command, which comes between this one's look for tables and its making of them."""
+    script = "import sys; from pathlib import Path; from tests.relay.test_outbox import *; SQLiteOutbox(Path(sys.argv[1])).close()"
+    root = Path(__file__).parent.parent.parent
+    makers = [subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=root) for _ in range(4)]
+    assert [maker.wait(60) for maker in makers] == [0] * 4
+    outbox = SQLiteOutbox(path)
+    outbox._db.execute("PRAGMA user_version = 0")
+    again = SQLiteOutbox(path)
+    again.ingest(batch(report(1)))
+    assert adds_up(outbox).waiting == 1
+    again.close()
+    outbox.close()
+
+
 def test_a_file_that_turns_corrupt_while_it_is_open_says_so(outbox, path):
     outbox.ingest(batch(*map(report, range(2000))))
     outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -19,7 +19,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from t23_middleware.capture.journal import JournalWriter
-from t23_middleware.state import StateFolder
+from t23_middleware.state import StateFolder, boot_id
 writer = JournalWriter(StateFolder(Path(sys.argv[1])), sys.argv[2], sys.argv[3])
 print(writer.name, flush=True)
 for line in sys.stdin:

@@ -1,0 +1,133 @@
+"""``t23-middleware dead list|retry|purge``: the reports that the API refused for good, with its answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UsageError
+from ..relay.outbox import DeadLetters, DeadReport, NoOutbox, OutboxView
+from ..settings import Settings
+from ..state import StateFolder, lock_is_held
+from . import text
+from .status import refuse_if_closed
+
+_HEAD = ("ID", "SINCE", "VIDEO", "SESSION", "BYTES", "SKIP", "THE API'S ANSWER")
+_FIGURES = (0, 4, 5)
+
+
+def run_list(settings: Settings, *, machine: bool) -> int:
+    """Print them, the oldest first; with *machine* as JSON."""
+    dead = _dead(_folder(settings))
+    if machine:
+        print(json.dumps([_as_json(each) for each in dead], indent=2))
+    elif dead:
+        print("\n".join(text.table(_HEAD, [_row(each) for each in dead], _FIGURES, text.width())))
+    else:
+        print("No report is dead: the API refused none for good.")
+    return 0
+
+
+def run_retry(settings: Settings, ids: Sequence[int] | None) -> int:
+    """Let them wait again; 1 where an id is none of theirs. *ids* ``None`` means all."""
+    folder = _folder(settings)
+    try:
+        with DeadLetters(folder.outbox) as letters:
+            done = letters.retry(ids)
+    except NoOutbox:
+        done = []
+    if done:
+        folder.unfinished.touch(mode=0o600)
+    if done or not ids:
+        what = "waits to be sent again" if len(done) == 1 else "wait to be sent again"
+        print(text.wrapped(f"{text.reports(len(done))} {what}{_who_sends(folder, len(done))}", text.width()))
+    return _missing(ids, done)
+
+
+def run_purge(settings: Settings, ids: Sequence[int] | None) -> int:
+    """Throw them away, counted as lost; 1 where an id is none of theirs. *ids* ``None`` means all."""
+    try:
+        with DeadLetters(_folder(settings).outbox) as letters:
+            done = letters.purge(ids, time.time_ns() // 1_000_000)
+    except NoOutbox:
+        done = []
+    if done or not ids:
+        what = "is thrown away, and counts" if len(done) == 1 else "are thrown away, and count"
+        print(f"{text.reports(len(done))} {what} as lost (purged).")
+    return _missing(ids, done)
+
+
+def chosen(ids: Sequence[int], every: bool, command: str) -> Sequence[int] | None:
+    """What a command line chose; ``None`` for all.
+
+    Raises :class:`~t23_middleware.errors.UsageError` where it chose nothing, or both.
+    """
+    if bool(ids) == every:
+        raise UsageError(
+            f"say which reports: ids as 't23-middleware dead list' shows them, or --all ({command})"
+        )
+    return None if every else ids
+
+
+def _folder(settings: Settings) -> StateFolder:
+    folder = StateFolder(settings.state_path())
+    refuse_if_closed(folder.path)
+    return folder
+
+
+def _dead(folder: StateFolder) -> list[DeadReport]:
+    try:
+        with OutboxView(folder.outbox) as view:
+            return view.dead()
+    except NoOutbox:
+        return []
+
+
+def _row(dead: DeadReport) -> tuple[str, ...]:
+    report = dead.report
+    since = text.moment(dead.died_ms)[5:16]
+    figures = (f"{report.sent:,}", str(report.skip))
+    return (str(dead.id), since, report.photo_id, text.masked(report.session_id), *figures, _answer(dead))
+
+
+def _answer(dead: DeadReport) -> str:
+    """The code, then the API's words; both came from outside."""
+    answer = dead.answer if dead.answer.startswith(dead.code) else f"{dead.code}: {dead.answer}"
+    return "".join(char for char in answer if char.isprintable())
+
+
+def _as_json(dead: DeadReport) -> dict[str, Any]:
+    report = dead.report
+    return {
+        "id": dead.id,
+        "died": dead.died_ms / 1000,
+        "time": report.time_ms / 1000,
+        "host": report.host,
+        "photo_id": report.photo_id,
+        "session": text.masked(report.session_id),
+        "bytes": report.sent,
+        "skip": report.skip,
+        "code": dead.code,
+        "answer": dead.answer,
+    }
+
+
+def _who_sends(folder: StateFolder, number: int) -> str:
+    if not number or lock_is_held(folder.relay_lock):
+        return "."
+    return "; no relay runs: the app's next play starts one, or 't23-middleware relay --once' sends now."
+
+
+def _missing(ids: Sequence[int] | None, done: Sequence[int]) -> int:
+    missing = sorted(set(ids or ()) - set(done))
+    if not missing:
+        return 0
+    numbers = ", ".join(map(str, missing))
+    print(
+        f"t23-middleware: no dead report has the id {numbers}; see 't23-middleware dead list'",
+        file=sys.stderr,
+    )
+    return 1

@@ -1,0 +1,185 @@
+"""The operator's pages, a WSGI app: HTML, JSON and metrics of what the relay wrote down.
+
+Whoever knows ``T23_STATUS_TOKEN`` may look, nobody can change anything here. A look opens the outbox read only, in
+one short transaction, and no journal or writer's lock: closing one would drop the app's own lock (``fcntl(2)``).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import logging
+import time
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from werkzeug.datastructures import MIMEAccept
+from werkzeug.http import parse_accept_header
+
+from ..errors import StateError, UsageError
+from ..relay.history import ANSWER, ANSWERS, History, nothing
+from ..relay.outbox import NoOutbox, OutboxView
+from ..settings import Settings
+from ..state import StateFolder
+from .metrics import NotInstalled, exposition
+from .page_html import Links, error_page, html, recent, told
+from .page_style import STYLE_HASH
+from .status import Status, as_json, look
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which the history is not read anew: it is kept per minute, and whoever asks each second should not
+#: cost the app what a worker could stream with.
+HISTORY_SECONDS = 1.0
+
+HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
+_HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("X-Frame-Options", "DENY"),
+    ("X-Robots-Tag", "noindex, nofollow"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    (
+        "Content-Security-Policy",
+        f"default-src 'none'; style-src '{STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'",
+    ),
+    ("Vary", "Accept, Authorization"),
+]
+
+
+class _Answer(NamedTuple):
+    status: HTTPStatus
+    content_type: str
+    body: bytes
+    #: Headers beside those of every answer.
+    more: tuple[tuple[str, str], ...] = ()
+
+
+class Pages:
+    """The pages of one middleware, at ``T23_STATUS_PATH``. Errors of ours are answers, never raised."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._token = (settings.status_token or "").encode()
+        self._history: tuple[float, History] | None = None
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        answer = self._answer(environ)
+        length = ("Content-Length", str(len(answer.body)))
+        headers = [("Content-Type", answer.content_type), length, *_HEADERS, *answer.more]
+        start_response(f"{answer.status.value} {answer.status.phrase}", headers)
+        return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
+
+    def _answer(self, environ: WSGIEnvironment) -> _Answer:
+        if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
+            return _said(
+                HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are answered here.", ("Allow", "GET, HEAD")
+            )
+        if not is_allowed(environ.get("HTTP_AUTHORIZATION", ""), self._token):
+            challenge = ("WWW-Authenticate", 'Basic realm="t23_middleware", charset="UTF-8"')
+            words = "The token is needed: as the password of any user, or as Bearer.\n"
+            return _said(HTTPStatus.UNAUTHORIZED, words, challenge)
+        return self._shown(environ, environ.get("PATH_INFO", "").removeprefix(self._settings.status_path))
+
+    def _shown(self, environ: WSGIEnvironment, page: str) -> _Answer:
+        as_data = page == ".json" or (page != "/metrics" and _prefers_json(environ.get("HTTP_ACCEPT", "")))
+        try:
+            status = look(self._settings)
+            history = self._read_history(status.now_ms)
+            if page == "/metrics":
+                return _metrics(status, history, environ.get("HTTP_ACCEPT", ""))
+            if as_data:
+                return _Answer(HTTPStatus.OK, JSON, json.dumps(data(status, history), indent=2).encode())
+            again = "refresh" in environ.get("QUERY_STRING", "").split("&")
+            page_text = html(status, history, self._links(environ), again=again)
+            return _Answer(HTTPStatus.OK, HTML, page_text.encode("utf-8", "replace"))
+        except (StateError, UsageError) as error:
+            return _failed(str(error), as_data, page)
+        except Exception:
+            log.exception("the operator's page could not be made; the app is not touched")
+            return _failed("This page could not be made; the app's log says why.", as_data, page)
+
+    def _read_history(self, now_ms: int) -> History:
+        cached, now = self._history, time.monotonic()
+        if cached is not None and now - cached[0] < HISTORY_SECONDS:
+            return cached[1]
+        try:
+            with OutboxView(StateFolder(self._settings.state_path()).outbox) as view:
+                history = view.history(now_ms)
+        except NoOutbox:
+            return nothing(now_ms)
+        self._history = now, history
+        return history
+
+    def _links(self, environ: WSGIEnvironment) -> Links:
+        root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
+        path = root + self._settings.status_path
+        return Links(path, f"{path}.json", f"{path}/metrics")
+
+
+def is_allowed(authorization: str, token: bytes) -> bool:
+    """Whether the header carries *token*, as Basic's password (RFC 7617) or Bearer (RFC 6750); in constant time."""
+    scheme, _, credentials = authorization.partition(" ")
+    given = credentials.strip().encode("latin-1", "replace")
+    if scheme.lower() == "basic":
+        try:
+            given = base64.b64decode(given, validate=True).partition(b":")[2]
+        except binascii.Error:
+            given = b""
+    elif scheme.lower() != "bearer":
+        given = b""
+    return bool(token) and hmac.compare_digest(given, token)
+
+
+def _prefers_json(accept: str) -> bool:
+    kinds = parse_accept_header(accept, MIMEAccept)
+    return kinds.best_match(["text/html", "application/json"], default="text/html") == "application/json"
+
+
+def data(status: Status, history: History) -> dict[str, object]:
+    """The figures and the history for programs; times are seconds since the epoch, or minutes where they say so."""
+    return {
+        **as_json(status),
+        "text": " ".join(told(status)),
+        "api_answers": {name: history.totals.get(ANSWER + name, 0) for name in ANSWERS},
+        "hour": _series(history, "hour"),
+        "day": _series(history, "day"),
+        "videos_by_bytes": [video._asdict() for video in history.by_bytes],
+        "videos_by_plays": [video._asdict() for video in history.by_plays],
+        "errors": [{"time": each.at_ms / 1000, "what": each.what} for each in recent(status, history)],
+    }
+
+
+def _series(history: History, name: str) -> dict[str, object]:
+    series = history.hour if name == "hour" else history.day
+    return {"first_minute": series.first, "step_minutes": series.step, **series.values}
+
+
+def _metrics(status: Status, history: History, accept: str) -> _Answer:
+    try:
+        content_type, body = exposition(status, history, accept)
+    except NotInstalled as error:
+        return _said(HTTPStatus.NOT_IMPLEMENTED, f"{error}\n")
+    return _Answer(HTTPStatus.OK, content_type, body)
+
+
+def _said(status: HTTPStatus, words: str, *more: tuple[str, str]) -> _Answer:
+    return _Answer(status, TEXT, words.encode(), more)
+
+
+def _failed(words: str, as_data: bool, page: str) -> _Answer:
+    """503: the figures can't be had now, and a monitor shall not take that for none."""
+    if as_data:
+        return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, JSON, json.dumps({"error": words}).encode())
+    if page == "/metrics":
+        return _said(HTTPStatus.SERVICE_UNAVAILABLE, f"{words}\n")
+    return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, HTML, error_page(words).encode("utf-8", "replace"))

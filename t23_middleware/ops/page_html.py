@@ -1,0 +1,398 @@
+"""The operator's page as HTML. Every text goes through :class:`markupsafe.Markup`, which escapes what it is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from ..relay.health import FAILING, PAUSED
+from ..relay.history import (
+    ANSWER,
+    BYTES,
+    CAPTURED,
+    DEAD,
+    LOST,
+    OLDEST,
+    OPEN,
+    PLAYS,
+    SENT,
+    TOOK,
+    WAITING,
+    History,
+    Series,
+    Watched,
+    quantile,
+    quantiles,
+    troubles_of,
+)
+from ..version import VERSION
+from . import text
+from .charts import COUNT, SECONDS, Chart, Line, drawn, seconds_words
+from .metrics import disk_free
+from .page_style import STYLE
+from .status import Status, relay_words, sentences
+
+#: Bytes free on the state folder's disk below which it is said first.
+NEARLY_FULL = 64 << 20
+#: Seconds after which the page loads itself anew, where that is wished.
+REFRESH = 30
+#: Errors that are shown.
+MOST_ERRORS = 12
+
+_TONES = {"idle": "good", "delivering": "good", "no_relay": "warn", "failing": "bad", "paused": "bad"}
+#: What came of a try, in the order of the bars: its words and its colour.
+_ANSWERS = {
+    "accepted": ("accepted", 3),
+    "refused": ("this report refused", 4),
+    "denied": ("all denied", 5),
+    "busy": ("“not now”", 2),
+    "no_answer": ("no answer", 1),
+    "unreachable": ("not reached", 6),
+}
+
+_PAGE = Markup("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+{refresh}<style>{style}</style>
+</head>
+<body>
+<header><h1>Reports to {site}</h1><p>t23_middleware {version}</p></header>
+<nav aria-label="This page">{links}</nav>
+<main>
+<div class="state {tone}" role="status">{state}</div>
+<dl class="figures" aria-label="Figures">{figures}</dl>
+<h2>Over the last hour and day</h2>
+<p class="soft">Times are those of the server ({zone}).</p>
+{charts}
+<h2>Videos of the last day</h2>
+<div class="tables">{videos}</div>
+<h2>Recent errors</h2>
+{errors}
+{aside}
+</main>
+<footer>{footer}</footer>
+</body>
+</html>
+""")
+
+
+class Links(NamedTuple):
+    """Where the pages are for this request."""
+
+    page: str
+    json: str
+    metrics: str
+
+
+def html(status: Status, history: History, links: Links, *, again: bool) -> str:
+    """The whole page; with *again* it loads itself anew each 30 seconds."""
+    state = told(status)
+    return _PAGE.format(
+        title=f"{state[0].partition(':')[0].partition('.')[0]} · t23_middleware",
+        refresh=Markup('<meta http-equiv="refresh" content="{}">\n').format(REFRESH) if again else "",
+        style=Markup(STYLE),
+        site=status.site,
+        version=VERSION,
+        links=_links(links, again),
+        tone=_tone(status),
+        state=_each("<p>{}</p>", ((sentence,) for sentence in state)),
+        figures=_each(
+            '<div><dt>{}</dt><dd class="number">{}</dd><dd class="remark">{}</dd></div>',
+            _figures(status, history),
+        ),
+        zone=time.strftime("%Z", time.localtime(status.now_ms / 1000)),
+        charts=Markup("").join(_charts(history)),
+        videos=_videos(history),
+        errors=_errors(status, history),
+        aside=_aside(status),
+        footer=_footer(status),
+    )
+
+
+def told(status: Status) -> list[str]:
+    """How it goes, in words: what matters first."""
+    free = disk_free(status.folder) if status.exists else None
+    if free is None or free >= NEARLY_FULL:
+        return sentences(status)
+    return [
+        f"The disk is nearly full: {text.size(free)} left where reports are kept. Make room.",
+        *sentences(status),
+    ]
+
+
+def _tone(status: Status) -> str:
+    free = disk_free(status.folder) if status.exists else None
+    return "bad" if free is not None and free < NEARLY_FULL else _TONES[status.state]
+
+
+def _each(pattern: str, rows: Iterable[Sequence[object]]) -> Markup:
+    return Markup("").join(Markup(pattern).format(*row) for row in rows)
+
+
+def _links(links: Links, again: bool) -> Markup:
+    anew = (
+        (links.page, "Stop loading anew")
+        if again
+        else (f"{links.page}?refresh", f"Load anew each {REFRESH} s")
+    )
+    rows = [(f"{links.page}?refresh" if again else links.page, "Load now"), anew]
+    return _each('<a href="{}">{}</a>', [*rows, (links.json, "JSON"), (links.metrics, "Metrics")])
+
+
+# Figures.
+
+
+def _figures(status: Status, history: History) -> Iterator[tuple[str, str, object]]:
+    stats, oldest, day = status.stats, status.oldest_seconds, history.day
+    yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in a day"
+    yield "Captured", f"{stats.captured:,}", f"{text.size(day.total(BYTES))} streamed in a day"
+    yield "Waiting", f"{stats.waiting:,}", "" if oldest is None else f"the oldest for {text.duration(oldest)}"
+    yield "Sent", f"{stats.sent:,}", _last_answer(status)
+    yield "Dead", f"{stats.dead:,}", "see ‘t23-middleware dead list’" if stats.dead else "refused by the API"
+    reasons = [f"{number:,} {_spaced(reason)}" for reason, number in sorted(status.lost_by_reason.items())]
+    yield "Lost", f"{stats.lost:,}", ", ".join(reasons) or "given up"
+    yield (
+        "Delivered within",
+        _within(history.hour, 0.5),
+        f"half; 95 % within {_within(history.hour, 0.95)} (last hour)",
+    )
+
+
+def _last_answer(status: Status) -> str:
+    answered_ms = max((api.answered_ms for api in status.apis.values()), default=0)
+    return (
+        f"last answer {text.duration((status.now_ms - answered_ms) / 1000)} ago"
+        if answered_ms
+        else "none yet"
+    )
+
+
+def _within(series: Series, share: float) -> str:
+    took = quantile({name: series.total(name) for name in series.values if name.startswith(TOOK)}, share)
+    return "–" if took is None else seconds_words(took)
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# Charts.
+
+
+class _Kind(NamedTuple):
+    """One figure, shown over the hour and over the day."""
+
+    title: str
+    #: Unit of the axis; ``{}`` stands for a step.
+    unit: str
+    chart: Callable[[Series], Chart]
+    #: What a line's legend says of its time.
+    words: Callable[[Series, Line], str]
+
+
+def _charts(history: History) -> Iterator[Markup]:
+    for kind in _KINDS:
+        figures = [
+            _figure(kind, series, over)
+            for series, over in ((history.hour, "last hour"), (history.day, "last 24 hours"))
+        ]
+        yield Markup('<h3>{}</h3><div class="charts">{}</div>\n').format(kind.title, Markup("").join(figures))
+
+
+def _figure(kind: _Kind, series: Series, over: str) -> Markup:
+    chart = kind.chart(series)
+    unit = kind.unit.format("minute" if series.step == 1 else f"{series.step} minutes")
+    legend = [
+        (line.colour, number, line.label, kind.words(series, line))
+        for number, line in enumerate(chart.lines, 1)
+    ]
+    return Markup("<figure>{}<figcaption><p>{}: {}</p><ul>{}</ul></figcaption></figure>").format(
+        drawn(chart, f"Chart: {kind.title.lower()}, {unit}, {over}"),
+        over[0].upper() + over[1:],
+        unit,
+        _each('<li><span class="key c{} n{}" aria-hidden="true"></span>{} <b>{}</b></li>', legend),
+    )
+
+
+def _of_names(*lines: tuple[str, str, int]) -> Callable[[Series], Chart]:
+    """A chart of the figures of these names, with these labels and colours."""
+
+    def chart(series: Series) -> Chart:
+        drawn_lines = [Line(label, series.of(name), colour) for name, label, colour in lines]
+        unit = SECONDS if lines[0][0] == OLDEST else COUNT
+        return Chart(drawn_lines, unit, series.first, series.step)
+
+    return chart
+
+
+def _quantile_chart(series: Series) -> Chart:
+    lines = [Line("half within", quantiles(series, 0.5), 1), Line("95 % within", quantiles(series, 0.95), 2)]
+    return Chart(lines, SECONDS, series.first, series.step)
+
+
+def _answer_chart(series: Series) -> Chart:
+    lines = [Line(label, series.of(ANSWER + name), colour) for name, (label, colour) in _ANSWERS.items()]
+    return Chart(_that_happened(lines), COUNT, series.first, series.step, piled=True)
+
+
+def _loss_chart(series: Series) -> Chart:
+    reasons = sorted(name for name in series.values if name.startswith(LOST))
+    lines = [Line("dead", series.of(DEAD), 4)]
+    for number, name in enumerate(reasons):
+        colour = (2, 5, 6, 1, 3)[number % 5]
+        lines.append(Line(_spaced(name.removeprefix(LOST)), series.of(name), colour))
+    return Chart(_that_happened(lines), COUNT, series.first, series.step, piled=True)
+
+
+def _that_happened(lines: list[Line]) -> list[Line]:
+    """The first, whatever it shows, and of the others what is not all nothing."""
+    return [line for number, line in enumerate(lines) if number == 0 or any(line.values)]
+
+
+def _sum(series: Series, line: Line) -> str:
+    return f"{sum(value or 0 for value in line.values):,.0f}"
+
+
+def _most(series: Series, line: Line) -> str:
+    known = [value for value in line.values if value is not None]
+    return f"{max(known):,.0f}" if known else "–"
+
+
+def _most_seconds(series: Series, line: Line) -> str:
+    known = [value for value in line.values if value is not None]
+    return text.duration(max(known)) if known else "–"
+
+
+def _share(series: Series, line: Line) -> str:
+    return _within(series, 0.5 if line.label.startswith("half") else 0.95)
+
+
+_KINDS = (
+    _Kind("Streams open", "streams", _of_names((OPEN, "at most", 1)), _most),
+    _Kind(
+        "Reports captured and sent",
+        "reports per {}",
+        _of_names((CAPTURED, "captured", 1), (SENT, "sent", 3)),
+        _sum,
+    ),
+    _Kind("Reports waiting", "reports", _of_names((WAITING, "at most", 2)), _most),
+    _Kind("Oldest report waiting", "age", _of_names((OLDEST, "at most", 2)), _most_seconds),
+    _Kind("Delivery time, from the stream’s end to the API’s answer", "time", _quantile_chart, _share),
+    _Kind("The API’s answers", "tries per {}", _answer_chart, _sum),
+    _Kind("Dead and lost", "reports per {}", _loss_chart, _sum),
+)
+
+
+# Tables.
+
+
+def _videos(history: History) -> Markup:
+    if not history.by_bytes:
+        return Markup("<p>None was watched.</p>")
+    return _table_of_videos("Most bytes", history.by_bytes) + _table_of_videos("Most plays", history.by_plays)
+
+
+def _table_of_videos(caption: str, videos: Sequence[Watched]) -> Markup:
+    with_host = any(video.host for video in videos)
+    rows = [
+        (
+            f"{video.photo_id} on {video.host}" if with_host else video.photo_id,
+            f"{video.plays:,}",
+            text.size(video.bytes),
+        )
+        for video in videos
+    ]
+    row = '<tr><th scope="row">{}</th><td class="right">{}</td><td class="right">{}</td></tr>'
+    return Markup(
+        '<div class="wide"><table><caption>{}</caption><thead><tr><th scope="col">Video (photo_id)</th>'
+        '<th scope="col" class="right">Plays</th><th scope="col" class="right">Streamed</th></tr></thead>'
+        "<tbody>{}</tbody></table></div>"
+    ).format(caption, _each(row, rows))
+
+
+class Recent(NamedTuple):
+    """Something that went wrong, or went right again."""
+
+    at_ms: int
+    what: str
+
+
+def recent(status: Status, history: History) -> list[Recent]:
+    """The latest errors of the APIs and refusals, the newest first."""
+    said = [
+        Recent(each.at_ms, _trouble(each.state, each.reason, each.host))
+        for each in troubles_of(status.outbox.notes)
+    ]
+    for each in history.refused:
+        answer = each.answer if each.answer.startswith(each.code) else f"{each.code}: {each.answer}"
+        said.append(
+            Recent(each.at_ms, f"A report of video {each.photo_id} was refused{_for(each.host)}: {answer}")
+        )
+    return sorted(said, key=lambda each: each.at_ms, reverse=True)[:MOST_ERRORS]
+
+
+def _trouble(state: str, reason: str, host: str) -> str:
+    if state == PAUSED:
+        return f"Delivery paused{_for(host)}: {reason}"
+    if state == FAILING:
+        return f"The API went down{_for(host)}: {reason}"
+    return f"Reports were delivered again{_for(host)}."
+
+
+def _for(host: str) -> str:
+    return f" for {host}" if host else ""
+
+
+def _errors(status: Status, history: History) -> Markup:
+    rows = [(_iso(each.at_ms), text.moment(each.at_ms), each.what) for each in recent(status, history)]
+    if not rows:
+        return Markup("<p>None.</p>")
+    row = '<tr><td class="when"><time datetime="{}">{}</time></td><td>{}</td></tr>'
+    return Markup(
+        '<div class="wide"><table><thead><tr><th scope="col">When</th><th scope="col">What</th></tr></thead>'
+        "<tbody>{}</tbody></table></div>"
+    ).format(_each(row, rows))
+
+
+def _aside(status: Status) -> Markup:
+    rows = [(_spaced(name), f"{value:,}") for name, value in sorted(status.ignored.items())]
+    if not rows:
+        return Markup("")
+    return Markup(
+        '<details><summary>Counted aside: what was seen and not reported</summary><div class="wide"><table>'
+        '<thead><tr><th scope="col">What</th><th scope="col" class="right">How often</th></tr></thead>'
+        "<tbody>{}</tbody></table></div></details>"
+    ).format(_each('<tr><th scope="row">{}</th><td class="right">{}</td></tr>', rows))
+
+
+def _footer(status: Status) -> Markup:
+    lines = [
+        f"Relay: {relay_words(status.relay)}.",
+        f"Journals: {text.size(status.journal_bytes)} not taken in yet.",
+        f"State folder: {status.folder}.",
+    ]
+    return Markup("{}<p>As of <time datetime='{}'>{}</time>.</p>").format(
+        _each("<p>{}</p>", ((line,) for line in lines)), _iso(status.now_ms), text.moment(status.now_ms)
+    )
+
+
+def _iso(ms: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ms / 1000))
+
+
+def error_page(words: str) -> str:
+    """What is shown where the figures can't be had."""
+    return Markup(
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{0}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,"><style>{1}</style></head>\n'
+        '<body><main><h1>Operator’s page</h1><p class="state bad" role="alert">{0}</p></main></body></html>\n'
+    ).format(words, Markup(STYLE))

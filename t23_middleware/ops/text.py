@@ -1,0 +1,75 @@
+"""How the commands put figures, times and long sentences on a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+
+#: Columns that a screen is made for; a narrower terminal gets narrower ones.
+WIDTH = 80
+
+
+def width() -> int:
+    """Columns to write in: at most 80, at least 40."""
+    return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, 40), WIDTH)
+
+
+def wrapped(text: str, columns: int, indent: str = "", first: str | None = None) -> str:
+    """*text* in lines of *columns*; *first* stands before the first line, *indent* before the others."""
+    start = indent if first is None else first
+    lines = textwrap.wrap(
+        text, columns, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return "\n".join(lines or [start.rstrip()])
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], columns: int
+) -> Iterator[str]:
+    """Lines of a table; the columns numbered *right* hold figures, the last takes what is left and is wrapped."""
+    widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)][:-1]
+    room = max(columns - sum(widths) - 2 * len(widths), 20)
+    for row in [head, *rows]:
+        cells = [
+            cell.rjust(size) if number in right else cell.ljust(size)
+            for number, (cell, size) in enumerate(zip(row, widths, strict=False))
+        ]
+        start = "  ".join([*cells, ""])
+        lines = textwrap.wrap(row[-1], room, break_on_hyphens=False) or [""]
+        yield (start + lines[0]).rstrip()
+        yield from (" " * len(start) + line for line in lines[1:])
+
+
+def moment(ms: int) -> str:
+    """A time in ms since the epoch, in this machine's zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ms / 1000))
+
+
+def duration(seconds: float) -> str:
+    """A time span in its one fitting unit."""
+    seconds = max(seconds, 0.0)
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def size(number: int) -> str:
+    """A number of bytes in a binary unit."""
+    if number < 1024:
+        return f"{number} bytes"
+    power = min((number.bit_length() - 1) // 10, 3)
+    return f"{number / 1024**power:.1f} {'KMG'[power - 1]}iB"
+
+
+def reports(number: int) -> str:
+    """*number* of reports, in words."""
+    return f"{number:,} report{'' if number == 1 else 's'}"
+
+
+def masked(session: str) -> str:
+    """The first characters of a session, at most four and at most half of it."""
+    shown = session[: min(4, len(session) // 2)]
+    return (shown if shown.isprintable() else "") + "…"

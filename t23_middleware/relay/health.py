@@ -1,0 +1,70 @@
+"""How each API is, as the relay tells it to commands and pages: one note per host in the outbox.
+
+Pure. A note is kept where the state, its reason or, once a second, the time of the last answer changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+#: The API answers; it does not, or says "not now"; it takes nothing from this server.
+WELL, FAILING, PAUSED = "well", "failing", "paused"
+#: Name of the note that says how many counted responses are under way.
+OPEN_RESPONSES = "open_responses"
+
+_PREFIX = "api:"
+#: Milliseconds for which a later answer is not worth a note.
+_SOON_MS = 1000
+
+
+class Health(NamedTuple):
+    """How one API is."""
+
+    #: :data:`WELL`, :data:`FAILING` or :data:`PAUSED`.
+    state: str
+    #: Why, where it is not well; with its remedy where there is one.
+    reason: str
+    #: Since when, in ms since the epoch.
+    since_ms: int
+    #: When it last judged a report, in ms since the epoch; 0 for never.
+    answered_ms: int
+
+
+def next_health(before: Health | None, state: str, reason: str, answered_ms: int, now_ms: int) -> Health:
+    """What is told after *before*, which stays as it is where nothing worth telling happened."""
+    if before is None or before.state != state:
+        former_ms = before.answered_ms if before else 0
+        return Health(state, "" if state == WELL else reason, now_ms, max(answered_ms, former_ms))
+    if state == WELL:
+        return (
+            before
+            if answered_ms - before.answered_ms < _SOON_MS
+            else before._replace(answered_ms=answered_ms)
+        )
+    return before._replace(reason=reason)
+
+
+def as_notes(health: Mapping[str, Health], before: Mapping[str, Health]) -> dict[str, str]:
+    """The notes that tell *health* where they told *before*."""
+    changed = {host: each for host, each in health.items() if each != before.get(host)}
+    return {_PREFIX + host: json.dumps(each) for host, each in changed.items()}
+
+
+def healths(notes: Mapping[str, str]) -> dict[str, Health]:
+    """Host -> how its API is, of the notes that can be read."""
+    found = {}
+    for name, text in notes.items():
+        if name.startswith(_PREFIX) and (health := _read(text)):
+            found[name.removeprefix(_PREFIX)] = health
+    return found
+
+
+def _read(text: str) -> Health | None:
+    try:
+        health = Health(*json.loads(text))
+    except (ValueError, TypeError):
+        return None
+    kinds_fit = [type(value) for value in health] == [str, str, int, int]
+    return health if kinds_fit and health.state in (WELL, FAILING, PAUSED) else None

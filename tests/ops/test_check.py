@@ -1,0 +1,323 @@
+"""``t23-middleware check``: says what keeps plays from being reported, and exits with 0 only if nothing does."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from t23_middleware.ops import check
+from t23_middleware.ops.standin import StandIn, StandInServer
+
+from ..relay.writers import living, transfer
+from .commands import Site, fits
+
+
+def items(output: str) -> dict[str, tuple[str, str]]:
+    """Name of each item -> its level and text, the last of a name; on one line each."""
+    found: dict[str, tuple[str, str]] = {}
+    name = ""
+    for line in output.partition("\n\n")[0].splitlines():
+        if line.startswith(" "):
+            found[name] = (found[name][0], f"{found[name][1]} {line.strip()}")
+        else:
+            level, name, words = line.split(maxsplit=2)
+            found[name] = (level, words)
+    return found
+
+
+def test_all_is_well_with_a_stand_in_before_the_first_play(site: Site):
+    done = site.run("check")
+    assert done.returncode == 0, done.stdout
+    found = items(done.stdout)
+    assert {level for level, _ in found.values()} <= {"ok", "warn"}
+    assert found["API"][0] == "ok"
+    assert found["clock"][0] == "ok"
+    assert "Plays would be reported" in done.stdout
+    assert fits(done.stdout), done.stdout
+    assert site.api.recorded() == [], "a check reports nothing"
+    assert not site.folder.path.exists()
+
+
+def test_a_server_that_is_not_whitelisted_is_told_so(site: Site):
+    site.api.app.whitelisted = False
+    done = site.run("check")
+    assert done.returncode == 1
+    level, words = items(done.stdout)["API"]
+    assert level == "WRONG"
+    assert "ask TwentyThree to whitelist it" in words
+    assert "Plays are not reported: 1 item above is WRONG." in done.stdout
+
+
+def test_all_wrong_settings_are_told_at_once_and_end_with_2(site: Site):
+    done = site.run("check", T23_API_URL="nowhere", T23_TIMEOUT="soon")
+    assert done.returncode == 2
+    assert "T23_API_URL" in done.stdout
+    assert "T23_TIMEOUT" in done.stdout
+
+
+@pytest.mark.parametrize("path", ["/api/wrong", "/reports"])
+def test_a_wrong_path_is_told_with_the_one_that_answers(site: Site, path: str):
+    done = site.run("check", T23_REPORT_PATH=path)
+    assert done.returncode == 1
+    level, words = items(done.stdout)["API"]
+    assert level == "WRONG"
+    assert words.endswith("The API answers at the other: T23_REPORT_PATH=/api/analytics/report/play.")
+
+
+def test_a_path_that_is_wrong_everywhere_is_told_without_another(site: Site):
+    site.api.fault("status", status=404)
+    level, words = items(site.run("check").stdout)["API"]
+    assert level == "WRONG"
+    assert "correct T23_REPORT_PATH or T23_API_URL" in words
+    assert "answers at the other" not in words
+
+
+@pytest.mark.parametrize(
+    ("fault", "level", "says"),
+    [
+        ({"kind": "status", "status": 503}, "WRONG", "HTTP 503; reports wait until it answers"),
+        ({"kind": "refuse"}, "WRONG", "gave no answer"),
+        ({"kind": "html"}, "WRONG", "but nothing that the API says"),
+        (
+            {"kind": "status", "status": 302, "location": "https://elsewhere.example/x"},
+            "WRONG",
+            "Redirected to",
+        ),
+        ({"kind": "error", "code": "strange_weather"}, "warn", "strange_weather"),
+        ({"kind": "cached"}, "ok", "answers 'ok', even to a report that says nothing"),
+    ],
+    ids=lambda value: str(value.get("kind", "")) if isinstance(value, dict) else "",
+)
+def test_each_kind_of_answer_is_told_for_what_it_is(
+    site: Site, fault: dict[str, object], level: str, says: str
+):
+    site.api.fault(**fault)
+    done = site.run("check")
+    found = items(done.stdout)["API"]
+    assert found[0] == level, done.stdout
+    assert says in found[1]
+    assert done.returncode == (1 if level == "WRONG" else 0)
+
+
+def test_an_api_that_can_not_be_reached_is_told_with_the_reason(site: Site):
+    site.api.stop()
+    done = site.run("check")
+    assert done.returncode == 1
+    assert "Connection refused; look at T23_API_URL, the network" in items(done.stdout)["API"][1]
+
+
+def test_a_clock_that_is_off_is_told(site: Site):
+    with StandInServer(app=StandIn(clock=lambda: time.time() + 600)) as api:
+        done = site.run("check", T23_API_URL=api.url)
+    assert done.returncode == 0
+    assert items(done.stdout)["clock"] == (
+        "warn",
+        "10 min behind the API's; synchronise this machine's clock (NTP)",
+    )
+
+
+def test_each_host_of_a_template_is_asked(site: Site):
+    hosts = {"T23_API_URL": f"http://{{host}}:{site.api.port}", "T23_HOSTS": "localhost,127.0.0.1"}
+    shown = " ".join(site.run("check", **hosts).stdout.split())
+    assert f"http://localhost:{site.api.port}/api" in shown
+    assert f"http://127.0.0.1:{site.api.port}/api" in shown
+
+
+# The app.
+
+
+def test_an_app_that_can_be_imported_is_right(site: Site, tmp_path: Path):
+    (tmp_path / "video.py").write_text("def app(environ, start_response): ...\nprint('noise')\n")
+    done = site.run("check", T23_APP="video:app", PYTHONPATH=str(tmp_path))
+    assert items(done.stdout)["app"] == ("ok", "T23_APP=video:app can be imported")
+    assert "noise" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "target", "says"),
+    [
+        ("raise ValueError('no database')", "video:app", "fails at import (ValueError: no database)"),
+        ("import sys; sys.exit(7)", "video:app", "it exits with 7"),
+        ("other = 1", "video:app", "T23_APP"),
+        ("", "novideo:app", "cannot import 'novideo'"),
+    ],
+)
+def test_an_app_that_can_not_be_imported_is_wrong(
+    site: Site, tmp_path: Path, code: str, target: str, says: str
+):
+    (tmp_path / "video.py").write_text(code + "\n")
+    done = site.run("check", T23_APP=target, PYTHONPATH=str(tmp_path))
+    level, words = items(done.stdout)["app"]
+    assert (done.returncode, level) == (1, "WRONG")
+    assert says in words
+
+
+def test_a_switched_off_middleware_and_a_misspelt_setting_are_told(site: Site):
+    done = site.run("check", T23_ENABLED="0", T23_STATEDIR="/x")
+    assert done.returncode == 1
+    assert "WRONG  settings  T23_ENABLED=0" in done.stdout
+    assert "T23_STATE_DIR?" in done.stdout
+
+
+# The folder, the disk and the relay.
+
+
+def test_a_folder_that_is_a_link_is_refused(site: Site, tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    site.folder.path.symlink_to(tmp_path / "real")
+    done = site.run("check")
+    assert done.returncode == 1
+    assert items(done.stdout)["folder"][0] == "WRONG"
+
+
+def test_a_folder_that_others_could_read_is_closed_and_told(site: Site):
+    site.folder.create()
+    site.folder.path.chmod(0o755)
+    done = site.run("check")
+    assert items(done.stdout)["folder"] == (
+        "warn",
+        "others could look into it (mode 0755); it has mode 0700 now",
+    )
+    assert site.folder.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_corrupt_outbox_is_told_and_left_to_the_relay(site: Site):
+    site.folder.create()
+    site.folder.outbox.write_bytes(b"rubbish" * 1000)
+    done = site.run("check")
+    assert done.returncode == 1
+    assert "corrupt" in items(done.stdout)["outbox"][1]
+    assert site.folder.outbox.read_bytes() == b"rubbish" * 1000
+
+
+def test_refused_reports_are_worth_a_look(site: Site):
+    site.play(2, photo="404")
+    site.deliver()
+    assert items(site.run("check").stdout)["outbox"] == (
+        "warn",
+        "2 reports refused by the API; see 't23-middleware dead list'",
+    )
+
+
+def test_an_external_relay_must_run(site: Site):
+    site.folder.create()
+    done = site.run("check", T23_RELAY="external")
+    assert done.returncode == 1
+    assert "none runs, and T23_RELAY=external: start 't23-middleware relay'" in items(done.stdout)["relay"][1]
+    with site.relay() as relay:
+        done = site.run("check", T23_RELAY="external")
+    assert done.returncode == 0
+    assert items(done.stdout)["relay"] == ("ok", f"process {relay.pid}, version 0.1.0, run as a service")
+
+
+def test_a_relay_that_is_off_delivers_nothing(site: Site):
+    done = site.run("check", T23_RELAY="off")
+    assert done.returncode == 1
+    assert "nobody delivers" in items(done.stdout)["relay"][1]
+
+
+def test_a_relay_with_other_settings_or_started_by_workers_is_told(site: Site):
+    with site.relay():
+        level, words = items(site.run("check", T23_TIMEOUT="7").stdout)["relay"]
+        assert (level, "with other settings than these" in words) == ("warn", True)
+    with living(site.folder, digest=site.digest()) as writer, site.relay(automatic=True):
+        writer.write(transfer(1, 1))
+        assert items(site.run("check").stdout)["relay"][0] == "ok"
+        level, words = items(site.run("check", T23_RELAY="external").stdout)["relay"]
+        assert (level, "started by a worker, though T23_RELAY=external" in words) == ("warn", True)
+
+
+MOUNTS = r"""
+/dev/sda1 / ext4 rw 0 0
+nas:/export /srv nfs4 rw 0 0
+/dev/sdb1 /srv/local\040disk xfs rw 0 0
+tmpfs /run tmpfs rw 0 0
+tmpfs /srv/local\040disk/over tmpfs rw 0 0
+/dev/sdc1 /srv/local\040disk/over ext4 rw 0 0
+garbage
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/var/lib/t23", "ext4"),
+        ("/srv/t23", "nfs4"),
+        ("/srvx/t23", "ext4"),
+        ("/srv/local disk/t23", "xfs"),
+        ("/srv/local disk/over/t23", "ext4"),
+        ("/run/t23", "tmpfs"),
+    ],
+)
+def test_the_file_system_is_the_one_of_the_nearest_mount(path: str, kind: str):
+    assert check.file_system(Path(path), MOUNTS) == kind
+    assert check.file_system(Path(path), "") == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "ephemeral", "level"),
+    [
+        ("nfs4", False, "WRONG"),
+        ("nfs", False, "WRONG"),
+        ("cifs", False, "WRONG"),
+        ("9p", False, "WRONG"),
+        ("fuse.sshfs", False, "WRONG"),
+        ("fuse.s3fs", True, "WRONG"),
+        ("tmpfs", False, "warn"),
+        ("overlay", False, "warn"),
+        ("overlay", True, "ok"),
+        ("fuse.mergerfs", False, "ok"),
+        ("btrfs", False, "ok"),
+    ],
+)
+def test_network_file_systems_are_refused_and_fleeting_ones_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, ephemeral: bool, level: str
+):
+    monkeypatch.setattr(check, "_mounts", lambda: f"x / {kind} rw 0 0\n")
+    item = next(check._disk(tmp_path / "none" / "yet", ephemeral))
+    assert (item.name, item.level) == ("disk", level)
+
+
+@pytest.mark.parametrize(("free", "level"), [(1 << 40, "ok"), (32 << 20, "warn"), (1 << 20, "WRONG")])
+def test_little_space_is_told_and_none_is_wrong(free: int, level: str):
+    assert check._space(free).level == level
+
+
+# A real report.
+
+
+def test_send_sends_one_real_report_and_shows_the_answer(site: Site):
+    done = site.run("check", "--send", "--photo", "7", "--session", "alice-secret")
+    assert done.returncode == 0, done.stdout
+    (report,) = site.api.recorded()
+    assert (report["photo_id"], report["session_id"]) == ("7", "alice-secret")
+    assert (report["bytes_total"], report["skip"]) == ("1", "1")
+    assert "TwentyThree counts it" in " ".join(done.stdout.split())
+    assert "the answer: The download was reported" in items(done.stdout)["send"][1]
+    assert "alice-secret" not in done.stdout
+
+
+def test_a_real_report_that_is_refused_is_wrong(site: Site):
+    done = site.run("check", "--send", "--photo", "404", "--session", "alice-secret")
+    assert done.returncode == 1
+    level, words = items(done.stdout)["send"]
+    assert (level, "no_such_photo" in words) == ("WRONG", True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--send"],
+        ["--send", "--photo", "7"],
+        ["--send", "--session", "me"],
+        ["--send", "--photo", "film", "--session", "me"],
+        ["--photo", "7", "--session", "me"],
+    ],
+)
+def test_a_real_report_needs_a_video_and_a_session(site: Site, words: list[str]):
+    done = site.run("check", *words)
+    assert done.returncode == 2
+    assert "--send" in done.stderr
+    assert site.api.recorded() == []

@@ -1,0 +1,201 @@
+"""``t23-middleware relay --once``: what waits gets a try now, and the exit code says how it went."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from t23_middleware.state import hold_lock, lock_is_held, lock_owner
+from t23_middleware.transfer import Transfer
+
+from ..harness import PATIENCE, end_relay, until
+from ..relay.writers import journal, living, transfer
+from .commands import Site
+
+
+def test_all_that_waits_is_sent_and_then_nothing_is_left(site: Site):
+    site.play(40)
+    done = site.deliver()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Sent 40 reports.\nNothing is left.\n"
+    assert len(site.api.recorded()) == 40
+    assert site.deliver().stdout == "Sent 0 reports.\nNothing is left.\n"
+
+
+def test_where_nothing_was_ever_captured_nothing_is_left_or_made(site: Site):
+    done = site.deliver()
+    assert done.returncode == 0
+    assert "Nothing is left" in done.stdout
+    assert not site.folder.path.exists()
+
+
+def test_an_api_that_denies_makes_it_fail_with_the_remedy(site: Site):
+    site.play(3)
+    site.api.fault("deny")
+    done = site.deliver()
+    assert done.returncode == 1
+    assert done.stdout == "Sent 0 reports.\n"
+    assert "3 reports left" in done.stderr
+    assert "ask TwentyThree to whitelist it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, "the reason once, and no log beside it"
+
+
+def test_breaker_and_pause_are_ignored_for_one_try(site: Site):
+    site.play(8)
+    site.api.fault("deny")
+    with site.relay():
+        assert until(lambda: site.status()["state"] == "paused")
+    site.api.fault("status", status=503, retry_after="3600")
+    assert site.deliver().returncode == 1
+    assert site.status()["waiting"] == 8
+    site.api.heal()
+    assert site.deliver().returncode == 0
+    assert len(site.api.recorded()) == 8
+
+
+def test_a_report_that_would_be_tried_only_later_is_tried_now(site: Site):
+    site.play()
+    site.api.fault("error", code="strange_weather")
+    done = site.deliver()
+    assert done.returncode == 1
+    assert "1 report left: strange_weather" in done.stderr
+    assert "tried again later" in done.stderr
+    site.api.heal()
+    assert site.deliver().returncode == 0
+
+
+def test_refused_reports_are_told_and_are_not_left(site: Site):
+    site.play(2, photo="404")
+    site.play(1)
+    done = site.deliver()
+    assert done.returncode == 0
+    assert (
+        "Sent 1 report.\nThe API refused 2 reports for good; see 't23-middleware dead list'.\n" in done.stdout
+    )
+
+
+def test_an_api_that_can_not_be_reached_is_named(site: Site):
+    site.play(6)
+    site.api.stop()
+    done = site.deliver()
+    assert done.returncode == 1
+    assert "can't be reached: Connection refused" in done.stderr
+
+
+def test_it_ends_when_the_time_is_up_though_the_api_hangs(site: Site):
+    site.play(3)
+    site.api.fault("hang")
+    done = site.python(
+        "import sys\n"
+        "from t23_middleware.ops import cli, relay_once\n"
+        "relay_once.LIMIT = 4.0\n"
+        "sys.exit(cli.main(['relay', '--once']))",
+        T23_TIMEOUT="600",
+    )
+    assert done.returncode == 1
+    assert "3 reports left: the time is up" in done.stderr
+    assert site.status()["waiting"] == 3
+    site.api.heal()
+
+
+def test_it_takes_over_from_the_workers_relay_and_hands_back(site: Site):
+    site.api.fault("deny")
+    with living(site.folder, digest=site.digest()) as writer, site.relay(automatic=True) as relay:
+        writer.write(transfer(1, 0)._replace(ended_ns=1))
+        assert until(lambda: site.status()["state"] == "paused")
+        site.api.heal()
+        done = site.deliver()
+        try:
+            assert done.returncode == 0, done.stderr
+            assert relay.wait(PATIENCE) == 0
+            assert len(site.api.recorded()) == 1
+            assert until(lambda: lock_is_held(site.folder.relay_lock)), site.folder.relay_log.read_text()
+            assert until(lambda: site.holder_pid() == lock_owner(site.folder.relay_lock))
+            assert site.folder.relay_holder().automatic
+        finally:
+            end_relay(site.folder)
+
+
+def test_it_does_not_touch_a_relay_that_is_run_as_a_service(site: Site):
+    site.play()
+    with site.relay() as relay:
+        done = site.deliver()
+        assert done.returncode == 2
+        assert f"a relay that runs as a service (process {relay.pid})" in done.stderr
+        assert relay.poll() is None
+
+
+def test_a_pid_that_the_lock_file_names_but_the_kernel_does_not_is_left_alone(site: Site):
+    """The file may tell of a process of another container; here of the test itself."""
+    site.folder.create()
+    site.folder.relay_lock.write_text(
+        f'{{"pid": {os.getpid()}, "version": "0.1.0", "digest": "", "automatic": true}}'
+    )
+    site.play()
+    assert site.deliver().returncode == 0
+
+
+def test_it_waits_no_longer_than_it_may_for_a_holder_that_says_nothing(site: Site):
+    site.folder.create()
+    descriptor = hold_lock(site.folder.relay_lock)
+    try:
+        done = site.python(
+            "import sys\n"
+            "from t23_middleware.ops import cli, relay_once\n"
+            "relay_once.HANDOVER = 0.5\n"
+            "sys.exit(cli.main(['relay', '--once']))"
+        )
+    finally:
+        os.close(descriptor)
+    assert done.returncode == 1
+    assert "does not end" in done.stderr
+
+
+def test_an_outbox_that_can_not_be_written_is_no_success(site: Site):
+    site.play()
+    site.folder.outbox.mkdir()
+    done = site.deliver()
+    assert done.returncode == 1
+    assert "can't be opened" in done.stderr
+
+
+def test_ctrl_c_ends_it_with_what_is_left(site: Site):
+    site.play(2)
+    site.api.fault("hang")
+    process = site.start("relay", "--once", T23_TIMEOUT="600", T23_EXIT_SECONDS="0.1")
+    try:
+        assert until(lambda: site.status()["waiting"] == 2)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.communicate()
+        site.api.heal()
+    assert process.returncode == 1
+    assert "2 reports left: it was told to stop" in errors
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is(site: Site):
+    site.play(30)
+    with site.on_terminal("relay", "--once") as (process, terminal):
+        seen = ""
+        while "Nothing is left." not in seen:
+            seen += os.read(terminal, 4096).decode()
+        assert process.wait(PATIENCE) == 0
+    assert "] 0 of 30" in seen
+    assert f"[{'#' * 30}] 30 of 30" in seen
+
+
+def test_one_site_that_is_away_does_not_keep_the_others_reports(site: Site):
+    """Two hosts behind {host}: the reports of the one that is there leave, and the other is named."""
+
+    def play(number: int, host: str) -> Transfer:
+        told = transfer(number, number + 1, f"s{number}")
+        return told._replace(opening=told.opening._replace(play=told.opening.play._replace(host=host)))
+
+    journal(site.folder, "hosts", play(1, "localhost"), play(2, "nowhere.invalid"))
+    url = f"http://{{host}}:{site.api.port}"
+    done = site.run("relay", "--once", T23_API_URL=url, T23_HOSTS="localhost,nowhere.invalid")
+    assert done.returncode == 1
+    assert done.stdout == "Sent 1 report.\n"
+    assert "1 report left: http://nowhere.invalid" in done.stderr

@@ -1,0 +1,248 @@
+"""``t23-middleware status``: the truth at a glance, whatever else goes on in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from t23_middleware.ops import text
+from t23_middleware.ops.status import look
+from t23_middleware.relay.outbox import SQLiteOutbox
+from t23_middleware.settings import Settings
+from t23_middleware.state import lock_is_held
+
+from ..harness import PATIENCE, lacking, until
+from ..relay.writers import end, journal, living, start, transfer
+from .commands import Site, fits
+
+FIGURES = ("captured", "waiting", "sent", "dead", "lost")
+
+
+def test_before_the_first_play_all_is_zero_and_nothing_is_made(site: Site):
+    status = site.status()
+    assert [status[name] for name in FIGURES] == [0, 0, 0, 0, 0]
+    assert status["state"] == "idle"
+    assert "no state folder yet" in site.run("status").stdout
+    assert not site.folder.path.exists()
+
+
+def test_every_play_is_counted_where_it_is(site: Site):
+    site.play(5)
+    site.play(2, photo="404")
+    site.deliver()
+    site.api.fault("deny")
+    site.play(3)
+    site.deliver()
+    status = site.status()
+    assert [status[name] for name in FIGURES] == [10, 3, 5, 2, 0]
+    assert all(type(status[name]) is int for name in FIGURES)
+    screen = site.run("status").stdout
+    for name, number in zip(FIGURES, (10, 3, 5, 2, 0), strict=True):
+        assert any(line.split()[:2] == [name, str(number)] for line in screen.splitlines()), screen
+
+
+def test_what_the_api_denies_is_said_first_with_its_remedy(site: Site):
+    site.api.fault("deny")
+    site.play()
+    with site.relay() as relay:
+        assert until(lambda: site.status()["state"] == "paused")
+        screen = site.run("status").stdout
+        assert screen.startswith("Paused since 20")
+        assert "whitelist" in screen
+        assert f"process {relay.pid}, version" in screen
+        assert fits(screen), screen
+        since = site.status()["apis"][""]["since"]
+    with site.relay():
+        assert site.status()["apis"][""]["since"] == since, "another relay, the same pause"
+    site.api.heal()
+    with site.relay():  # which asks at once
+        assert until(lambda: site.status()["state"] == "idle")
+    assert site.status()["apis"][""]["state"] == "well"
+
+
+def test_an_outage_is_told_with_its_begin_and_its_reason(site: Site):
+    site.api.fault("status", status=503)
+    site.play(6)
+    with site.relay():
+        assert until(lambda: site.status()["state"] == "failing")
+        screen = site.run("status").stdout
+        assert "The API is down since 20" in screen
+        assert "HTTP 503" in screen
+        site.api.heal()
+        assert until(lambda: site.status()["state"] == "idle")
+
+
+def test_without_a_relay_it_says_who_is_to_start_one(site: Site):
+    site.play(2)
+    assert site.status()["state"] == "no_relay"
+    assert "'t23-middleware relay --once' delivers now" in " ".join(site.run("status").stdout.split())
+    external = " ".join(site.run("status", T23_RELAY="external").stdout.split())
+    assert "T23_RELAY=external asks you to run 't23-middleware relay'" in external
+
+
+def test_lines_that_no_relay_has_taken_in_are_told_in_bytes(site: Site):
+    site.play(3)
+    size = sum(path.stat().st_size for path in site.folder.journals.glob("*.journal"))
+    status = site.status()
+    assert (status["journal_bytes"], status["captured"]) == (size, 0)
+    assert f"{text.size(size)} not taken in yet" in site.run("status").stdout
+    site.deliver()
+    assert site.status()["journal_bytes"] == 0
+
+
+def test_open_responses_and_what_is_counted_aside_are_shown(site: Site):
+    with living(site.folder, digest=site.digest()) as writer, site.relay():
+        now = transfer(7, 0).opening._replace(started_ns=0)
+        writer.write(now)
+        assert until(lambda: site.status()["open_responses"] == 1)
+    journal(site.folder, "torn", b"rubbish\n")
+    site.deliver()
+    assert site.status()["counters"]["journal_torn"] == 1
+    assert "journal_torn" in site.run("status").stdout
+
+
+def test_each_look_adds_up_while_a_relay_takes_in_and_delivers(site: Site):
+    settings = Settings(environ=site.environ)
+    with site.relay():
+        for _ in range(10):
+            site.play(40)
+            for _ in range(20):
+                stats = look(settings).stats
+                assert stats.captured == stats.waiting + stats.sent + stats.dead + stats.lost
+        assert until(lambda: look(settings).stats.sent == 400)
+
+
+LOOKING_WRITER = """
+import sys
+from pathlib import Path
+from t23_middleware.capture.journal import JournalWriter
+from t23_middleware.ops.status import look
+from t23_middleware.settings import Settings
+from t23_middleware.state import StateFolder
+state = sys.argv[1]
+writer = JournalWriter(StateFolder(Path(state)), "0.1.0", "digest")
+assert writer.write(b"rubbish\\n")
+found = look(Settings(environ={"T23_API_URL": "http://127.0.0.1:9", "T23_STATE_DIR": state}))
+assert found.journal_bytes > 0
+print(writer.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_writer_that_looks_at_the_status_still_counts_as_alive(site: Site):
+    site.folder.create()
+    process = start(LOOKING_WRITER, str(site.folder.path))
+    try:
+        name = process.stdout.readline().strip()
+        assert lock_is_held(site.folder.journals / f"{name}.lock")
+    finally:
+        end(process)
+
+
+def test_watch_shows_it_again_until_ctrl_c(site: Site):
+    process = site.start("status", "--watch", "--json")
+    try:
+        looks = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 0
+        assert looks[0]["time"] < looks[1]["time"]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_database_that_is_none_is_an_error_with_a_remedy(site: Site):
+    site.folder.create()
+    site.folder.outbox.write_bytes(b"this is no database, and long enough to be one" * 100)
+    done = site.run("status")
+    assert done.returncode == 1
+    assert "outbox is corrupt" in done.stderr
+    assert site.folder.outbox.read_bytes().startswith(b"this is no database")
+
+
+def test_an_outbox_of_another_version_is_not_guessed_at(site: Site):
+    site.folder.create()
+    SQLiteOutbox(site.folder.outbox).close()
+    site.python(
+        "import sqlite3, sys\n"
+        f"sqlite3.connect({str(site.folder.outbox)!r}).execute('PRAGMA user_version = 99')"
+    )
+    done = site.run("status")
+    assert done.returncode == 1
+    assert "another version" in done.stderr
+
+
+def test_wrong_settings_are_told_and_end_with_2(site: Site):
+    done = site.run("status", T23_API_URL="nowhere")
+    assert done.returncode == 2
+    assert "T23_API_URL" in done.stderr
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        lacking("only root can be two users")
+
+
+NOBODY = 65534
+
+
+def test_root_acts_as_the_owner_of_the_folder(site: Site, tmp_path: Path):
+    need_root()
+    site.play(2)
+    site.deliver()
+    give_to_nobody(site, tmp_path)
+    assert site.status()["captured"] == 2
+    assert {path.stat().st_uid for path in site.folder.path.rglob("*")} == {NOBODY}
+
+
+def give_to_nobody(site: Site, tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/") and folder != Path("/tmp"):
+            folder.chmod(0o755)
+    for path in (site.folder.path, *site.folder.path.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+
+
+def test_who_may_not_look_into_the_folder_is_told_whom_to_be(site: Site):
+    need_root()
+    site.folder.create()
+    done = site.python(
+        "import os, sys\n"
+        "from t23_middleware.ops import cli, owner, status\n"
+        f"os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        "sys.exit(cli.main(['status']))"
+    )
+    assert done.returncode == 2, done.stderr
+    assert "another user's; run this as that user, or as root" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (3 << 20, "3.0 MiB"), (5 << 40, "5120.0 GiB")],
+)
+def test_sizes_are_told_in_binary_units(number: int, shown: str):
+    assert text.size(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(-1, "0 s"), (59, "59 s"), (600, "10 min"), (7200, "2 h"), (864_000, "10 days")]
+)
+def test_durations_are_told_in_one_unit(seconds: float, shown: str):
+    assert text.duration(seconds) == shown
+
+
+def test_the_screen_on_a_terminal_does_not_scroll(site: Site):
+    with site.on_terminal("status", "--watch") as (process, terminal):
+        seen = ""
+        while seen.count("Ctrl-C ends") < 2:
+            seen += os.read(terminal, 4096).decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE) == 0
+    # Each screen begins at the top left, and erases what the one before left.
+    assert seen.count("\x1b[H") == 2
+    assert seen.count("\x1b[J") >= 1
+    assert "\x1b[K" in seen

@@ -1,0 +1,545 @@
+"""The relay as a whole: real files, a stand-in for the API, real processes and real kills."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t23_middleware.ops import standin
+from t23_middleware.ops.standin import StandInServer
+from t23_middleware.relay import process as module
+from t23_middleware.relay.delivery import CLAIMED_PER_SENDER, MOST_SENDERS, Delivery
+from t23_middleware.relay.journals import PIECE, Journals
+from t23_middleware.relay.outbox import OutboxCorrupt, OutboxError, SQLiteOutbox, Stats
+from t23_middleware.relay.process import Relay
+from t23_middleware.settings import Settings
+from t23_middleware.state import StateFolder, lock_is_held
+from t23_middleware.transfer import Opening, Part, Play, Transfer, encode
+
+from ..harness import PATIENCE, ROOT, free_port, until
+from .writers import MS, end, journal, living, opening, start, transfer
+
+
+@pytest.fixture
+def api() -> Iterator[StandInServer]:
+    with StandInServer() as server:
+        yield server
+
+
+@pytest.fixture
+def folder(state: Path) -> StateFolder:
+    folder = StateFolder(state)
+    folder.create()
+    return folder
+
+
+def now() -> int:
+    return time.monotonic_ns()
+
+
+def environ(api: StandInServer, folder: StateFolder, **more: str) -> dict[str, str]:
+    return {"T23_API_URL": api.url, "T23_STATE_DIR": str(folder.path), **more}
+
+
+def digest(api: StandInServer, folder: StateFolder) -> str:
+    """What a writer wants whose app has the same settings as the relay."""
+    return Settings(environ=environ(api, folder)).relay_digest()
+
+
+def sessions(api: StandInServer) -> Counter[str]:
+    return Counter(report["session_id"] for report in api.recorded())
+
+
+def stats(folder: StateFolder) -> Stats:
+    outbox = SQLiteOutbox(folder.outbox)
+    found = outbox.stats()
+    outbox.close()
+    assert found.captured == found.waiting + found.sent + found.dead + found.lost
+    return found
+
+
+def counters(folder: StateFolder) -> dict[str, int]:
+    outbox = SQLiteOutbox(folder.outbox)
+    found = outbox.counters()
+    outbox.close()
+    return found
+
+
+# In this process.
+
+
+def made(api: StandInServer, folder: StateFolder, automatic: bool = True, **more: str) -> Relay:
+    return Relay(Settings(environ=environ(api, folder, **more)), folder, automatic=automatic)
+
+
+@contextmanager
+def relaying(api: StandInServer, folder: StateFolder, **more: str) -> Iterator[Relay]:
+    """A relay in a thread; nothing else in this process may look at its lock meanwhile."""
+    relay = made(api, folder, automatic=False, **more)
+    thread = threading.Thread(target=relay.run)
+    thread.start()
+    try:
+        yield relay
+    finally:
+        relay.stop()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_what_the_living_and_the_dead_wrote_arrives_once(api, folder):
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"dead{n}") for n in range(50)])
+    with living(folder) as writer, relaying(api, folder):
+        for number in range(50):
+            writer.write(opening(number, now(), f"live{number}"))
+            writer.write(transfer(number, now(), f"live{number}"))
+        api.wait_for(100, PATIENCE)
+        writer.kill()
+        assert until(lambda: list(folder.journals.iterdir()) == [])
+    assert set(sessions(api).values()) == {1}
+    assert stats(folder) == Stats(100, 0, 100, 0, 0)
+    assert not folder.unfinished.exists()
+
+
+def test_an_automatic_relay_with_nothing_to_do_leaves(api, folder):
+    made(api, folder).run()
+    assert not folder.holds_work()
+
+
+def test_responses_that_the_dead_left_open_are_ended_before_the_relay_leaves(api, folder):
+    journal(folder, "1-dead", opening(1, now() - 10**9, "open"), transfer(2, now() - 10**8, "closed"))
+    made(api, folder).run()
+    assert sessions(api) == {"closed": 1}
+    assert counters(folder)["interrupted_unknown"] == 1
+    outbox = SQLiteOutbox(folder.outbox)
+    assert outbox.places() == {}
+    outbox.close()
+
+
+def test_of_a_backlog_no_viewing_is_forgotten_before_all_of_it_was_judged(api, folder):
+    """Time passes as the journals tell it, not as it is now: the second half of the viewing is in a later piece."""
+    then, hour = now() - 5 * 3600 * 10**9, 3600 * 10**9
+    play = Play("viewer", "7")
+
+    def part(number: int, at_ns: int, first: int) -> Transfer:
+        opened = Opening(
+            number, at_ns, 1_700_000_000_000, play, Part(first, first + 99_999, 10**7), 206, 100_000
+        )
+        return Transfer(opened, at_ns + MS, 1_700_000_000_001, 100_000)
+
+    filler = [transfer(n, then + 10**9 + n * MS, f"filler{n}") for n in range(10, 2500)]
+    lines = [part(1, then, 0), *filler, part(2, then + hour // 6, 100_000)]
+    assert sum(len(encode(line)) for line in lines) > PIECE
+    journal(folder, "1-dead", *lines)
+    made(api, folder).run()
+    told = [
+        (report["bytes_total"], report["skip"])
+        for report in api.recorded()
+        if report["session_id"] == "viewer"
+    ]
+    assert told == [("100000", "0"), ("100000", "1")]
+
+
+def test_a_line_that_is_written_while_the_relay_gives_up_its_lock_is_delivered_by_it(
+    api, folder, monkeypatch
+):
+    """A worker that saw the lock held a moment before relies on that; with as few senders as before."""
+    journal(folder, "1-first", transfer(1, now() - 10**9, "first"))
+    has_news = Journals.has_news
+    late = iter(["second", "third"])
+
+    def write_and_look(self: Journals) -> bool:
+        name = next(late, None)
+        if name is not None:
+            journal(folder, f"2-{name}", transfer(1, now() - 10**9, name))
+        return has_news(self)
+
+    monkeypatch.setattr(Journals, "has_news", write_and_look)
+    relay = made(api, folder)
+    thread = threading.Thread(target=relay.run, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert sessions(api) == {"first": 1, "second": 1, "third": 1}
+    assert not folder.unfinished.exists()
+
+
+def test_what_the_outbox_refuses_stays_in_the_journals_until_it_takes_it(api, folder, monkeypatch, caplog):
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(20)])
+    ingest, refused = SQLiteOutbox.ingest, []
+
+    def failing(self: SQLiteOutbox, batch: Any) -> None:
+        if len(refused) < 3:
+            refused.append(batch)
+            raise OutboxError("the outbox can't be used: database or disk is full")
+        ingest(self, batch)
+
+    monkeypatch.setattr(SQLiteOutbox, "ingest", failing)
+    monkeypatch.setattr(module, "TRY_STORE_AGAIN", 0.05)
+    made(api, folder).run()
+    assert set(sessions(api).values()) == {1}
+    assert stats(folder) == Stats(20, 0, 20, 0, 0)
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+
+
+def test_an_outbox_that_turns_corrupt_is_set_aside_and_the_work_goes_on(api, folder, monkeypatch, caplog):
+    claim, broken = SQLiteOutbox.claim, []
+
+    def corrupting(self: SQLiteOutbox, *arguments: Any) -> Any:
+        entries = claim(self, *arguments)
+        if entries and not broken:
+            broken.append(True)
+            folder.outbox.write_bytes(b"no database" * 1000)
+            raise OutboxCorrupt("the outbox is corrupt")
+        return entries
+
+    monkeypatch.setattr(SQLiteOutbox, "claim", corrupting)
+    with living(folder) as writer, relaying(api, folder):
+        writer.write(transfer(1, now(), "before"))
+        api.wait_for(1, PATIENCE)
+        writer.write(transfer(2, now(), "after"))
+        assert until(lambda: set(sessions(api)) == {"before", "after"})
+    assert len(list(folder.path.glob("outbox.db.corrupt-*"))) == 1
+    assert set(sessions(api).values()) == {1}
+
+
+class Killed(BaseException):
+    """The process ends here, as far as the relay can tell."""
+
+
+def at_point(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, *, after: bool) -> None:
+    """The next call of this method kills; with *after*, once it is done."""
+    method: Callable[..., Any] = getattr(owner, name)
+
+    def kill(self: Any, *arguments: Any, **options: Any) -> Any:
+        works = not arguments or bool(arguments[0])
+        answer = method(self, *arguments, **options) if after or not works else None
+        if works:
+            raise Killed
+        return answer
+
+    monkeypatch.setattr(owner, name, kill)
+
+
+#: Where the relay is killed, and whether before or after what it did there.
+CRASH_POINTS = {
+    "before_ingest_commit": (SQLiteOutbox, "ingest", False),
+    "after_ingest_commit": (SQLiteOutbox, "ingest", True),
+    "after_ingest_before_unlink": (Journals, "remove_finished", False),
+    "after_unlink": (Journals, "remove_finished", True),
+    "after_forgetting_places": (SQLiteOutbox, "forget_journals", True),
+    "after_claim": (Delivery, "_hand_out", False),
+    "after_send": (SQLiteOutbox, "settle", False),
+    "after_ack": (SQLiteOutbox, "settle", True),
+}
+
+
+@pytest.mark.parametrize("point", CRASH_POINTS.values(), ids=CRASH_POINTS)
+def test_a_kill_at_any_point_loses_nothing_and_doubles_no_more_than_was_in_flight(
+    point, api, folder, monkeypatch
+):
+    owner, name, after = point
+    monkeypatch.setattr(standin, "CACHE_SECONDS", 0)  # else the API's cache hides what is sent twice
+    count = 40
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(count)])
+    with monkeypatch.context() as patch:
+        at_point(patch, owner, name, after=after)
+        relay = made(api, folder)
+        with pytest.raises(Killed):
+            relay.run()
+        time.sleep(0.2)  # what a sender had begun
+        os.close(relay._lock)
+    made(api, folder).run()
+    told = sessions(api)
+    assert set(told) == {f"s{n}" for n in range(count)}
+    doubled = sum(times - 1 for times in told.values())
+    assert doubled <= (MOST_SENDERS * CLAIMED_PER_SENDER if name in ("settle", "_hand_out") else 0)
+    assert stats(folder) == Stats(count, 0, count, 0, 0)
+    outbox = SQLiteOutbox(folder.outbox)
+    assert outbox.places() == {}
+    outbox.close()
+    assert list(folder.journals.iterdir()) == []
+
+
+# As a process of its own.
+
+
+class RelayProcess:
+    """``python -m t23_middleware relay``, as a service or as a worker starts it."""
+
+    def __init__(self, environ: dict[str, str], log: Path, *, automatic: bool = False) -> None:
+        self._log = log
+        own = {name: text for name, text in os.environ.items() if not name.startswith("T23_")}
+        if automatic:
+            environ = {**environ, "_T23_STARTED_BY_WORKER": "1"}
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "t23_middleware", "relay"],
+                env={**own, **environ},
+                cwd=ROOT,
+                stdout=output,
+                stderr=output,
+            )
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        return self.process.wait(PATIENCE)
+
+    def end(self, number: int = signal.SIGKILL) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def run(api: StandInServer, folder: StateFolder, tmp_path: Path) -> Iterator[Callable[..., RelayProcess]]:
+    """Starts relays; all are ended with the test."""
+    started: list[RelayProcess] = []
+
+    def begin(of: StandInServer = api, automatic: bool = False, **more: str) -> RelayProcess:
+        relay = RelayProcess(environ(of, folder, **more), tmp_path / "relay.log", automatic=automatic)
+        started.append(relay)
+        return relay
+
+    yield begin
+    for relay in started:
+        relay.end()
+
+
+def test_sigterm_lets_finish_what_is_in_flight(api, folder, run):
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(8)])
+    api.fault("latency", seconds=1.0)
+    relay = run(T23_EXIT_SECONDS="20")
+    api.wait_for(8, PATIENCE)
+    assert relay.end(signal.SIGTERM) == 0, relay.log()
+    assert stats(folder) == Stats(8, 0, 8, 0, 0)
+    assert not folder.unfinished.exists()
+    assert "Traceback" not in relay.log()
+
+
+def test_sigterm_ends_it_in_time_while_the_api_hangs_and_the_next_one_delivers(api, folder, run):
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(50)])
+    api.fault("hang")
+    relay = run(T23_EXIT_SECONDS="0.5", T23_TIMEOUT="60")
+    assert until(lambda: folder.outbox.exists() and leased(folder))
+    began = time.monotonic()
+    assert relay.end(signal.SIGTERM) == 0, relay.log()
+    assert time.monotonic() - began < PATIENCE / 2
+    assert folder.unfinished.exists()
+    assert stats(folder).waiting == 50
+    api.heal()
+    run()
+    api.wait_for(50, PATIENCE)
+    assert until(lambda: stats(folder) == Stats(50, 0, 50, 0, 0))
+    assert set(sessions(api).values()) == {1}
+
+
+def leased(folder: StateFolder) -> int:
+    outbox = SQLiteOutbox(folder.outbox)
+    (count,) = outbox._db.execute("SELECT count(*) FROM reports WHERE leased = 1").fetchone()
+    outbox.close()
+    return int(count)
+
+
+_PACED_WRITER = """
+import sys, time
+from pathlib import Path
+from t23_middleware.capture.journal import JournalWriter
+from t23_middleware.state import StateFolder
+from tests.relay.writers import encode, opening, transfer
+writer = JournalWriter(StateFolder(Path(sys.argv[1])), "0.1.0", "digest")
+number, name = 0, sys.argv[2]
+while number < int(sys.argv[3]):
+    for number in range(number + 1, number + 6):
+        session = f"{name}-{number}"
+        assert writer.write(encode(opening(number, time.monotonic_ns(), session)))
+        assert writer.write(encode(transfer(number, time.monotonic_ns(), session)))
+    time.sleep(0.02)
+print(number, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ten_kills_of_the_relay_while_two_workers_write_lose_nothing(api, folder, run, monkeypatch):
+    monkeypatch.setattr(standin, "CACHE_SECONDS", 0)  # else the API's cache hides what is sent twice
+    chance, kills, each = random.Random(7), 10, 1500
+    writers = [start(_PACED_WRITER, str(folder.path), name, str(each)) for name in "ab"]
+    try:
+        for _ in range(kills):
+            before = len(api.recorded())
+            relay = run()
+            # Killed before it began, or at once, or in the middle of its work: as chance has it.
+            until(lambda: len(api.recorded()) > before, chance.choice([0.3, 2.0, 4.0]))  # noqa: B023
+            time.sleep(chance.random() * 0.2)
+            relay.end(signal.SIGKILL)
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline().strip() == str(each)
+    finally:
+        for writer in writers:
+            end(writer)
+    run()
+    assert until(lambda: list(folder.journals.glob("*.journal")) == [], 60)
+    assert until(lambda: stats(folder) == Stats(2 * each, 0, 2 * each, 0, 0), 60)
+    told = sessions(api)
+    assert set(told) == {f"{name}-{number}" for name in "ab" for number in range(1, each + 1)}
+    assert sum(times - 1 for times in told.values()) <= kills * MOST_SENDERS * CLAIMED_PER_SENDER
+
+
+def test_an_outage_across_a_kill_loses_nothing(api, folder, run):
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(100)])
+    api.stop()
+    first = run()
+    assert until(lambda: folder.outbox.exists() and stats(folder).captured == 100)
+    first.end(signal.SIGKILL)
+    api.start()
+    run()
+    api.wait_for(100, PATIENCE)
+    assert until(lambda: stats(folder) == Stats(100, 0, 100, 0, 0))
+    assert set(sessions(api).values()) == {1}
+
+
+# One at a time.
+
+
+@pytest.mark.parametrize(("automatic", "code"), [(False, 2), (True, 0)], ids=["operator's", "worker's"])
+def test_a_second_relay_is_refused(automatic, code, api, folder, run):
+    first = run()
+    assert until(lambda: lock_is_held(folder.relay_lock)), first.log()
+    second = run(automatic=automatic)
+    assert second.wait() == code
+    assert ("another relay works on" in second.log()) == (not automatic)
+    assert "Traceback" not in second.log()
+    assert first.process.poll() is None
+    journal(folder, "1-dead", transfer(1, now() - 10**9, "still"))
+    assert [report["session_id"] for report in api.wait_for(1, PATIENCE)] == ["still"]
+
+
+def test_of_many_that_start_at_once_one_works(api, folder, run):
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(100)])
+    relays = [run(automatic=True) for _ in range(4)]
+    assert [relay.wait() for relay in relays] == [0] * 4
+    assert sum(sessions(api).values()) == len(sessions(api)) == 100
+    assert "Traceback" not in relays[0].log()
+
+
+def test_a_relay_whose_lock_somebody_removed_ends_and_leaves_the_work_to_its_successor(api, folder, run):
+    first = run()
+    assert until(lambda: lock_is_held(folder.relay_lock)), first.log()
+    folder.relay_lock.unlink()
+    assert first.wait() == 0
+    assert "relay.lock" in first.log()
+    run()
+    journal(folder, "1-dead", transfer(1, now() - 10**9, "after"))
+    api.wait_for(1, PATIENCE)
+    assert sessions(api) == {"after": 1}
+
+
+# Leaving.
+
+
+def test_an_automatic_relay_stays_as_long_as_a_writer_lives_and_leaves_when_none_does(api, folder, run):
+    with living(folder, digest=digest(api, folder)) as writer:
+        writer.write(transfer(1, now(), "one"))
+        relay = run(automatic=True)
+        api.wait_for(1, PATIENCE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            relay.process.wait(module.LEAVE_AFTER + 1.5)
+        writer.write(transfer(2, now(), "two"))
+        api.wait_for(2, PATIENCE)
+        writer.kill()
+        assert relay.wait() == 0, relay.log()
+    assert list(folder.journals.iterdir()) == []
+    assert not folder.holds_work()
+
+
+def test_a_service_stays(api, folder, run):
+    relay = run()
+    assert until(lambda: lock_is_held(folder.relay_lock)), relay.log()
+    with pytest.raises(subprocess.TimeoutExpired):
+        relay.process.wait(module.LEAVE_AFTER + 1.5)
+    assert relay.end(signal.SIGTERM) == 0
+
+
+def test_an_automatic_relay_waits_for_an_api_that_is_away(api, folder, run):
+    journal(folder, "1-dead", transfer(1, now() - 10**9, "late"))
+    api.stop()
+    relay = run(automatic=True)
+    with pytest.raises(subprocess.TimeoutExpired):
+        relay.process.wait(module.LEAVE_AFTER + 3)
+    api.start()
+    api.wait_for(1, PATIENCE)
+    assert relay.wait() == 0
+
+
+def test_an_automatic_relay_does_not_wait_for_an_api_that_takes_nothing_from_this_server(folder, run):
+    with StandInServer(whitelisted=False) as denying:
+        journal(folder, "1-dead", transfer(1, now() - 10**9, "denied"))
+        relay = run(of=denying, automatic=True)
+        assert relay.wait() == 0, relay.log()
+    assert stats(folder) == Stats(1, 1, 0, 0, 0)
+    assert folder.holds_work()
+
+
+@pytest.mark.parametrize(
+    "other", [{"digest": "other settings"}, {"version": "999.0"}], ids=["settings", "version"]
+)
+def test_a_relay_that_the_newest_writer_does_not_want_ends_and_never_delivers_for_it(other, api, folder, run):
+    wanted = digest(api, folder)
+    with living(folder, digest=wanted) as old:
+        old.write(transfer(1, now(), "old"))
+        relay = run(automatic=True)
+        api.wait_for(1, PATIENCE)
+        with living(folder, **{"digest": wanted, **other}) as new:
+            new.write(transfer(1, now(), "new"))
+            assert relay.wait() == 0, relay.log()
+            assert run(automatic=True).wait() == 0
+            assert sessions(api) == {"old": 1}
+            with StandInServer() as second:
+                run(of=second)  # a service does as it is told
+                assert [report["session_id"] for report in second.wait_for(1, PATIENCE)] == ["new"]
+
+
+def test_an_older_writer_with_other_settings_changes_nothing(api, folder, run):
+    with living(folder, digest="other settings", version="0.0.1") as older:
+        older.write(transfer(1, now(), "older"))
+        with living(folder, digest=digest(api, folder)) as newer:
+            newer.write(transfer(1, now(), "newer"))
+            relay = run(automatic=True)
+            api.wait_for(2, PATIENCE)
+            assert relay.process.poll() is None
+
+
+# What can go wrong at the start.
+
+
+def test_a_state_folder_that_cannot_be_used_is_said_in_one_sentence(api, folder, run):
+    folder.outbox.mkdir()
+    relay = run()
+    assert relay.wait() == 1
+    assert "outbox.db" in relay.log()
+    assert "Traceback" not in relay.log()
+
+
+def test_an_api_that_does_not_exist_stops_nobody_from_starting_and_ending(folder, run):
+    nowhere = StandInServer(port=free_port())
+    relay = run(of=nowhere)
+    journal(folder, "1-dead", transfer(1, now() - 10**9, "nowhere"))
+    assert until(lambda: folder.outbox.exists() and stats(folder).waiting == 1)
+    assert relay.end(signal.SIGINT) == 0, relay.log()
+    assert "Traceback" not in relay.log()
