@@ -258,12 +258,30 @@ def test_a_shared_outbox_is_refused_with_the_word_later() -> None:
 
 
 def test_secrets_are_not_in_the_representation() -> None:
-    read = settings(session_secret="key-a,key-b", flask_secret_key="key-c")
+    read = settings(
+        session_secret="key-a,key-b", flask_secret_key="key-c", status_token="key-d-of-the-operator"
+    )
     assert "key-" not in repr(read)
     assert [item.name for item in declared() if item.metadata["secret"]] == [
         "session_secret",
         "flask_secret_key",
+        "status_token",
     ]
+
+
+@pytest.mark.parametrize("token", ["fifteen-letters", "sixteen letters and blanks", "sixteen-with-ö-in-it"])
+def test_a_token_that_can_be_guessed_or_not_be_sent_is_refused_with_a_remedy(token: str) -> None:
+    (problem,) = problems(api_url=URL, status_token=token)
+    assert problem.startswith("T23_STATUS_TOKEN")
+    assert "token_urlsafe" in problem
+    assert token not in problem
+
+
+def test_the_operators_path_is_one_of_its_own() -> None:
+    assert settings(status_path="/ops/t23/").status_path == "/ops/t23"
+    for path in ("/", "t23", "/a b", "/a?b", "//", "/ä"):
+        (problem,) = problems(api_url=URL, status_path=path)
+        assert problem.startswith("T23_STATUS_PATH"), path
 
 
 def test_bytes_are_taken_as_flask_takes_its_key() -> None:

@@ -12,11 +12,12 @@ import os
 import threading
 import time
 from collections import Counter, deque
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import StateError
 from ..state import StateFolder, boot_id, hold_lock
-from ..transfer import FORMAT, Counts, Writer, encode
+from ..transfer import FORMAT, Counts, Transfer, Writer, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,10 @@ ROTATE_AT = 1 << 20
 KEPT_ASIDE = 1000
 #: Seconds between two tries to begin, while the folder can't be used.
 RETRY_BEGIN = 1.0
-
+#: Seconds between two looks whether the journal is still where it was made.
+LOOK_EVERY = 1.0
+#: Bytes up to which a response is no play, so that its line is no loss.
+PROBE = 2
 
 #: How a close line begins, after its checksum.
 _CLOSE = b'["close"'
@@ -52,10 +56,13 @@ class JournalWriter:
     def __init__(self, folder: StateFolder, version: str, digest: str) -> None:
         self._folder = folder
         self._pid = os.getpid()
-        self.name = f"{self._pid}-{os.urandom(8).hex()}"
+        self.name = _new_name()
         self._header = Writer(self.name, FORMAT, version, boot_id(), time.time_ns() // 1_000_000, digest)
         self._files: _Files | None = None
         self._lock_file: int | None = None
+        #: The journal that was abandoned; another thread may be about to write to it.
+        self._abandoned: int | None = None
+        self._look_at = 0.0
         self._size = 0
         self._changing = threading.Lock()
         self._counting = threading.Lock()
@@ -98,6 +105,8 @@ class JournalWriter:
 
     def _write(self, line: bytes) -> None:
         """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
+        if time.monotonic() >= self._look_at:
+            self._look()
         files = self._files or self._begin()
         if self._torn:
             line = b"\n" + line
@@ -148,8 +157,56 @@ class JournalWriter:
     def _first_files(self) -> _Files:
         self._folder.create()
         if self._lock_file is None:
-            self._lock_file = hold_lock(self._folder.journals / f"{self.name}.lock")
-        return _Files(self._open(0), None, 0)
+            self._lock_file = self._held_lock()
+        files = _Files(self._open(0), self._abandoned, 0)
+        self._abandoned = None
+        return files
+
+    def _held_lock(self) -> int:
+        """The writer's lock, without which it would count as dead and lose what it writes.
+
+        A relay that tidies up may have the file for the moment in which it removes it.
+        """
+        for _ in range(1000):
+            descriptor = hold_lock(self._folder.journals / f"{self.name}.lock")
+            if descriptor is not None:
+                return descriptor
+        raise StateError(f"the lock of {self.name} is held by another process")
+
+    def _look(self) -> None:
+        """Begin anew where somebody removed or moved what is being written: nobody would ever read it."""
+        if not self._changing.acquire(blocking=False):
+            return
+        try:
+            self._look_at = time.monotonic() + LOOK_EVERY
+            if self._files is not None and not self._is_in_place(self._files):
+                self._abandon(self._files)
+        finally:
+            self._changing.release()
+
+    def _is_in_place(self, files: _Files) -> bool:
+        try:
+            return os.path.samestat(self._path(files.sequence).stat(), os.fstat(files.journal))
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # not to be known now; what is written says what is wrong
+
+    def _abandon(self, files: _Files) -> None:
+        """Under a new name, or a relay would go on behind what it read of the old one."""
+        log.error(
+            "%s was removed or moved while the app runs: plays that no relay had read are lost; a new one begins",
+            self._path(files.sequence),
+        )
+        for descriptor in (files.previous, self._lock_file):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._abandoned, self._files, self._lock_file = files.journal, None, None
+        self.name = _new_name()
+        self._header = self._header._replace(name=self.name)
+
+    def _path(self, sequence: int) -> Path:
+        return self._folder.journals / f"{self.name}.{sequence:06d}.journal"
 
     def _rotate(self) -> None:
         """Go on in a new file; whoever finds another thread at it just goes on in the old one."""
@@ -169,7 +226,7 @@ class JournalWriter:
             self._changing.release()
 
     def _open(self, sequence: int) -> int:
-        path = self._folder.journals / f"{self.name}.{sequence:06d}.journal"
+        path = self._path(sequence)
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         header = encode(self._header)
         try:
@@ -186,16 +243,27 @@ class JournalWriter:
     def _keep_aside(self, line: bytes, error: Exception) -> None:
         self._aside.append(line)
         while len(self._aside) > KEPT_ASIDE:
-            # An open line that falls out is no loss: the close line has all that it said.
-            if _CLOSE in self._aside.popleft()[:_CLOSE_WITHIN]:
-                self.count("capture_lost")
+            self._lose(self._aside.popleft())
         if not self._failing:
             self._failing = True
             log.error(
                 "plays can't be written down, and are kept in memory (at most %d): %s", KEPT_ASIDE, error
             )
 
+    def _lose(self, line: bytes) -> None:
+        """Count the play. An open line that falls out is no loss: the close line has all that it said."""
+        if _CLOSE not in line[:_CLOSE_WITHIN]:
+            return
+        transfer = decode(line.rstrip(b"\n"))
+        if isinstance(transfer, Transfer) and transfer.sent > PROBE:
+            with self._counting:
+                self._counts.update({"capture_lost": 1, "capture_lost_bytes": transfer.sent})
+
     def _went_well(self) -> None:
         if self._failing:
             self._failing = False
             log.warning("plays can be written down again")
+
+
+def _new_name() -> str:
+    return f"{os.getpid()}-{os.urandom(8).hex()}"

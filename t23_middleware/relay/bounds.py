@@ -1,0 +1,259 @@
+"""The bounds of what waits: its age, its size, the journals, dead letters, and the room on the disk.
+
+Whatever is given up is counted by day and reason, with its bytes, in the transaction that gives it up; so
+captured = waiting + sent + dead + lost, always. The order: old dead letters, what is too old, the oldest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ..state import StateFolder
+from .outbox import GivenUp, Ingest, OutboxError, SQLiteOutbox
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks.
+LOOK_EVERY = 1.0
+#: Seconds between two looks at the age of all that waits, at most; a hundredth of ``T23_MAX_AGE`` where that is less.
+LOOK_AT_AGE_EVERY = 60.0
+#: Reports that are given up in one transaction: more would hold up delivery.
+MOST_AT_ONCE = 2000
+#: Bytes that a report takes in the outbox, roughly; what is over the bound is looked at again after each drop.
+REPORT_BYTES = 256
+#: Share of ``T23_MAX_BYTES`` that reports may have whatever else the outbox holds: viewings and history take room too.
+LEAST_SHARE = 4
+#: Dead letters that are kept, and for how long, in ms.
+MOST_DEAD = 10_000
+DEAD_MS = 30 * 86_400_000
+#: Bytes that may lie in the journals while the outbox can't take them.
+MOST_UNREAD = 64 << 20
+#: Room on the disk, in bytes, below which the outbox grows by no more than half of what is left; on a small disk
+#: a share of it, and at an eighth of it not at all.
+LOW_WATER, LOW_SHARE = 64 << 20, 16
+#: Bytes of the reserve.
+RESERVE = 512 << 10
+#: Free pages that the outbox's file keeps, and how many it gives back at once.
+FREE_PAGES, SHRINK_PAGES = 256, 1024
+#: Seconds between two lines of the log for the same reason.
+TELL_EVERY = 3600.0
+
+_WHY = {
+    "too_old": "they waited for longer than T23_MAX_AGE",
+    "outbox_full": "the outbox takes more than T23_MAX_BYTES",
+    "journals_full": "the outbox can't be written, and more than 64 MiB lie in the journals",
+    "dead_too_old": "the API refused them over 30 days ago; see 't23-middleware dead'",
+    "dead_full": f"the API refused over {MOST_DEAD} reports; see 't23-middleware dead list'",
+}
+
+
+class Space(NamedTuple):
+    """Room on a disk, in bytes."""
+
+    free: int
+    size: int
+
+    @property
+    def low_water(self) -> int:
+        """What is free below this is little."""
+        return min(LOW_WATER, self.size // LOW_SHARE)
+
+    @property
+    def growth(self) -> int | None:
+        """Bytes by which the outbox may grow now; ``None`` for any number.
+
+        Half, for the write-ahead log takes as much: one that can't be folded into the file would leave no room
+        for acknowledgements.
+        """
+        if self.free >= self.low_water:
+            return None
+        return max(self.free - self.low_water // 8, 0) // 2
+
+
+def space_at(path: Path) -> Space:
+    """The room at *path*. Raises :class:`OSError`."""
+    found = os.statvfs(path)
+    free = found.f_bfree if os.geteuid() == 0 else found.f_bavail
+    return Space(free * found.f_frsize, found.f_blocks * found.f_frsize)
+
+
+class Reserve:
+    """A file that keeps room for the time when the disk is full: then it goes, and acknowledgements can be written.
+
+    Without it SQLite could not even delete on a full disk, and what was sent would be sent again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._given_up = False
+
+    def give_up(self) -> bool:
+        """Remove it; whether it was there."""
+        try:
+            self._path.unlink()
+        except OSError:
+            return False
+        self._given_up = True
+        log.error("the disk is full: the reserve %s is given up for acknowledgements; make room", self._path)
+        return True
+
+    def keep(self, space: Space) -> None:
+        """Make it where it is missing and there is room."""
+        if self._is_there() or space.free < space.low_water + RESERVE:
+            return
+        try:
+            self._make()
+        except OSError:
+            with suppress(OSError):
+                self._path.unlink()
+            return
+        if self._given_up:
+            self._given_up = False
+            log.warning("there is room on the disk again")
+
+    def _is_there(self) -> bool:
+        try:
+            return self._path.stat().st_size == RESERVE
+        except OSError:
+            return False
+
+    def _make(self) -> None:
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            left = memoryview(os.urandom(RESERVE))  # zeros take no room where the disk compresses
+            while left:
+                left = left[os.write(descriptor, left) :]
+        finally:
+            os.close(descriptor)
+
+
+class Bounds:
+    """Keeps *outbox*, and what lies in *folder* beside it, within bounds.
+
+    *max_age* is in seconds, *max_bytes* in bytes; *monotonic* is a clock in seconds, *wall_ms* one in ms since the
+    epoch, *space* tells the room on the folder's disk.
+    """
+
+    def __init__(
+        self,
+        outbox: SQLiteOutbox,
+        folder: StateFolder,
+        reserve: Reserve,
+        *,
+        max_age: float,
+        max_bytes: int,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        space: Callable[[Path], Space] = space_at,
+    ) -> None:
+        self._outbox = outbox
+        self._folder = folder
+        self._reserve = reserve
+        self._max_age_ms = int(max_age * 1000)
+        self._max_bytes = max_bytes
+        self._age_every = min(max_age / 100, LOOK_AT_AGE_EVERY)
+        self._monotonic = monotonic
+        self._wall_ms = wall_ms
+        self._space_at = space
+        self._look_at = self._look_at_age = float("-inf")
+        self._told: dict[str, float] = {}
+
+    def keep(self) -> None:
+        """Give up what is beyond the bounds, a piece at a time: the next look goes on. Raises :class:`OutboxError`."""
+        now = self._monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY
+        space = self._space()
+        self._reserve.keep(space)
+        dropped = self._drop_aged(now) + self._drop_what_is_over()
+        if dropped >= MOST_AT_ONCE:
+            self._look_at = now
+        elif space.growth is None:
+            # On a full disk free pages are room that nobody else can take.
+            self._outbox.shrink(FREE_PAGES, SHRINK_PAGES)
+
+    def ingest(self, batch: Ingest) -> None:
+        """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.
+
+        Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
+        """
+        batch = self._without_old(batch)
+        try:
+            with self._outbox.growing_by(self._space().growth):
+                self._outbox.ingest(batch)
+        except OutboxError:
+            if self._unread() <= MOST_UNREAD:
+                raise
+            self._outbox.ingest(batch._replace(lost_as="journals_full", at_ms=self._wall_ms()))
+            self._tell("journals_full", len(batch.reports))
+
+    def _without_old(self, batch: Ingest) -> Ingest:
+        """What is too old already must not be sent before somebody looks at its age."""
+        now_ms = self._wall_ms()
+        old = [report for report in batch.reports if report.time_ms < now_ms - self._max_age_ms]
+        if not old:
+            return batch
+        self._tell("too_old", len(old))
+        young = [report for report in batch.reports if report.time_ms >= now_ms - self._max_age_ms]
+        lost = GivenUp("too_old", len(old), sum(report.sent for report in old))
+        return batch._replace(reports=young, losses=[*batch.losses, lost], at_ms=now_ms)
+
+    def _drop_aged(self, now: float) -> int:
+        """Looks at all that waits, and so not at every look."""
+        if now < self._look_at_age:
+            return 0
+        outbox, now_ms = self._outbox, self._wall_ms()
+        dropped = [
+            self._gone("dead_too_old", outbox.lose_dead_older, now_ms - DEAD_MS, MOST_AT_ONCE),
+            self._gone("dead_full", outbox.lose_dead_oldest, MOST_AT_ONCE, MOST_DEAD),
+            self._gone("too_old", outbox.lose_older, now_ms - self._max_age_ms, MOST_AT_ONCE),
+        ]
+        self._look_at_age = now + (0 if max(dropped) >= MOST_AT_ONCE else self._age_every)
+        return sum(dropped)
+
+    def _drop_what_is_over(self) -> int:
+        over = self._outbox.size() - self._max_bytes
+        if over <= 0:
+            return 0
+        most = min(over // REPORT_BYTES + 1, MOST_AT_ONCE)
+        kept = self._max_bytes // LEAST_SHARE // REPORT_BYTES
+        return self._gone("outbox_full", self._outbox.lose_oldest, most, kept)
+
+    def _gone(self, reason: str, lose: Callable[[int, int, str, int], int], first: int, second: int) -> int:
+        dropped = lose(first, second, reason, self._wall_ms())
+        self._tell(reason, dropped)
+        return dropped
+
+    def _tell(self, reason: str, dropped: int) -> None:
+        now = self._monotonic()
+        if dropped and now >= self._told.get(reason, float("-inf")) + TELL_EVERY:
+            self._told[reason] = now
+            log.error("reports are given up, and counted as lost (%s): %s", reason, _WHY[reason])
+
+    def _space(self) -> Space:
+        try:
+            return self._space_at(self._folder.path)
+        except OSError:  # the folder is gone, which the relay sees by its lock
+            return Space(0, 0)
+
+    def _unread(self) -> int:
+        """Bytes in the journals that the outbox does not have."""
+        places, total = self._outbox.places(), 0
+        for path in self._folder.journals.glob("*.journal"):
+            with suppress(FileNotFoundError):
+                total += max(path.stat().st_size - places.get(path.name, 0), 0)
+        return total
+
+
+def taken_as_lost(counts: Counter[str]) -> list[GivenUp]:
+    """Take out of *counts* what workers could neither write down nor keep, which counts as reports."""
+    reports, size = counts.pop("capture_lost", 0), counts.pop("capture_lost_bytes", 0)
+    return [GivenUp("capture_lost", reports, size)] if reports > 0 else []
