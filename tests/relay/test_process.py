@@ -131,13 +131,12 @@ def test_responses_that_the_dead_left_open_are_ended_before_the_relay_leaves(api
 def test_of_a_backlog_no_viewing_is_forgotten_before_all_of_it_was_judged(api, folder):
     """Time passes as the journals tell it, not as it is now: the second half of the viewing is in a later piece."""
     then, hour = now() - 5 * 3600 * 10**9, 3600 * 10**9
+    then_ms = time.time_ns() // MS - 5 * 3600 * 1000
     play = Play("viewer", "7")
 
     def part(number: int, at_ns: int, first: int) -> Transfer:
-        opened = Opening(
-            number, at_ns, 1_700_000_000_000, play, Part(first, first + 99_999, 10**7), 206, 100_000
-        )
-        return Transfer(opened, at_ns + MS, 1_700_000_000_001, 100_000)
+        opened = Opening(number, at_ns, then_ms, play, Part(first, first + 99_999, 10**7), 206, 100_000)
+        return Transfer(opened, at_ns + MS, then_ms + 1, 100_000)
 
     filler = [transfer(n, then + 10**9 + n * MS, f"filler{n}") for n in range(10, 2500)]
     lines = [part(1, then, 0), *filler, part(2, then + hour // 6, 100_000)]
