@@ -163,7 +163,7 @@ def _lines(chart: Chart, end: float) -> Iterator[Markup]:
         points = [[(_x(at + 0.5, chart.steps), _y(value, end)) for at, value in run] for run in runs]
         if number == 1:
             yield _path("area", line, "".join(map(_area, points)))
-        yield _path(f"line n{number}", line, "".join(map(_stroke, points)))
+        yield _path("line dashed" if number == 2 else "line", line, "".join(map(_stroke, points)))
 
 
 def _runs(values: Sequence[float | None]) -> Iterator[list[tuple[int, float]]]:

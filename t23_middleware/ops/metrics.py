@@ -5,11 +5,10 @@ They come from the outbox, so they are the same whichever worker is asked, and g
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..relay.bounds import space_at
 from ..relay.health import PAUSED, WELL
 from ..relay.history import ANSWER, ANSWERS, BOUNDS, BYTES, PLAYS, TOOK, TOOK_MS, UNBOUNDED, History
 from ..version import VERSION
@@ -107,18 +106,10 @@ class _Collector:
             "t23_journal_unread_bytes", "Bytes in journals that no relay took in yet.", status.journal_bytes
         )
         yield _gauge("t23_relay_up", "Whether a relay runs.", status.relay is not None)
-        free = disk_free(status.folder)
-        if free is not None:
+        if status.exists:
+            free = space_at(status.folder).free
             yield _gauge("t23_disk_free_bytes", "Bytes free where the state folder is.", free)
         yield _info()
-
-
-def disk_free(folder: Path) -> int | None:
-    """Bytes that are free on the disk of *folder*, ``None`` where it is not there."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
 
 
 def _counter(name: str, help: str, value: float) -> Metric:

@@ -13,10 +13,12 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from functools import cached_property
 from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
+from markupsafe import Markup
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
@@ -26,7 +28,7 @@ from ..relay.outbox import NoOutbox, OutboxView
 from ..settings import Settings
 from ..state import StateFolder
 from .metrics import NotInstalled, exposition
-from .page_html import Links, error_page, html, recent, told
+from .page_html import Links, drawn_charts, error_page, html, recent, told
 from .page_style import STYLE_HASH
 from .status import Status, as_json, look
 
@@ -64,13 +66,25 @@ class _Answer(NamedTuple):
     more: tuple[tuple[str, str], ...] = ()
 
 
+class _Look:
+    """The history as it was read at one time, and the charts of it."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.read_at = time.monotonic()
+
+    @cached_property
+    def charts(self) -> Markup:
+        return drawn_charts(self.history)
+
+
 class Pages:
     """The pages of one middleware, at ``T23_STATUS_PATH``. Errors of ours are answers, never raised."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._token = (settings.status_token or "").encode()
-        self._history: tuple[float, History] | None = None
+        self._look: _Look | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         answer = self._answer(environ)
@@ -94,31 +108,30 @@ class Pages:
         as_data = page == ".json" or (page != "/metrics" and _prefers_json(environ.get("HTTP_ACCEPT", "")))
         try:
             status = look(self._settings)
-            history = self._read_history(status.now_ms)
+            history = (seen := self._history(status.now_ms)).history
             if page == "/metrics":
                 return _metrics(status, history, environ.get("HTTP_ACCEPT", ""))
             if as_data:
                 return _Answer(HTTPStatus.OK, JSON, json.dumps(data(status, history), indent=2).encode())
             again = "refresh" in environ.get("QUERY_STRING", "").split("&")
-            page_text = html(status, history, self._links(environ), again=again)
+            page_text = html(status, history, seen.charts, self._links(environ), again=again)
             return _Answer(HTTPStatus.OK, HTML, page_text.encode("utf-8", "replace"))
-        except (StateError, UsageError) as error:
+        except (StateError, UsageError, OSError) as error:
             return _failed(str(error), as_data, page)
         except Exception:
             log.exception("the operator's page could not be made; the app is not touched")
             return _failed("This page could not be made; the app's log says why.", as_data, page)
 
-    def _read_history(self, now_ms: int) -> History:
-        cached, now = self._history, time.monotonic()
-        if cached is not None and now - cached[0] < HISTORY_SECONDS:
-            return cached[1]
+    def _history(self, now_ms: int) -> _Look:
+        former = self._look
+        if former is not None and time.monotonic() - former.read_at < HISTORY_SECONDS:
+            return former
         try:
             with OutboxView(StateFolder(self._settings.state_path()).outbox) as view:
-                history = view.history(now_ms)
+                self._look = seen = _Look(view.history(now_ms))
         except NoOutbox:
-            return nothing(now_ms)
-        self._history = now, history
-        return history
+            return _Look(nothing(now_ms))
+        return seen
 
     def _links(self, environ: WSGIEnvironment) -> Links:
         root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))

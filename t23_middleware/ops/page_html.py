@@ -8,19 +8,23 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+from ..relay.bounds import space_at
 from ..relay.health import FAILING, PAUSED
 from ..relay.history import (
     ANSWER,
     BYTES,
     CAPTURED,
     DEAD,
+    GAUGES,
     LOST,
+    MOST_REFUSED,
     OLDEST,
     OPEN,
     PLAYS,
     SENT,
     TOOK,
     WAITING,
+    Fatality,
     History,
     Series,
     Watched,
@@ -31,12 +35,9 @@ from ..relay.history import (
 from ..version import VERSION
 from . import text
 from .charts import COUNT, SECONDS, Chart, Line, drawn, seconds_words
-from .metrics import disk_free
 from .page_style import STYLE
 from .status import Status, relay_words, sentences
 
-#: Bytes free on the state folder's disk below which it is said first.
-NEARLY_FULL = 64 << 20
 #: Seconds after which the page loads itself anew, where that is wished.
 REFRESH = 30
 #: Errors that are shown.
@@ -92,8 +93,8 @@ class Links(NamedTuple):
     metrics: str
 
 
-def html(status: Status, history: History, links: Links, *, again: bool) -> str:
-    """The whole page; with *again* it loads itself anew each 30 seconds."""
+def html(status: Status, history: History, charts: Markup, links: Links, *, again: bool) -> str:
+    """The whole page, with the *charts* of :func:`drawn_charts`; with *again* it loads itself anew each 30 seconds."""
     state = told(status)
     return _PAGE.format(
         title=f"{state[0].partition(':')[0].partition('.')[0]} · t23_middleware",
@@ -109,7 +110,7 @@ def html(status: Status, history: History, links: Links, *, again: bool) -> str:
             _figures(status, history),
         ),
         zone=time.strftime("%Z", time.localtime(status.now_ms / 1000)),
-        charts=Markup("").join(_charts(history)),
+        charts=charts,
         videos=_videos(history),
         errors=_errors(status, history),
         aside=_aside(status),
@@ -119,18 +120,20 @@ def html(status: Status, history: History, links: Links, *, again: bool) -> str:
 
 def told(status: Status) -> list[str]:
     """How it goes, in words: what matters first."""
-    free = disk_free(status.folder) if status.exists else None
-    if free is None or free >= NEARLY_FULL:
-        return sentences(status)
-    return [
-        f"The disk is nearly full: {text.size(free)} left where reports are kept. Make room.",
-        *sentences(status),
-    ]
+    return [*_about_the_disk(status), *sentences(status)]
+
+
+def _about_the_disk(status: Status) -> list[str]:
+    if not status.exists:
+        return []
+    space = space_at(status.folder)
+    if space.free >= space.low_water:
+        return []
+    return [f"The disk is nearly full: {text.size(space.free)} left where reports are kept. Make room."]
 
 
 def _tone(status: Status) -> str:
-    free = disk_free(status.folder) if status.exists else None
-    return "bad" if free is not None and free < NEARLY_FULL else _TONES[status.state]
+    return "bad" if _about_the_disk(status) else _TONES[status.state]
 
 
 def _each(pattern: str, rows: Iterable[Sequence[object]]) -> Markup:
@@ -154,7 +157,8 @@ def _figures(status: Status, history: History) -> Iterator[tuple[str, str, objec
     stats, oldest, day = status.stats, status.oldest_seconds, history.day
     yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in a day"
     yield "Captured", f"{stats.captured:,}", f"{text.size(day.total(BYTES))} streamed in a day"
-    yield "Waiting", f"{stats.waiting:,}", "" if oldest is None else f"the oldest for {text.duration(oldest)}"
+    yield "Waiting", f"{stats.waiting:,}", "to be delivered"
+    yield "Oldest waiting", "–" if oldest is None else text.duration(oldest), "since its stream ended"
     yield "Sent", f"{stats.sent:,}", _last_answer(status)
     yield "Dead", f"{stats.dead:,}", "see ‘t23-middleware dead list’" if stats.dead else "refused by the API"
     reasons = [f"{number:,} {_spaced(reason)}" for reason, number in sorted(status.lost_by_reason.items())]
@@ -198,6 +202,11 @@ class _Kind(NamedTuple):
     words: Callable[[Series, Line], str]
 
 
+def drawn_charts(history: History) -> Markup:
+    """All charts: most of what a page costs, and the same for a while."""
+    return Markup("").join(_charts(history))
+
+
 def _charts(history: History) -> Iterator[Markup]:
     for kind in _KINDS:
         figures = [
@@ -211,14 +220,19 @@ def _figure(kind: _Kind, series: Series, over: str) -> Markup:
     chart = kind.chart(series)
     unit = kind.unit.format("minute" if series.step == 1 else f"{series.step} minutes")
     legend = [
-        (line.colour, number, line.label, kind.words(series, line))
+        (
+            line.colour,
+            " dashed" if number == 2 and not chart.piled else "",
+            line.label,
+            kind.words(series, line),
+        )
         for number, line in enumerate(chart.lines, 1)
     ]
     return Markup("<figure>{}<figcaption><p>{}: {}</p><ul>{}</ul></figcaption></figure>").format(
         drawn(chart, f"Chart: {kind.title.lower()}, {unit}, {over}"),
         over[0].upper() + over[1:],
         unit,
-        _each('<li><span class="key c{} n{}" aria-hidden="true"></span>{} <b>{}</b></li>', legend),
+        _each('<li><span class="key c{}{}" aria-hidden="true"></span>{} <b>{}</b></li>', legend),
     )
 
 
@@ -227,10 +241,17 @@ def _of_names(*lines: tuple[str, str, int]) -> Callable[[Series], Chart]:
 
     def chart(series: Series) -> Chart:
         drawn_lines = [Line(label, series.of(name), colour) for name, label, colour in lines]
+        if lines[0][0] not in GAUGES:
+            drawn_lines = [line._replace(values=_without_false_fall(line.values)) for line in drawn_lines]
         unit = SECONDS if lines[0][0] == OLDEST else COUNT
         return Chart(drawn_lines, unit, series.first, series.step)
 
     return chart
+
+
+def _without_false_fall(values: Sequence[float | None]) -> Sequence[float | None]:
+    """Without the step under way, unless it is higher than the one before already: it has only begun."""
+    return values if (values[-1] or 0) > (values[-2] or 0) else [*values[:-1], None]
 
 
 def _quantile_chart(series: Series) -> Chart:
@@ -261,6 +282,10 @@ def _sum(series: Series, line: Line) -> str:
     return f"{sum(value or 0 for value in line.values):,.0f}"
 
 
+def _total(series: Series, line: Line) -> str:
+    return f"{series.total(line.label):,}"
+
+
 def _most(series: Series, line: Line) -> str:
     known = [value for value in line.values if value is not None]
     return f"{max(known):,.0f}" if known else "–"
@@ -280,8 +305,8 @@ _KINDS = (
     _Kind(
         "Reports captured and sent",
         "reports per {}",
-        _of_names((CAPTURED, "captured", 1), (SENT, "sent", 3)),
-        _sum,
+        _of_names((CAPTURED, CAPTURED, 1), (SENT, SENT, 3)),
+        _total,
     ),
     _Kind("Reports waiting", "reports", _of_names((WAITING, "at most", 2)), _most),
     _Kind("Oldest report waiting", "age", _of_names((OLDEST, "at most", 2)), _most_seconds),
@@ -331,12 +356,27 @@ def recent(status: Status, history: History) -> list[Recent]:
         Recent(each.at_ms, _trouble(each.state, each.reason, each.host))
         for each in troubles_of(status.outbox.notes)
     ]
-    for each in history.refused:
-        answer = each.answer if each.answer.startswith(each.code) else f"{each.code}: {each.answer}"
-        said.append(
-            Recent(each.at_ms, f"A report of video {each.photo_id} was refused{_for(each.host)}: {answer}")
-        )
+    said += [Recent(same[0].at_ms, _refusals(same)) for same in _alike(history.refused)]
     return sorted(said, key=lambda each: each.at_ms, reverse=True)[:MOST_ERRORS]
+
+
+def _alike(refused: Iterable[Fatality]) -> Iterable[list[Fatality]]:
+    """Those with the same answer of the same API together, the newest first."""
+    groups: dict[tuple[str, str, str], list[Fatality]] = {}
+    for each in refused:
+        groups.setdefault((each.host, each.code, each.answer), []).append(each)
+    return groups.values()
+
+
+def _refusals(same: list[Fatality]) -> str:
+    last = same[0]
+    answer = last.answer if last.answer.startswith(last.code) else f"{last.code}: {last.answer}"
+    if len(same) == 1:
+        return f"A report of video {last.photo_id} was refused{_for(last.host)}: {answer}"
+    videos = list(dict.fromkeys(each.photo_id for each in same))
+    named = ", ".join(videos[:3]) + (" …" if len(videos) > 3 else "")
+    many = f"{len(same)} or more" if len(same) >= MOST_REFUSED else str(len(same))
+    return f"{many} reports ({'video' if len(videos) == 1 else 'videos'} {named}) were refused{_for(last.host)}: {answer}"
 
 
 def _trouble(state: str, reason: str, host: str) -> str:
@@ -355,11 +395,9 @@ def _errors(status: Status, history: History) -> Markup:
     rows = [(_iso(each.at_ms), text.moment(each.at_ms), each.what) for each in recent(status, history)]
     if not rows:
         return Markup("<p>None.</p>")
-    row = '<tr><td class="when"><time datetime="{}">{}</time></td><td>{}</td></tr>'
-    return Markup(
-        '<div class="wide"><table><thead><tr><th scope="col">When</th><th scope="col">What</th></tr></thead>'
-        "<tbody>{}</tbody></table></div>"
-    ).format(_each(row, rows))
+    return Markup('<ol class="errors">{}</ol>').format(
+        _each('<li><time datetime="{}">{}</time> <span>{}</span></li>', rows)
+    )
 
 
 def _aside(status: Status) -> Markup:

@@ -36,8 +36,8 @@ nav a { padding: .2rem 0; }
   font-size: 1.25rem; }
 .state.good { border-color: var(--good); } .state.warn { border-color: var(--warn); }
 .state.bad { border-color: var(--bad); }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .6rem;
-  margin: 1rem 0 0; }
+.figures { display: grid; grid-template-columns: repeat(2, 1fr); gap: .6rem; margin: 1rem 0 0; }
+@media (min-width: 40rem) { .figures { grid-template-columns: repeat(4, 1fr); } }
 .figures > div, figure, .wide { background: var(--sheet); border: 1px solid var(--edge); border-radius: .4rem; }
 .figures > div { padding: .6rem .8rem; }
 dt { font-size: .875rem; color: var(--soft); }
@@ -53,10 +53,10 @@ svg text { font-size: 13px; fill: var(--soft); }
 svg .y { text-anchor: end; } svg .x, svg .nothing { text-anchor: middle; }
 .grid, .tick { stroke: var(--edge); fill: none; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.line.n2 { stroke-dasharray: 6 4; }
+.line.dashed { stroke-dasharray: 6 4; }
 .area { opacity: .14; }
 .key { display: inline-block; width: 1.1rem; height: .7rem; margin-right: .35rem; border-radius: .15rem; }
-.key.n2 { background-image: linear-gradient(90deg, transparent 60%, var(--sheet) 60%); background-size: .4rem; }
+.key.dashed { background-image: linear-gradient(90deg, transparent 60%, var(--sheet) 60%); background-size: .4rem; }
 .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); } .line.c3 { stroke: var(--c3); }
 .line.c4 { stroke: var(--c4); } .line.c5 { stroke: var(--c5); } .line.c6 { stroke: var(--c6); }
 .bar.c1, .area.c1 { fill: var(--c1); } .bar.c2, .area.c2 { fill: var(--c2); } .bar.c3, .area.c3 { fill: var(--c3); }
@@ -71,7 +71,12 @@ caption { text-align: left; color: var(--soft); font-size: .875rem; padding: .3r
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-top: 1px solid var(--edge); vertical-align: top; }
 th { font-weight: 600; }
 .right { text-align: right; font-variant-numeric: tabular-nums; }
-.when { white-space: nowrap; }
+.errors { list-style: none; margin: 0; padding: .2rem .8rem; font-size: .9375rem; background: var(--sheet);
+  border: 1px solid var(--edge); border-radius: .4rem; }
+.errors li { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .35rem 0; border-top: 1px solid var(--edge); }
+.errors li:first-child { border-top: 0; }
+.errors time { color: var(--soft); font-variant-numeric: tabular-nums; }
+.errors span { flex: 1 1 20rem; min-width: 0; }
 details { margin-top: 1rem; }
 summary { cursor: pointer; padding: .3rem 0; }
 footer { margin-top: 2rem; border-top: 1px solid var(--edge); padding-top: .6rem; }

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..state import StateFolder
-from .outbox import GivenUp, Ingest, OutboxError, SQLiteOutbox
+from ..transfer import LONGEST_LINE
+from .journals import PIECE
+from .outbox import GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ LOOK_EVERY = 1.0
 LOOK_AT_AGE_EVERY = 60.0
 #: Reports that are given up in one transaction: more would hold up delivery.
 MOST_AT_ONCE = 2000
-#: Bytes that a report takes in the outbox, roughly; what is over the bound is looked at again after each drop.
-REPORT_BYTES = 256
+#: Bytes that a report takes in the outbox, roughly and without its viewing.
+REPORT_BYTES = 128
 #: Share of ``T23_MAX_BYTES`` that reports may have whatever else the outbox holds: viewings and history take room too.
 LEAST_SHARE = 4
 #: Dead letters that are kept, and for how long, in ms.
@@ -38,10 +40,15 @@ MOST_UNREAD = 64 << 20
 #: Room on the disk, in bytes, below which the outbox grows by no more than half of what is left; on a small disk
 #: a share of it, and at an eighth of it not at all.
 LOW_WATER, LOW_SHARE = 64 << 20, 16
+#: Bytes that are taken from a journal at once while there is little room: what a transaction writes is first in the
+#: log, and many small ones need less room there than a large one.
+SMALL_PIECE = 2 * LONGEST_LINE
 #: Bytes of the reserve.
 RESERVE = 512 << 10
-#: Free pages that the outbox's file keeps, and how many it gives back at once.
-FREE_PAGES, SHRINK_PAGES = 256, 1024
+#: Free pages that the outbox's file keeps, room that nobody else can take; on a small disk a share of it.
+FREE_PAGES, FREE_SHARE = 256, 1 << 18
+#: Pages that it gives back at once, and how many while there is little room: each may first be moved by the log.
+SHRINK_PAGES, SMALL_SHRINK_PAGES = 1024, 64
 #: Seconds between two lines of the log for the same reason.
 TELL_EVERY = 3600.0
 
@@ -173,12 +180,16 @@ class Bounds:
         self._look_at = now + LOOK_EVERY
         space = self._space()
         self._reserve.keep(space)
-        dropped = self._drop_aged(now) + self._drop_what_is_over()
-        if dropped >= MOST_AT_ONCE:
-            self._look_at = now
-        elif space.growth is None:
-            # On a full disk free pages are room that nobody else can take.
-            self._outbox.shrink(FREE_PAGES, SHRINK_PAGES)
+        full = self._drop_aged(now) >= MOST_AT_ONCE
+        if self._drop_what_is_over() or full:
+            self._look_at = now  # there may be more
+        else:
+            self._shrink(space)
+
+    @property
+    def piece(self) -> int:
+        """Bytes to take from a journal at once."""
+        return PIECE if self._space().growth is None else SMALL_PIECE
 
     def ingest(self, batch: Ingest) -> None:
         """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.
@@ -186,14 +197,21 @@ class Bounds:
         Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
         """
         batch = self._without_old(batch)
+        growth = self._space().growth
         try:
-            with self._outbox.growing_by(self._space().growth):
+            with self._outbox.growing_by(growth, may_make_room=not self._outbox.hosts()):
                 self._outbox.ingest(batch)
         except OutboxError:
             if self._unread() <= MOST_UNREAD:
                 raise
             self._outbox.ingest(batch._replace(lost_as="journals_full", at_ms=self._wall_ms()))
             self._tell("journals_full", len(batch.reports))
+
+    def _shrink(self, space: Space) -> None:
+        most = SHRINK_PAGES if space.growth is None else SMALL_SHRINK_PAGES
+        with suppress(OutboxFull):
+            if self._outbox.shrink(min(FREE_PAGES, space.size // FREE_SHARE), most):
+                self._look_at = self._monotonic()
 
     def _without_old(self, batch: Ingest) -> Ingest:
         """What is too old already must not be sent before somebody looks at its age."""

@@ -22,6 +22,8 @@ HOUR_MS = 60 * MINUTE_MS
 KEPT_MINUTES = 2 * 24 * 60
 #: Videos that are kept of an hour: those with the most bytes and those with the most plays, so many of each.
 MOST_VIDEOS = 500
+#: Refusals that are looked at, the newest first.
+MOST_REFUSED = 200
 #: Changes of an API's state that are kept.
 MOST_TROUBLES = 30
 

@@ -136,10 +136,10 @@ class Journals:
         self._living: set[str] = set()
         self._looked = 0.0
 
-    def read(self, until_ns: int) -> Reading:
+    def read(self, until_ns: int, size: int = PIECE) -> Reading:
         """Whole lines that are not younger than *until_ns* (CLOCK_MONOTONIC), merged in their order.
 
-        A backlog comes in pieces; then no further than the shortest piece reaches, or one writer's past would be
+        A backlog comes in pieces of *size* bytes, at least LONGEST_LINE; then no further than the shortest piece reaches, or one writer's past would be
         judged after another's present.
         """
         self._find()
@@ -147,7 +147,7 @@ class Journals:
         # Files are found in the order of their names, so a writer's last one counts.
         self._newest = {journal.writer: journal.sequence for journal in self._followed.values()}
         self._look_at_writers()
-        pieces, horizon = self._pieces(until_ns)
+        pieces, horizon = self._pieces(until_ns, size)
         reading = Reading(horizon)
         for piece in pieces:
             self._take(piece, reading)
@@ -221,10 +221,10 @@ class Journals:
     def _find(self) -> None:
         for path in sorted(self._folder.journals.glob("*.journal")):
             if path.name not in self._followed and (name := _NAME.fullmatch(path.name)):
-                offset = self._places.pop(path.name, 0)
+                offset = max(self._places.pop(path.name, 0), 0)  # one flipped bit makes it negative
                 self._followed[path.name] = _Journal(path, name[1], int(name[2]), offset)
 
-    def _pieces(self, until_ns: int) -> tuple[list[_Piece], int]:
+    def _pieces(self, until_ns: int, size: int) -> tuple[list[_Piece], int]:
         """The next lines of all, and up to when they tell all; what begins later than that is not even read."""
         for journal in self._followed.values():
             if journal.next_ns is None:
@@ -232,7 +232,7 @@ class Journals:
         pieces, horizon = [], until_ns
         for journal in sorted(self._followed.values(), key=_next_ns):
             if _next_ns(journal) <= horizon:
-                pieces.append(self._piece(journal, until_ns, PIECE))
+                pieces.append(self._piece(journal, until_ns, size))
                 horizon = pieces[-1].reaches(horizon)
         return pieces, horizon
 

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -370,10 +370,10 @@ class SQLiteOutbox:
     def recover_leases(self, retry: bool, now_ms: int) -> int:
         """Reports that a dead relay had in hand may have arrived: send them again, or lose them if *retry* is false."""
         with self._transaction():
-            rows = self._db.execute("SELECT id FROM reports WHERE leased = 1").fetchall()
+            rows = self._db.execute("SELECT id FROM reports WHERE leased != 0").fetchall()
             if not retry:
                 self._lose([(id, "ambiguous") for (id,) in rows], now_ms)
-            self._db.execute("UPDATE reports SET leased = 0, tries = tries + 1 WHERE leased = 1")
+            self._db.execute("UPDATE reports SET leased = 0, tries = tries + 1 WHERE leased != 0")
         return len(rows)
 
     def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
@@ -456,25 +456,31 @@ class SQLiteOutbox:
         return (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
 
     @contextmanager
-    def growing_by(self, size: int | None) -> Iterator[None]:
-        """Meanwhile the file grows by *size* bytes at most, and no room is made; ``None`` sets no limit."""
+    def growing_by(self, size: int | None, *, may_make_room: bool = False) -> Iterator[None]:
+        """Meanwhile the file grows by *size* bytes at most; ``None`` sets no limit.
+
+        Without *may_make_room* the reserve is left to acknowledgements.
+        """
         if size is None:
             yield
             return
         self._pragma(f"max_page_count = {self._pragma('page_count') + size // self._pragma('page_size')}")
-        self._spares_reserve = True
+        self._spares_reserve = not may_make_room
         try:
             yield
         finally:
             self._spares_reserve = False
             self._pragma(f"max_page_count = {MOST_PAGES}")
 
-    def shrink(self, kept: int, most: int) -> None:
+    def shrink(self, kept: int, most: int) -> bool:
         """Give up to *most* pages back to the disk where more than *kept*, and more than half of all, are free."""
         free = self._pragma("freelist_count")
-        if free > max(kept, self._pragma("page_count") // 2):
+        wanted = free > max(kept, self._pragma("page_count") // 2)
+        if wanted:
             with _translated():
-                self._db.execute(f"PRAGMA incremental_vacuum({min(free - kept, most)})").fetchall()
+                # Not execute(): the statement has rows without columns, of which that takes one, and a page with it.
+                self._db.executescript(f"PRAGMA incremental_vacuum({min(free - kept, most)});")
+        return wanted
 
     def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
         """Give up reports that tell of a time before *before_ms*, up to *most*; how many. Not what is in flight."""
@@ -674,7 +680,8 @@ class OutboxView:
                 [
                     Fatality(*row)
                     for row in self._rows(
-                        "SELECT died_ms, host, photo_id, code, answer FROM dead ORDER BY died_ms DESC LIMIT 10"
+                        "SELECT died_ms, host, photo_id, code, answer FROM dead ORDER BY died_ms DESC LIMIT ?",
+                        history.MOST_REFUSED,
                     )
                 ],
             )
@@ -789,25 +796,34 @@ def _translated() -> Iterator[None]:
 
 
 def _means_corrupt(error: sqlite3.Error) -> bool:
-    """SQLITE_CORRUPT and SQLITE_NOTADB have no class of their own; all else that may happen has."""
-    return type(error) is sqlite3.DatabaseError
+    """SQLITE_CORRUPT and SQLITE_NOTADB have no class of their own; all else that may happen has.
+
+    A damaged header makes another format of the file, which SQLite tells as it would tell of a later version's.
+    """
+    return type(error) is sqlite3.DatabaseError or str(error) == "unsupported file format"
 
 
 def _open_or_replace(path: Path) -> sqlite3.Connection:
     """The database at *path*; a corrupt one is set aside, for a relay that refuses to start delivers nothing."""
     try:
         return _open(path)
-    except sqlite3.Error as error:
-        if not _means_corrupt(error):
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        # The latter comes of SQLite's words about a schema with a bit that flipped.
+        if isinstance(error, sqlite3.Error) and not _means_corrupt(error):
             kind = OutboxFull if str(error) in _FULL else OutboxError
             raise kind(f"{path} can't be opened: {error}") from error
-        aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
-        path.replace(aside)
-        for suffix in ("-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
-        log.error("the outbox was corrupt (%s); it is set aside as %s, and a new one begins", error, aside)
+        set_aside(path, error)
         with _translated():
             return _open(path)
+
+
+def set_aside(path: Path, why: Exception) -> None:
+    """Put the corrupt database at *path* where it is in nobody's way; the next :class:`SQLiteOutbox` begins anew."""
+    aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
+    path.replace(aside)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    log.error("the outbox was corrupt (%s); it is set aside as %s, and a new one begins", why, aside)
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -831,10 +847,71 @@ def _open(path: Path) -> sqlite3.Connection:
             )
         elif not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'sizes'").fetchone()[0]:
             db.executescript(f"BEGIN IMMEDIATE; {_FOR_PAGES} COMMIT;")
-        if db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise sqlite3.DatabaseError("quick_check failed")
+        db.text_factory = _text
+        _check(db)
+        _mend(db)
         path.chmod(0o600)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _check(db: sqlite3.Connection) -> None:
+    """Raises :class:`sqlite3.DatabaseError` where the file is corrupt, and not only an index of it."""
+    if _is_sound(db):
+        return
+    db.execute("REINDEX")
+    if not _is_sound(db):
+        raise sqlite3.DatabaseError("its integrity_check fails")
+
+
+def _is_sound(db: sqlite3.Connection) -> bool:
+    # Not quick_check, which leaves out what an index says of rows that are not there, and the other way round.
+    return bool(db.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
+
+
+def _text(data: bytes) -> str:
+    """A text with a bit that flipped is the API's to refuse; one that can't be read would stop all others."""
+    return data.decode(errors="replace")
+
+
+def _mend(db: sqlite3.Connection) -> None:
+    """Take out the rows that no relay can have written: flipped bits that the file's structure does not show.
+
+    Raises :class:`sqlite3.DatabaseError` where not even the tables are ours.
+    """
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        for table, strange in _what_is_strange():
+            gone = db.execute(f"DELETE FROM {table} WHERE {strange}").rowcount
+            db.execute(f"EXPLAIN INSERT INTO {table} DEFAULT VALUES")  # compiles its triggers
+            if gone:
+                _say_gone(db, table, gone)
+        db.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        if str(error).startswith(("no such ", "error in ")):
+            raise sqlite3.DatabaseError(str(error)) from error
+        raise
+
+
+def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
+    log.error("the outbox was damaged: %d rows of %s can't be read and are gone", rows, table)
+    if table in ("reports", "dead"):
+        db.execute(
+            "INSERT INTO losses VALUES (?, 'corrupt', ?, 0) ON CONFLICT DO UPDATE SET reports = reports + excluded.reports",
+            (_day(time.time_ns() // 1_000_000), rows),
+        )
+
+
+def _what_is_strange() -> list[tuple[str, str]]:
+    """Each table of ours, and what is true of a row with a value that is not of its column's type."""
+    with closing(sqlite3.connect(":memory:")) as ours:
+        ours.executescript(_SCHEMA + _FOR_PAGES)
+        names = ours.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+        return [(table, _strange(ours, table)) for (table,) in names if not table.startswith("sqlite_")]
+
+
+def _strange(ours: sqlite3.Connection, table: str) -> str:
+    columns = ours.execute(f"PRAGMA table_info({table})")
+    return " OR ".join(f"typeof({name}) NOT IN ('{kind.lower()}', 'null')" for _, name, kind, *_ in columns)

@@ -23,7 +23,7 @@ from .delivery import Delivery
 from .health import OPEN_RESPONSES
 from .history import MINUTE_MS
 from .journals import Journals, Reading
-from .outbox import Ingest, OutboxCorrupt, OutboxError, SQLiteOutbox
+from .outbox import Ingest, OutboxCorrupt, OutboxError, SQLiteOutbox, set_aside
 from .playback import Playback
 from .report import Report
 
@@ -35,6 +35,8 @@ POLL = 0.1
 LATE_NS = 250_000_000
 #: Seconds between two tries while the outbox can't be written.
 TRY_STORE_AGAIN = 1.0
+#: Seconds between two lines of the log that say so.
+SAY_AGAIN_EVERY = 60.0
 #: Seconds between two looks for responses that dead workers left open.
 LOOK_FOR_DEAD_EVERY = 1.0
 #: Seconds without anything to do before an automatic relay leaves.
@@ -55,6 +57,7 @@ class Relay:
         self._ending = False
         self._told_to_stop = False
         self._store_fails = False
+        self._say_again = 0.0
         self._moved = time.monotonic()
         self._looked_for_dead = 0.0
         self._minute = 0
@@ -63,12 +66,16 @@ class Relay:
 
     def run(self) -> None:
         """Work until told to stop, or, if automatic, until nothing is left to do."""
+        mended = False
         while True:
             try:
                 with self._opened():
                     return self._work_while_needed()
             except OutboxCorrupt as error:
-                log.error("%s", error)  # opened again, it is set aside; the journals are still here
+                log.error("%s", error)
+                if mended:  # it was opened again since, and what is wrong with it was not found
+                    set_aside(self._folder.outbox, error)
+                mended = not mended
 
     def _work_while_needed(self) -> None:
         self._work()
@@ -107,7 +114,7 @@ class Relay:
     def _take_in(self) -> float:
         """Journals into the outbox; seconds until the next look."""
         looked_ns = time.time_ns()
-        reading = self._journals.read(time.monotonic_ns() - LATE_NS)
+        reading = self._journals.read(time.monotonic_ns() - LATE_NS, self._bounds.piece)
         if self._must_end():
             self._ending = True
             return 0.0
@@ -291,8 +298,10 @@ class Relay:
         self._playback.restore(self._outbox.viewings())
 
     def _say_store_fails(self, error: OutboxError | OSError) -> None:
-        if not self._store_fails:
-            self._store_fails = True
+        new, self._store_fails = not self._store_fails, True
+        # On a disk that is almost full some of it can be written.
+        if new and time.monotonic() >= self._say_again:
+            self._say_again = time.monotonic() + SAY_AGAIN_EVERY
             log.error("%s; until it can be written, what the workers write waits in their journals", error)
 
     def _take_lock(self) -> int:

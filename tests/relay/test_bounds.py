@@ -1,0 +1,515 @@
+"""The bounds of what waits: what is beyond them goes, the oldest first, and is counted to the byte."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t23_middleware.errors import ConfigurationError
+from t23_middleware.ops.standin import StandInServer
+from t23_middleware.relay import bounds as module
+from t23_middleware.relay.bounds import DEAD_MS, MOST_DEAD, Bounds, Reserve, Space, taken_as_lost
+from t23_middleware.relay.outbox import (
+    Acked,
+    Dead,
+    GivenUp,
+    Ingest,
+    Loss,
+    OutboxError,
+    OutboxFull,
+    OutboxView,
+    SQLiteOutbox,
+    Stats,
+)
+from t23_middleware.relay.process import Relay
+from t23_middleware.relay.report import Report
+from t23_middleware.settings import Settings
+from t23_middleware.state import StateFolder
+from t23_middleware.transfer import Counts
+
+from ..harness import free_port
+from .writers import journal, transfer
+
+NOW = 1_764_000_000_000
+TODAY, TOMORROW = "2025-11-24", "2025-11-25"
+DAY_MS = 86_400_000
+PLENTY = Space(1 << 40, 1 << 41)
+
+
+def report(number: int, at_ms: int = NOW, sent: int = 100) -> Report:
+    return Report(at_ms, "", f"session-{number}", "7", sent, 0, "html5", None, "720p")
+
+
+def batch(*reports: Report, **options: Any) -> Ingest:
+    return Ingest(
+        **({"reports": reports, "viewings": [], "places": {}, "counts": {}, "at_ms": NOW} | options)
+    )
+
+
+class World:
+    """An outbox with its bounds, and the clock and the disk that they see."""
+
+    def __init__(self, state: Path) -> None:
+        self.folder = StateFolder(state)
+        self.folder.create()
+        self.reserve = Reserve(self.folder.reserve)
+        self.outbox = SQLiteOutbox(self.folder.outbox, self.reserve.give_up)
+        self.seconds = 1000.0
+        self.now_ms = NOW
+        self.disk = PLENTY
+
+    def bounds(self, max_age: float = 604_800, max_bytes: int = 1 << 28) -> Bounds:
+        return Bounds(
+            self.outbox,
+            self.folder,
+            self.reserve,
+            max_age=max_age,
+            max_bytes=max_bytes,
+            monotonic=lambda: self.seconds,
+            wall_ms=lambda: self.now_ms,
+            space=lambda path: self.disk,
+        )
+
+    def keep(self, bounds: Bounds, looks: int = 1) -> None:
+        """So many looks, each a minute after the one before."""
+        for _ in range(looks):
+            self.seconds += 60
+            bounds.keep()
+
+    def claim(self, count: int) -> list[int]:
+        return [entry.id for entry in self.outbox.claim(count, self.now_ms, [""])]
+
+    def bury(self, count: int, at_ms: int) -> None:
+        ids = self.claim(count)
+        assert len(ids) == count
+        self.outbox.settle([Dead(id, "no_such_photo", "answer") for id in ids], at_ms)
+
+    def stats(self) -> Stats:
+        stats = self.outbox.stats()
+        assert stats.captured == stats.waiting + stats.sent + stats.dead + stats.lost
+        return stats
+
+    def losses(self) -> list[Loss]:
+        with OutboxView(self.folder.outbox) as view:
+            return list(view.snapshot().losses)
+
+    def waiting(self) -> list[str]:
+        rows = self.outbox._db.execute("SELECT session_id FROM reports ORDER BY id")
+        return [session.removeprefix("session-") for (session,) in rows]
+
+
+@pytest.fixture
+def world(state: Path) -> Iterator[World]:
+    world = World(state)
+    yield world
+    world.outbox.close()
+
+
+def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+# Age.
+
+
+def test_what_is_older_than_the_bound_is_lost_and_counted_by_day_with_its_bytes(world, caplog):
+    world.outbox.ingest(batch(*[report(n, NOW + n * DAY_MS, sent=10**n) for n in range(4)]))
+    bounds = world.bounds(max_age=7 * 86_400)
+    world.keep(bounds)
+    assert world.stats() == Stats(4, 4, 0, 0, 0)
+    world.now_ms = NOW + 7 * DAY_MS
+    world.keep(bounds)
+    assert world.stats() == Stats(4, 4, 0, 0, 0), "to the millisecond"
+    world.now_ms += 1
+    world.keep(bounds)
+    assert world.waiting() == ["1", "2", "3"]
+    world.now_ms += 2 * DAY_MS
+    world.keep(bounds)
+    assert world.waiting() == ["3"]
+    assert world.losses() == [
+        Loss("2025-12-01", "too_old", 1, 1),
+        Loss("2025-12-03", "too_old", 2, 110),
+    ]
+    assert world.stats() == Stats(4, 1, 0, 0, 3)
+    (said,) = errors(caplog)
+    assert "(too_old)" in said
+    assert "T23_MAX_AGE" in said
+
+
+def test_a_report_that_is_old_but_came_late_does_not_hide_behind_a_younger_one(world):
+    world.outbox.ingest(batch(report(1, NOW), report(2, NOW - 8 * DAY_MS), report(3, NOW)))
+    world.keep(world.bounds())
+    assert world.waiting() == ["1", "3"]
+
+
+def test_what_is_in_flight_is_not_dropped_and_counts_as_sent(world):
+    world.outbox.ingest(batch(*[report(n, NOW - 8 * DAY_MS) for n in range(3)]))
+    flying = world.claim(1)
+    world.keep(world.bounds(max_bytes=1))
+    assert world.stats() == Stats(3, 1, 0, 0, 2)
+    world.outbox.settle([Acked(flying[0])], NOW)
+    assert world.stats() == Stats(3, 0, 1, 0, 2)
+
+
+def test_the_age_of_all_is_looked_at_once_a_minute_and_more_often_where_reports_age_fast(world):
+    world.outbox.ingest(batch(report(1)))
+    slow, fast = world.bounds(max_age=604_800), world.bounds(max_age=1)
+    slow.keep()
+    world.now_ms += 8 * DAY_MS
+    world.seconds += 59
+    slow.keep()
+    assert world.waiting() == ["1"]
+    fast.keep()
+    assert world.waiting() == []
+
+
+def test_a_large_backlog_goes_in_pieces_and_at_once(world, monkeypatch):
+    monkeypatch.setattr(module, "MOST_AT_ONCE", 10)
+    world.outbox.ingest(batch(*[report(n, NOW - 8 * DAY_MS) for n in range(35)]))
+    bounds = world.bounds()
+    seen = []
+    for _ in range(5):
+        bounds.keep()  # the clock stands still
+        seen.append(world.stats().waiting)
+    assert seen == [25, 15, 5, 0, 0]
+
+
+# Size.
+
+
+def full(world: World, count: int = 6000) -> int:
+    """An outbox with so many reports; its size."""
+    world.outbox.ingest(batch(*[report(n, sent=n) for n in range(count)]))
+    return world.outbox.size()
+
+
+def test_beyond_the_bound_the_oldest_go_until_it_is_kept_and_no_more(world, caplog):
+    size, count = full(world), 6000
+    bound = size * 3 // 4
+    bounds = world.bounds(max_bytes=bound)
+    world.keep(bounds, 20)
+    assert bound - 32_768 < world.outbox.size() <= bound
+    stats = world.stats()
+    assert world.waiting() == [str(n) for n in range(stats.lost, count)], "the oldest"
+    assert world.losses() == [Loss(TODAY, "outbox_full", stats.lost, sum(range(stats.lost)))]
+    assert [said for said in errors(caplog) if "outbox_full" in said and "T23_MAX_BYTES" in said]
+    assert len(errors(caplog)) == 1
+
+
+def test_a_bound_that_other_tables_fill_leaves_reports_a_quarter_of_it(world):
+    full(world, 3000)
+    viewings = [(("", f"s{n}", "1"), "x" * 1000) for n in range(1000)]
+    world.outbox.ingest(batch(viewings=viewings))
+    bound = 1 << 19
+    assert world.outbox.size() > 2 * bound
+    world.keep(world.bounds(max_bytes=bound), 20)
+    assert world.stats().waiting == bound // 4 // 128
+
+
+def test_a_file_that_was_emptied_shrinks_and_keeps_some_free_pages(world):
+    full(world, 80_000)
+    world.outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    before = world.folder.outbox.stat().st_size
+    while ids := world.claim(2000):
+        world.outbox.settle([Acked(id) for id in ids], NOW)
+    bounds = world.bounds()
+    world.keep(bounds, 10)
+    world.outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    after = world.folder.outbox.stat().st_size
+    assert before > 5 << 20
+    assert (1 << 20) <= after < before / 2
+    assert world.stats() == Stats(80_000, 0, 80_000, 0, 0)
+
+
+def test_a_file_shrinks_by_little_at_once_while_the_disk_is_short_of_room(world):
+    """What is moved is first in the log, which has no room to grow."""
+    full(world, 20_000)
+    while ids := world.claim(2000):
+        world.outbox.settle([Acked(id) for id in ids], NOW)
+    bounds, pages = world.bounds(), []
+    world.disk = Space(0, 8 << 20)
+    for _ in range(30):
+        pages.append(world.outbox._db.execute("PRAGMA page_count").fetchone()[0])
+        world.keep(bounds)
+    steps = [before - after for before, after in zip(pages, pages[1:], strict=False)]
+    assert max(steps) == 64
+    assert pages[-1] < pages[0] / 2
+
+
+def test_one_large_transaction_does_not_keep_the_log_large(world):
+    full(world, 60_000)
+    log = world.folder.outbox.with_name("outbox.db-wal")
+    assert log.stat().st_size > 3 << 20
+    for number in range(3):
+        world.outbox.ingest(batch(report(number)))
+    assert log.stat().st_size <= 1 << 20
+
+
+# Dead letters.
+
+
+def test_dead_letters_go_after_thirty_days_and_before_all_that_waits(world):
+    world.outbox.ingest(batch(*[report(n, NOW + 31 * DAY_MS, sent=10**n) for n in range(3)]))
+    world.bury(1, NOW)
+    world.bury(1, NOW + 2 * DAY_MS)
+    world.now_ms = NOW + DEAD_MS + 1
+    world.keep(world.bounds())
+    assert world.stats() == Stats(3, 1, 0, 1, 1)
+    assert world.losses() == [Loss("2025-12-24", "dead_too_old", 1, 1)]
+
+
+def test_of_dead_letters_ten_thousand_stay_the_latest(world):
+    world.outbox.ingest(batch(*[report(n, sent=1) for n in range(MOST_DEAD + 5)]))
+    world.bury(MOST_DEAD, NOW + 1)
+    world.bury(5, NOW)  # refused before the others
+    bounds = world.bounds()
+    world.keep(bounds)
+    assert world.stats() == Stats(MOST_DEAD + 5, 0, 0, MOST_DEAD, 5)
+    assert world.losses() == [Loss(TODAY, "dead_full", 5, 5)]
+    dead = world.outbox._db.execute("SELECT min(died_ms) FROM dead").fetchone()
+    assert dead == (NOW + 1,)
+
+
+# The disk.
+
+
+@pytest.mark.parametrize(
+    ("space", "growth"),
+    [
+        (PLENTY, None),
+        (Space(64 << 20, 1 << 40), None),
+        (Space((64 << 20) - 1, 1 << 40), ((64 << 20) - 1 - (8 << 20)) // 2),
+        (Space(8 << 20, 1 << 40), 0),
+        (Space(0, 1 << 40), 0),
+        (Space(256 << 10, 4 << 20), None),
+        (Space(96 << 10, 4 << 20), 32 << 10),
+        (Space(32 << 10, 4 << 20), 0),
+    ],
+)
+def test_the_outbox_grows_by_half_of_what_little_room_is_left(space, growth):
+    assert space.growth == growth
+
+
+def test_what_the_outbox_has_no_room_for_stays_in_the_journals_and_acknowledgements_go_on(world):
+    bounds = world.bounds()
+    bounds.ingest(batch(*[report(n) for n in range(300)]))
+    world.disk = Space(0, 1 << 40)
+    with pytest.raises(OutboxFull):
+        bounds.ingest(batch(*[report(n) for n in range(300, 5000)], places={"a": 1}))
+    assert (world.stats(), world.outbox.places()) == (Stats(300, 300, 0, 0, 0), {})
+    ids = world.claim(300)
+    world.outbox.settle([Acked(id) for id in ids], NOW)
+    bounds.ingest(batch(*[report(n) for n in range(100)]))  # into the room that they left
+    assert world.stats() == Stats(400, 100, 300, 0, 0)
+    world.disk = PLENTY
+    bounds.ingest(batch(*[report(n) for n in range(300, 5000)], places={"a": 1}))
+    assert world.stats() == Stats(5100, 4800, 300, 0, 0)
+
+
+def test_the_reserve_is_made_where_there_is_room_and_said_once_when_it_goes_and_when_it_is_back(
+    world, caplog
+):
+    bounds = world.bounds()
+    world.disk = Space((64 << 20) + (512 << 10) - 1, 1 << 40)
+    world.keep(bounds)
+    assert not world.folder.reserve.exists()
+    world.disk = PLENTY
+    world.keep(bounds)
+    assert world.folder.reserve.stat().st_size == 512 << 10
+    assert world.folder.reserve.stat().st_mode & 0o777 == 0o600
+    assert caplog.records == []
+    assert world.reserve.give_up()
+    assert not world.reserve.give_up()
+    world.disk = Space(1 << 20, 1 << 40)
+    world.keep(bounds)
+    assert not world.folder.reserve.exists()
+    world.disk = PLENTY
+    world.keep(bounds, 2)
+    assert world.folder.reserve.exists()
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_a_reserve_that_was_cut_short_is_made_anew(world):
+    world.folder.reserve.write_bytes(b"short")
+    world.keep(world.bounds())
+    assert world.folder.reserve.stat().st_size == 512 << 10
+
+
+def test_a_reserve_that_the_disk_does_not_take_after_all_leaves_nothing(world, monkeypatch):
+    def refused(descriptor: int, data: Any) -> int:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    bounds = world.bounds()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "write", refused)
+        world.keep(bounds)
+    assert not world.folder.reserve.exists()
+    world.keep(bounds)
+    assert world.folder.reserve.exists()
+
+
+def test_a_disk_that_is_full_takes_the_reserve_for_acknowledgements_but_not_for_what_is_new(world):
+    bounds = world.bounds()
+    world.keep(bounds)
+    bounds.ingest(batch(*[report(n) for n in range(300)]))
+    world.disk = Space(0, 1 << 40)
+    with pytest.raises(OutboxFull):
+        bounds.ingest(batch(*[report(n) for n in range(5000)]))
+    assert world.folder.reserve.exists()
+    (pages,) = world.outbox._db.execute("PRAGMA page_count").fetchone()
+    world.outbox._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(OutboxFull), world.outbox.together():
+        world.outbox.ingest(batch(*[report(n) for n in range(5000)]))
+    assert not world.folder.reserve.exists()
+
+
+def test_a_locked_outbox_is_no_full_disk(world):
+    world.keep(world.bounds())
+    world.outbox._db.execute("PRAGMA busy_timeout = 1")
+    other = SQLiteOutbox(world.folder.outbox)
+    with other.together(), pytest.raises(OutboxError, match="locked") as error:
+        world.claim(1)
+    other.close()
+    assert not isinstance(error.value, OutboxFull)
+    assert world.folder.reserve.exists()
+
+
+# Journals.
+
+
+def test_journals_beyond_their_bound_are_given_up_only_while_the_outbox_takes_nothing(world, monkeypatch):
+    monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
+    path = journal(world.folder, "1-dead", b"x" * 20_000)
+    bounds = world.bounds()
+    taken = batch(*[report(n) for n in range(300)], places={path.name: 100})
+    bounds.ingest(taken)
+    assert world.stats() == Stats(300, 300, 0, 0, 0)
+    world.disk = Space(0, 1 << 40)
+    lost = batch(*[report(n, sent=n) for n in range(3000)], places={path.name: 15_000}, counts={"late": 2})
+    bounds.ingest(lost)
+    assert world.stats() == Stats(3300, 300, 0, 0, 3000)
+    assert world.losses() == [Loss(TODAY, "journals_full", 3000, sum(range(3000)))]
+    assert (world.outbox.places(), world.outbox.counters()["late"]) == ({path.name: 15_000}, 2)
+    with pytest.raises(OutboxFull):
+        bounds.ingest(lost)  # what is unread is within its bound again
+    assert world.stats() == Stats(3300, 300, 0, 0, 3000)
+
+
+def test_what_can_not_even_be_counted_is_not_given_up(world, monkeypatch):
+    monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
+    journal(world.folder, "1-dead", b"x" * 20_000)
+    bounds = world.bounds()
+    world.outbox._db.execute("PRAGMA busy_timeout = 1")
+    other = SQLiteOutbox(world.folder.outbox)
+    with other.together(), pytest.raises(OutboxError, match="locked"):
+        bounds.ingest(batch(report(1)))
+    other.close()
+    assert (world.stats(), world.losses()) == (Stats(0, 0, 0, 0, 0), [])
+
+
+def test_plays_that_workers_lost_are_captured_and_lost(world):
+    counts = Counter({"capture_lost": 3, "capture_lost_bytes": 999, "no_session": 2})
+    losses = taken_as_lost(counts)
+    assert losses == [GivenUp("capture_lost", 3, 999)]
+    assert counts == {"no_session": 2}
+    assert taken_as_lost(counts) == []
+    world.outbox.ingest(batch(report(1), losses=losses, counts=counts))
+    world.outbox.ingest(batch(losses=[GivenUp("capture_lost", 1, 1)], at_ms=NOW + DAY_MS))
+    assert world.stats() == Stats(5, 1, 0, 0, 4)
+    assert world.losses() == [Loss(TODAY, "capture_lost", 3, 999), Loss(TOMORROW, "capture_lost", 1, 1)]
+    assert "capture_lost" not in world.outbox.counters()
+
+
+# In the relay.
+
+
+@pytest.fixture
+def relay(state: Path) -> Callable[..., Relay]:
+    folder = StateFolder(state)
+    folder.create()
+
+    def made(api_url: str, **environ: str) -> Relay:
+        given = {"T23_API_URL": api_url, "T23_STATE_DIR": str(state), **environ}
+        return Relay(Settings(environ=given), folder, automatic=True)
+
+    return made
+
+
+def test_a_relay_drops_what_is_too_old_sends_the_rest_and_its_figures_add_up(relay, state):
+    folder = StateFolder(state)
+    folder.create()
+    ages = [30 * DAY_MS, 8 * DAY_MS, 6 * DAY_MS, 0]
+    base = transfer(1, 1)
+    lines = [
+        transfer(n, 10**6 * n, f"s{n}", sent=1000 * n, at_ms=base.ended_ms - age)
+        for n, age in enumerate(ages, 1)
+    ]
+    journal(folder, "1-dead", *lines, Counts({"capture_lost": 2, "capture_lost_bytes": 77}))
+    with StandInServer() as api:
+        relay(api.url).run()
+        sent = [report["session_id"] for report in api.recorded()]
+    with OutboxView(folder.outbox) as view:
+        found = view.snapshot()
+    assert sorted(sent) == ["s3", "s4"]
+    assert found.stats == Stats(6, 0, 2, 0, 4)
+    assert {(loss.reason, loss.reports, loss.bytes) for loss in found.losses} == {
+        ("too_old", 2, 3000),
+        ("capture_lost", 2, 77),
+    }
+    assert folder.reserve.exists()
+
+
+def test_a_relay_whose_api_is_away_keeps_within_its_bytes(relay, state, monkeypatch):
+    folder = StateFolder(state)
+    folder.create()
+    base = transfer(1, 1)
+    lines = [transfer(n, 10**6 * n, f"session-{n}", at_ms=base.ended_ms) for n in range(1, 6001)]
+    journal(folder, "1-dead", *lines)
+    bound = 400_000
+    nowhere = relay(f"http://127.0.0.1:{free_port()}", T23_MAX_BYTES=str(bound))
+
+    def enough(self: Bounds, looks: list[int] = []) -> None:  # noqa: B006
+        keep(self)
+        looks.append(1)
+        if nowhere._outbox.stats().captured == 6000 and nowhere._outbox.size() <= bound:
+            nowhere.stop()
+
+    keep = Bounds.keep
+    monkeypatch.setattr(Bounds, "keep", enough)
+    nowhere.run()
+    with OutboxView(folder.outbox) as view:
+        found = view.snapshot()
+    assert found.stats.captured == 6000 == found.stats.waiting + found.stats.lost
+    (loss,) = found.losses
+    assert (loss.reason, loss.reports, loss.bytes) == (
+        "outbox_full",
+        found.stats.lost,
+        100_000 * found.stats.lost,
+    )
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("T23_MAX_AGE", "0"), ("T23_MAX_AGE", "a week"), ("T23_MAX_BYTES", "65535"), ("T23_MAX_BYTES", "256M")],
+)
+def test_bounds_that_make_no_sense_are_refused_with_what_to_write(name, text):
+    with pytest.raises(ConfigurationError, match=f"{name}.+write for example"):
+        Settings(environ={"T23_API_URL": "https://a.example", name: text})
+
+
+def test_the_bounds_decide_what_relay_is_wanted():
+    url = {"T23_API_URL": "https://a.example"}
+    usual = Settings(environ=url)
+    assert (usual.max_age, usual.max_bytes) == (604_800.0, 268_435_456)
+    for other in ({"T23_MAX_AGE": "60"}, {"T23_MAX_BYTES": "1000000"}):
+        assert Settings(environ=url | other).relay_digest() != usual.relay_digest()
