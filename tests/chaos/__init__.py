@@ -1,0 +1,6 @@
+"""Kills, outages and damage, under load: a promise is what a test has tried to break.
+
+``pytest tests/chaos`` takes about two minutes on two cores; ``pytest tests/chaos --kills 200`` is the long version:
+so many kills, and outages of 20 s in place of 10. Orders and places are drawn by ``--seed``, which a failing test
+names. ``pytest -m "not chaos"`` leaves all of this out.
+"""
