@@ -1,0 +1,401 @@
+"""The operator's pages: who may see them, that they tell the truth, and that they do nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from t23_middleware.ops import page
+from t23_middleware.relay.outbox import Ingest, OutboxView, SQLiteOutbox
+from t23_middleware.relay.report import Report
+from t23_middleware.settings import Settings
+from t23_middleware.state import StateFolder, lock_is_held
+
+from ..harness import until
+from ..relay.writers import end, living, start, transfer
+from .commands import Site
+from .pages import TOKEN, Elements, PagesSite, basic, serving
+from .past import MARKUP, SESSION, fill
+
+FIGURES = ("captured", "waiting", "sent", "dead", "lost")
+ALL = ("/_t23", "/_t23/", "/_t23.json", "/_t23/metrics")
+
+
+@pytest.fixture
+def pages(state: Path) -> Iterator[PagesSite]:
+    """The pages of a state folder that does not exist yet."""
+    with serving(state) as site:
+        yield site
+
+
+@pytest.fixture
+def past(state: Path, pages: PagesSite) -> PagesSite:
+    """The pages of a site with a past."""
+    fill(StateFolder(state), time.time_ns() // 1_000_000)
+    return pages
+
+
+# Who may see them.
+
+
+def test_without_a_token_the_pages_are_the_apps(state: Path):
+    with serving(state, status_token=None) as site:
+        for path in ALL:
+            assert site.ask(path, Authorization="Bearer ").body == f"the app at {path}"
+
+
+def test_with_a_token_only_the_pages_themselves_are_taken_from_the_app(pages: PagesSite):
+    for path in ("/", "/_t23x", "/_t23/x", "/_t23.json/", "/_t2", "/x/_t23", "/_t23/metrics/"):
+        assert pages.ask(path).body == f"the app at {path}"
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_the_token_opens_every_page_as_password_or_bearer(pages: PagesSite, path: str):
+    for header in (basic("", TOKEN), basic("anyone", TOKEN), f"bearer {TOKEN}", f"Bearer  {TOKEN}"):
+        assert pages.ask(path, Authorization=header).status == 200, header
+
+
+@pytest.mark.parametrize("path", ALL)
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        f"Bearer {TOKEN[:-1]}",
+        f"Bearer {TOKEN}x",
+        TOKEN,
+        f"Digest {TOKEN}",
+        "Bearer \xff\xfe",
+        basic(TOKEN, ""),
+        basic("any", TOKEN.upper()),
+        f"Basic {TOKEN}",
+        "Basic !!!",
+        "Basic " + base64.b64encode(TOKEN.encode()).decode(),
+    ],
+)
+def test_who_has_no_token_is_asked_for_it_and_told_nothing(past: PagesSite, path: str, header: str | None):
+    headers = {} if header is None else {"Authorization": header}
+    answer = past.ask(path, token=None, **headers)
+    assert answer.status == 401
+    assert answer.headers["WWW-Authenticate"].startswith('Basic realm="')
+    assert answer.body == "The token is needed: as the password of any user, or as Bearer.\n"
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
+def test_nothing_but_get_and_head_is_answered(past: PagesSite, method: str):
+    for path in ALL:
+        answer = past.ask(path, method)
+        assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_head_is_get_without_a_body(past: PagesSite, path: str):
+    asked, seen = past.ask(path, "HEAD"), past.ask(path)
+    assert (asked.status, asked.body) == (200, "")
+    assert asked.headers["Content-Type"] == seen.headers["Content-Type"]
+    assert int(asked.headers["Content-Length"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "token"),
+    [*((path, "GET", TOKEN) for path in ALL), ("/_t23", "GET", "wrong"), ("/_t23", "POST", TOKEN)],
+)
+def test_every_answer_keeps_itself_to_itself(past: PagesSite, path: str, method: str, token: str):
+    headers = past.ask(path, method, token=token).headers
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["X-Frame-Options"] == "DENY"
+    assert "noindex" in headers["X-Robots-Tag"]
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy and "script-src" not in policy
+
+
+def test_the_pages_may_be_elsewhere(state: Path):
+    with serving(state, status_path="/ops/t23/") as site:
+        assert site.ask("/ops/t23").status == 200
+        assert 'href="/ops/t23.json"' in site.ask("/ops/t23/").body
+        assert site.ask("/_t23").body == "the app at /_t23"
+
+
+def test_switched_off_there_are_no_pages(state: Path):
+    with serving(state, enabled=False) as site:
+        assert site.ask("/_t23").body == "the app at /_t23"
+
+
+# What they tell.
+
+
+def test_before_the_first_play_all_is_zero_and_nothing_is_made(state: Path, pages: PagesSite):
+    told = pages.json()
+    assert [told[name] for name in FIGURES] == [0, 0, 0, 0, 0]
+    assert "no state folder yet" in pages.ask("/_t23").body
+    assert pages.ask("/_t23/metrics").status == 200
+    assert not state.exists()
+
+
+def test_every_figure_is_the_same_on_page_json_status_and_metrics_and_in_the_charts(site: Site):
+    site.play(5)
+    site.play(2, photo="404")
+    site.deliver()
+    site.api.fault("deny")
+    site.play(3)
+    site.deliver()
+    with serving(site.folder.path, api_url=site.api.url) as pages:
+        told, html = pages.json(), Elements(pages.ask("/_t23").body)
+        metrics = pages.ask("/_t23/metrics").body.splitlines()
+    assert [told[name] for name in FIGURES] == [10, 3, 5, 2, 0]
+    assert all(type(told[name]) is int for name in FIGURES)
+    status = site.status()
+    assert {
+        name: told[name] for name in status if name not in ("time", "text", "oldest_waiting_seconds")
+    } == {name: status[name] for name in status if name not in ("time", "text", "oldest_waiting_seconds")}
+    assert [int(html.figure(name.capitalize())) for name in FIGURES] == [10, 3, 5, 2, 0]
+    assert {"t23_reports_captured_total 10.0", "t23_reports_sent_total 5.0"} <= set(metrics)
+    assert {"t23_reports_waiting 3.0", "t23_reports_dead 2.0", "t23_plays_total 10.0"} <= set(metrics)
+    for span in ("hour", "day"):
+        sums = {
+            name: sum(told[span].get(name, [0])) for name in ("captured", "sent", "dead", "plays", "bytes")
+        }
+        assert sums == {"captured": 10, "sent": 5, "dead": 2, "plays": 10, "bytes": 1_000_000}
+    assert [number for number in told["hour"]["waiting"] if number is not None] != [], "a relay ran"
+    assert told["api_answers"]["accepted"] == 5
+    assert told["api_answers"]["refused"] == 2
+    assert told["api_answers"]["denied"] >= 1
+    assert told["videos_by_plays"][0] == {"host": "", "photo_id": "1", "plays": 8, "bytes": 800_000}
+
+
+def test_what_is_wrong_is_said_first_and_in_words(site: Site):
+    site.api.fault("deny")
+    site.play()
+    site.deliver()
+    with serving(site.folder.path, api_url=site.api.url) as pages:
+        body = pages.ask("/_t23").body
+        words = " ".join(Elements(body).words.split())
+    assert "Paused" in body.partition("<title>")[2].partition("</title>")[0]
+    assert "state bad" in body
+    assert words.index("whitelist") < words.index("Streams open")
+
+
+def test_a_response_that_is_under_way_is_open(site: Site):
+    with living(site.folder, digest=site.digest()) as writer, site.relay():
+        writer.write(transfer(7, 0).opening._replace(started_ns=0))
+        with serving(site.folder.path, api_url=site.api.url) as pages:
+            assert until(lambda: pages.json()["open_responses"] == 1)
+            assert Elements(pages.ask("/_t23").body).figure("Streams open") == "1"
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("", "text/html"),
+        ("*/*", "text/html"),
+        ("text/html,application/xhtml+xml,*/*;q=0.8", "text/html"),
+        ("application/json", "application/json"),
+        ("application/json, text/html;q=0.5", "application/json"),
+        ("text/html, application/json;q=0.5", "text/html"),
+        ("image/png", "text/html"),
+        ("application/json;q=oh", "text/html"),
+    ],
+)
+def test_accept_decides_between_page_and_json(past: PagesSite, accept: str, kind: str):
+    answer = past.ask("/_t23", Accept=accept)
+    assert answer.headers["Content-Type"].partition(";")[0] == kind
+    assert "Accept" in answer.headers["Vary"]
+
+
+def test_the_page_loads_itself_anew_where_that_is_wished(past: PagesSite):
+    assert 'http-equiv="refresh"' not in past.ask("/_t23").body
+    assert '<meta http-equiv="refresh" content="30">' in past.ask("/_t23?refresh").body
+
+
+def test_behind_a_prefix_the_links_carry_it(state: Path):
+    pages = page.Pages(
+        Settings(
+            environ={
+                "T23_API_URL": "http://x.example",
+                "T23_STATUS_TOKEN": TOKEN,
+                "T23_STATE_DIR": str(state),
+            }
+        )
+    )
+    environ = {
+        "REQUEST_METHOD": "GET",
+        "PATH_INFO": "/_t23",
+        "SCRIPT_NAME": "/vid\xc3\xa9o",
+        "HTTP_AUTHORIZATION": f"Bearer {TOKEN}",
+    }
+    body = b"".join(pages(environ, lambda status, headers: None)).decode()
+    assert 'href="/vid%C3%A9o/_t23.json"' in body
+
+
+# What they must not do.
+
+
+def test_the_page_runs_no_script_and_loads_nothing(past: PagesSite):
+    answer = past.ask("/_t23")
+    elements = Elements(answer.body)
+    assert {tag for tag, _ in elements.all} & {
+        "script",
+        "img",
+        "iframe",
+        "object",
+        "form",
+        "base",
+        "foreignobject",
+    } == set()
+    attributes = [(name, value or "") for _, held in elements.all for name, value in held.items()]
+    assert [
+        name for name, _ in attributes if name.startswith("on") or name in ("style", "src", "srcset")
+    ] == []
+    links = [value for name, value in attributes if name in ("href", "action", "xlink:href")]
+    assert all(link == "data:," or link.startswith("/_t23") for link in links), links
+    hashed = base64.b64encode(hashlib.sha256(elements.style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{hashed}'" in answer.headers["Content-Security-Policy"]
+    assert "url(" not in elements.style and "@import" not in elements.style
+
+
+def test_markup_from_anywhere_is_text(past: PagesSite):
+    body = past.ask("/_t23").body
+    assert MARKUP not in body
+    assert Elements(body).words.count(MARKUP) >= 3, "the state, a trouble and the refusals"
+
+
+def test_no_session_is_ever_shown(past: PagesSite):
+    for path in ALL:
+        assert SESSION not in past.ask(path).body
+
+
+def test_an_unreadable_outbox_is_an_error_in_every_form_and_never_zero(state: Path, pages: PagesSite):
+    folder = StateFolder(state)
+    folder.create()
+    folder.outbox.write_bytes(b"this is no database, and long enough to be one" * 100)
+    for path in ALL:
+        answer = pages.ask(path)
+        assert answer.status == 503
+        assert "outbox is corrupt" in answer.body
+    assert "error" in pages.ask("/_t23.json").body
+    assert folder.outbox.read_bytes().startswith(b"this is no database")
+
+
+def test_a_fault_of_ours_is_an_answer_and_a_line_in_the_log(
+    past: PagesSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken(settings: Settings) -> None:
+        raise RuntimeError("our own fault")
+
+    monkeypatch.setattr(page, "look", broken)
+    with caplog.at_level(logging.ERROR):
+        answer = past.ask("/_t23")
+    assert answer.status == 503
+    assert "our own fault" not in answer.body
+    assert "our own fault" in caplog.text
+
+
+def rows_read(path: Path, now_ms: int) -> int:
+    """What SQLite does for one page, in steps of its virtual machine."""
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    with OutboxView(path) as view:
+        view._db.set_progress_handler(count, 10)
+        view.snapshot()
+        view.history(now_ms)
+    return steps * 10
+
+
+def test_a_page_costs_the_same_however_much_waits_and_is_dead(state: Path):
+    folder, now_ms = StateFolder(state), time.time_ns() // 1_000_000
+    fill(folder, now_ms)
+    before = rows_read(folder.outbox, now_ms)
+    outbox = SQLiteOutbox(folder.outbox)
+    outbox.ingest(Ingest([Report(now_ms, "", f"s{n}", "7190971", 1, 0) for n in range(20_000)], [], {}, {}))
+    outbox.close()
+    with sqlite3.connect(folder.outbox) as db:
+        db.execute(
+            "INSERT INTO dead SELECT id + 1000000, time_ms, host, session_id, photo_id, sent, skip, NULL, NULL, NULL,"
+            " 'code', 'answer', time_ms FROM reports"
+        )
+    db.close()
+    # The refusals of the list of recent errors: 200 at most.
+    assert rows_read(folder.outbox, now_ms) < before + 200 * 30
+
+
+LOOKING_WRITER = """
+import sys
+from pathlib import Path
+from t23_middleware.capture.journal import JournalWriter
+from t23_middleware.ops.page import Pages
+from t23_middleware.settings import Settings
+from t23_middleware.state import StateFolder
+state, token = sys.argv[1:]
+writer = JournalWriter(StateFolder(Path(state)), "0.1.0", "digest")
+assert writer.write(b"rubbish\\n")
+pages = Pages(Settings(environ={"T23_API_URL": "http://x.example", "T23_STATE_DIR": state, "T23_STATUS_TOKEN": token}))
+for path in ("/_t23", "/_t23.json", "/_t23/metrics"):
+    said = []
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "HTTP_AUTHORIZATION": "Bearer " + token}
+    pages(environ, lambda status, headers: said.append(status))
+    assert said == ["200 OK"], said
+print(writer.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_worker_that_showed_its_pages_still_counts_as_alive(state: Path):
+    folder = StateFolder(state)
+    fill(folder, time.time_ns() // 1_000_000, minutes=2)
+    process = start(LOOKING_WRITER, str(state), TOKEN)
+    try:
+        assert process.stdout is not None
+        name = process.stdout.readline().strip()
+        assert lock_is_held(folder.journals / f"{name}.lock")
+    finally:
+        end(process)
+
+
+LAZY = """
+import sys
+from t23_middleware import T23Middleware
+token = sys.argv[2]
+app = T23Middleware(
+    lambda environ, start: start("200 OK", []) and [] or [], api_url="http://x.example", state_dir=sys.argv[1],
+    status_token=token, relay="off",
+)
+def ask(path):
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "HTTP_AUTHORIZATION": "Bearer " + token}
+    list(app(environ, lambda status, headers, exc_info=None: None))
+    return sorted({"sqlite3", "requests", "t23_middleware.ops.page"} & set(sys.modules))
+print(ask("/film"), ask("/_t23"))
+"""
+
+
+def test_an_app_loads_its_pages_when_one_is_asked_for_and_never_the_client(site: Site):
+    done = site.python(
+        LAZY.replace("sys.argv[1]", repr(str(site.folder.path))).replace("sys.argv[2]", repr(TOKEN))
+    )
+    assert done.stdout.strip() == "[] ['sqlite3', 't23_middleware.ops.page']", done.stderr
+
+
+def test_delivery_goes_on_while_the_pages_are_asked_all_the_time(site: Site):
+    with site.relay(), serving(site.folder.path, api_url=site.api.url) as pages:
+        for _ in range(5):
+            site.play(20)
+            for _ in range(10):
+                told = pages.json()
+                assert told["captured"] == sum(told[name] for name in FIGURES[1:])
+        assert until(lambda: pages.json()["sent"] == 100)
