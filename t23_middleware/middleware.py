@@ -100,7 +100,7 @@ def _settled(settings: Settings | None, arguments: dict[str, Any]) -> Settings |
     except ConfigurationError as error:
         if settings is None and _is_off(arguments):
             return None
-        log.error("nothing is counted, the app runs on bare: %s", "; ".join(error.problems))
+        log.error("t23_middleware counts nothing, the app runs on bare: %s", "; ".join(error.problems))
         return None
     for warning in settings.warnings:
         log.warning("%s", warning)

@@ -245,7 +245,7 @@ class Settings:
     app: str | None = _setting(
         None,
         _text,
-        "the app, for `t23-middleware run` and `t23_middleware.wsgi`: `module:attr`, `module:factory()`, `file.py:attr`",
+        "the app for `t23_middleware.wsgi` (`t23-middleware run` sets it from the command): `module:attr`, `module:factory()`, `file.py:attr`",
     )
     session_param: tuple[str, ...] = _setting(
         ("session_id",),
@@ -379,7 +379,7 @@ class Settings:
         values = {item.name: reader.value_of(item) for item in declared()}
         problems = reader.problems + _contradictions(values, reader.problems) + _not_yet(environ)
         if problems:
-            raise ConfigurationError(problems)
+            raise ConfigurationError([*problems, *_unknown_variables(environ)])
         for name, value in values.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "sources", reader.sources)

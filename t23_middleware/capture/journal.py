@@ -247,7 +247,9 @@ class JournalWriter:
         if not self._failing:
             self._failing = True
             log.error(
-                "plays can't be written down, and are kept in memory (at most %d): %s", KEPT_ASIDE, error
+                "t23_middleware can't write plays down; they are kept in memory (at most %d): %s",
+                KEPT_ASIDE,
+                error,
             )
 
     def _lose(self, line: bytes) -> None:

@@ -42,6 +42,11 @@ class RelayLauncher:
         self._written_ns = 0
         self._pid = os.getpid()
 
+    def begun(self) -> None:
+        """A counted response starts: this process's first one brings the relay up before its server can be killed."""
+        if self._next_look == 0:
+            self._look()
+
     def written(self) -> None:
         """A close line was written: see that a relay takes care of it."""
         self._owed = True

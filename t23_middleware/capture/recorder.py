@@ -45,7 +45,8 @@ class _Process:
             next(self._numbers), time.monotonic_ns(), time.time_ns() // 1_000_000, play, part, status, length
         )
         text = opening_text(opening)
-        self.journal.write(open_line(text))
+        if self.journal.write(open_line(text)):
+            self.launcher.begun()
         return Recording(self, opening, text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib
 import importlib.util
 import re
@@ -34,7 +35,7 @@ def run_demo(port: int = 0, open_browser: bool = False) -> int:
     """
     _require("flask", "gunicorn")
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     port = _free_port(port)
     with (
@@ -47,8 +48,9 @@ def run_demo(port: int = 0, open_browser: bool = False) -> int:
         say(_introduction(page, api.url))
         if open_browser:
             webbrowser.open(page)
-        while not stop.wait(0.2) and server.poll() is None:
-            pass
+        while not stop.wait(0.2):
+            if server.poll() is not None:
+                raise UsageError("the demo's server ended by itself; its own words stand above")
     return 0
 
 
@@ -68,11 +70,15 @@ def _introduction(page: str, api: str) -> str:
 
 
 def _example() -> tuple[str, Path]:
-    """The example's module, and the folder to start it in."""
+    """The example's module, and the folder to start it in.
+
+    Not the folder that one stands in: gunicorn looks there first, and in a clone finds the package without its
+    example instead of the installed one.
+    """
     installed = "t23_middleware.examples.flask_app"
     checkout = Path(__file__).parents[2]
     if importlib.util.find_spec("t23_middleware.examples") is not None:
-        return installed, Path.cwd()
+        return installed, Path(tempfile.gettempdir())
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     return "examples.flask_app", checkout
@@ -142,9 +148,14 @@ def _server(port: int, api_url: str, state: Path) -> Iterator[subprocess.Popen[b
 def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and server.poll() is None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
+            # Its page, not its port: gunicorn listens before its workers have found the app.
+            connection.request("GET", "/")
+            if connection.getresponse().status == 200:
+                return
+        except (OSError, http.client.HTTPException):
             time.sleep(0.05)
+        finally:
+            connection.close()
     raise UsageError("the demo's server does not start; its own words stand above")

@@ -322,7 +322,8 @@ _KINDS = (
 def _videos(history: History) -> Markup:
     if not history.by_bytes:
         return Markup("<p>None was watched.</p>")
-    return _table_of_videos("Most bytes", history.by_bytes) + _table_of_videos("Most plays", history.by_plays)
+    played = [video for video in history.by_plays if video.plays]
+    return _table_of_videos("Most bytes", history.by_bytes) + _table_of_videos("Most plays", played)
 
 
 def _table_of_videos(caption: str, videos: Sequence[Watched]) -> Markup:

@@ -38,11 +38,13 @@ DEAD_MS = 30 * 86_400_000
 #: Bytes that may lie in the journals while the outbox can't take them.
 MOST_UNREAD = 64 << 20
 #: Room on the disk, in bytes, below which the outbox grows by no more than half of what is left; on a small disk
-#: a share of it, and at an eighth of it not at all.
-LOW_WATER, LOW_SHARE = 64 << 20, 16
+#: a share of it. The last part of that is for journals and acknowledgements alone.
+LOW_WATER, LOW_SHARE, LAST_SHARE = 64 << 20, 16, 64
 #: Bytes that are taken from a journal at once while there is little room: what a transaction writes is first in the
 #: log, and many small ones need less room there than a large one.
 SMALL_PIECE = 2 * LONGEST_LINE
+#: Bytes that there must be in the outbox's file, or for it, before anything is taken in.
+LEAST_ROOM = 64 << 10
 #: Bytes of the reserve.
 RESERVE = 512 << 10
 #: Free pages that the outbox's file keeps, room that nobody else can take; on a small disk a share of it.
@@ -81,7 +83,7 @@ class Space(NamedTuple):
         """
         if self.free >= self.low_water:
             return None
-        return max(self.free - self.low_water // 8, 0) // 2
+        return max(self.free - self.low_water // LAST_SHARE, 0) // 2
 
 
 def space_at(path: Path) -> Space:
@@ -190,6 +192,16 @@ class Bounds:
     def piece(self) -> int:
         """Bytes to take from a journal at once."""
         return PIECE if self._space().growth is None else SMALL_PIECE
+
+    def has_room(self) -> bool:
+        """Whether to try: an :meth:`ingest` that fails costs time, since all that was judged is judged again.
+
+        Also where the journals are full, and their oldest lines must go. Raises :class:`OutboxError`.
+        """
+        growth = self._space().growth
+        if growth is None or growth + self._outbox.free() >= LEAST_ROOM:
+            return True
+        return self._unread() > MOST_UNREAD
 
     def ingest(self, batch: Ingest) -> None:
         """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.

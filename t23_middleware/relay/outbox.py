@@ -455,6 +455,10 @@ class SQLiteOutbox:
         """Bytes of the file that hold something."""
         return (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
 
+    def free(self) -> int:
+        """Bytes of the file that are free."""
+        return self._pragma("freelist_count") * self._pragma("page_size")
+
     @contextmanager
     def growing_by(self, size: int | None, *, may_make_room: bool = False) -> Iterator[None]:
         """Meanwhile the file grows by *size* bytes at most; ``None`` sets no limit.

@@ -23,7 +23,7 @@ from .delivery import Delivery
 from .health import OPEN_RESPONSES
 from .history import MINUTE_MS
 from .journals import Journals, Reading
-from .outbox import Ingest, OutboxCorrupt, OutboxError, SQLiteOutbox, set_aside
+from .outbox import Ingest, OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
 from .playback import Playback
 from .report import Report
 
@@ -113,12 +113,14 @@ class Relay:
 
     def _take_in(self) -> float:
         """Journals into the outbox; seconds until the next look."""
+        if not self._keep_bounds():
+            self._ending = self._ending or self._must_end()
+            return TRY_STORE_AGAIN
         looked_ns = time.time_ns()
         reading = self._journals.read(time.monotonic_ns() - LATE_NS, self._bounds.piece)
         if self._must_end():
             self._ending = True
             return 0.0
-        self._keep_bounds()
         batch = self._batch(reading)
         try:
             if batch.reports or batch.viewings or batch.places or batch.counts:
@@ -150,11 +152,16 @@ class Relay:
             at_ms=_wall_ms(),
         )
 
-    def _keep_bounds(self) -> None:
+    def _keep_bounds(self) -> bool:
+        """Whether there is room for more."""
         try:
             self._bounds.keep()
+            if self._bounds.has_room():
+                return True
+            self._say_store_fails(OutboxFull("the disk is full"))
         except OutboxError as error:
             self._say_store_fails(error)
+        return False
 
     def _say_delivered(self, until_ns: int) -> None:
         """Workers that end look at this file's time, and go when all that they wrote is delivered."""

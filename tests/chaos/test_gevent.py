@@ -28,7 +28,7 @@ def test_a_gevent_worker_has_nothing_to_do_with_the_outbox(tmp_path: Path) -> No
     with plain_api() as api, running(GUNICORN, tmp_path / "state", api.url) as server:
         with load(server.port, oracle, clients=4):
             api.wait_for(1, 60)
-            for _ in range(10):
+            for _ in range(5):
                 with outbox_locked(server.state.outbox):
                     already = len(oracle.held())
                     assert until(lambda already=already: len(oracle.held()) > already), server.log()

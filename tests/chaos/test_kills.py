@@ -46,7 +46,7 @@ def test_thirty_kills_under_load_lose_nothing(kills: int, seed: int, tmp_path: P
         )  # so that each kill finds reports that are recorded and not answered
         with load(server.port, oracle, clients=6):
             for victim in victims:
-                time.sleep(chosen.uniform(0.1, 1.0))
+                time.sleep(chosen.uniform(0.1, 0.7))
                 KILL[victim](server, api, oracle, chosen)
             time.sleep(1)
         assert until(lambda: all_arrived(oracle.held(), api.recorded()), ARRIVAL), told(server)

@@ -285,12 +285,12 @@ def test_of_dead_letters_ten_thousand_stay_the_latest(world):
     [
         (PLENTY, None),
         (Space(64 << 20, 1 << 40), None),
-        (Space((64 << 20) - 1, 1 << 40), ((64 << 20) - 1 - (8 << 20)) // 2),
-        (Space(8 << 20, 1 << 40), 0),
+        (Space((64 << 20) - 1, 1 << 40), ((64 << 20) - 1 - (1 << 20)) // 2),
+        (Space(1 << 20, 1 << 40), 0),
         (Space(0, 1 << 40), 0),
         (Space(256 << 10, 4 << 20), None),
-        (Space(96 << 10, 4 << 20), 32 << 10),
-        (Space(32 << 10, 4 << 20), 0),
+        (Space(100 << 10, 4 << 20), 48 << 10),
+        (Space(4 << 10, 4 << 20), 0),
     ],
 )
 def test_the_outbox_grows_by_half_of_what_little_room_is_left(space, growth):
