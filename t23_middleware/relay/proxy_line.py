@@ -1,0 +1,153 @@
+"""One line of the log in which nginx or Apache says what it sent of a play, and the configuration that writes it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from werkzeug.http import parse_content_range_header
+
+from ..transfer import Part
+
+#: What goes into a file of nginx's ``conf.d/``, with the path of the log for ``{path}``.
+NGINX_LINES = r"""
+log_format t23 escape=json '{"t23":1,"play":"$upstream_http_x_t23_play","end":$msec,"seconds":$request_time,"status":$status,"body":$body_bytes_sent,'
+  '"complete":"$request_completion","type":"$sent_http_content_type","range":"$sent_http_content_range","length":"$sent_http_content_length","cache":"$upstream_cache_status"}';
+access_log {path} t23 if=$upstream_http_x_t23_play;
+proxy_hide_header X-T23-Play;
+uwsgi_hide_header X-T23-Play;
+""".lstrip()
+
+#: The same for Apache, with mod_headers. Its ``%B`` is what it meant to send, so a cut response needs ``%O`` as well.
+APACHE_LINES = r"""
+Header note X-T23-Play t23play
+Header unset X-T23-Play
+LogFormat "{\"t23\":1,\"play\":\"%{t23play}n\",\"end\":%{end:sec}t.%{end:msec_frac}t,\"seconds\":%T,\"status\":%>s,\"B\":%B,\"O\":%O,\"X\":\"%X\",\"method\":\"%m\",\"type\":\"%{Content-Type}o\",\"range\":\"%{Content-Range}o\",\"length\":\"%{Content-Length}o\"}" t23
+CustomLog {path} t23 "expr=-n note('t23play')"
+""".lstrip()
+
+#: Longest line that is believed, in bytes; ours have about 200.
+LONGEST_LINE = 8192
+#: No file is longer, in bytes, and SQLite keeps no number that is much larger.
+LARGEST = 1 << 62
+#: Seconds since the epoch that no clock reaches in our time.
+LATEST = 1e11
+
+UNKNOWN = Part(None, None, None)
+_PLAY_ID = re.compile(r"([0-9A-Za-z-]{1,64})\.(0|[1-9][0-9]{0,17})")
+
+
+def play_id(writer: str, number: int) -> str:
+    """What ``X-T23-Play`` says of the response *number* of *writer*: ``<writer>.<number>``."""
+    return f"{writer}.{number}"
+
+
+def parse_play_id(text: str) -> tuple[str, int] | None:
+    """Writer and number in *text*; ``None`` where it is not what :func:`play_id` makes."""
+    found = _PLAY_ID.fullmatch(text)
+    return (found[1], int(found[2])) if found else None
+
+
+class ProxyLine(NamedTuple):
+    """A response that the proxy finished, as its log tells it."""
+
+    #: ``<writer>.<number>``, see :func:`parse_play_id`.
+    play: str
+    #: Wall clock of the proxy in ms since the epoch.
+    ended_ms: int
+    #: How long the request took.
+    seconds: float
+    status: int
+    #: Body bytes that the next hop's kernel accepted; the framing of a chunked body is among them.
+    body: int
+    #: Whether the client got all of it.
+    complete: bool
+    content_type: str
+    part: Part
+    #: Content-Length in bytes, where the response had one.
+    length: int | None
+    #: ``HIT``, ``MISS``... of nginx's ``proxy_cache``, else ``""``.
+    cache: str
+
+
+def parse_line(text: str) -> ProxyLine | str:
+    """The line in *text* (without its newline), or the counter of what is wrong with it; ``""`` for an empty one."""
+    if '"t23"' not in text:
+        return "proxy_foreign" if text else ""
+    try:
+        return _line(json.loads(text)) if len(text) <= LONGEST_LINE else "proxy_bad"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "proxy_bad"
+
+
+def _line(fields: dict[str, Any]) -> ProxyLine:
+    if type(fields) is not dict or fields["t23"] != 1 or not _PLAY_ID.fullmatch(fields["play"]):
+        raise ValueError
+    body, complete = _body(fields)
+    status, length = whole(fields["status"]), _length(fields["length"])
+    if not 100 <= status <= 999:
+        raise ValueError
+    return ProxyLine(
+        play=fields["play"],
+        ended_ms=round(_time(fields["end"]) * 1000),
+        seconds=_time(fields["seconds"]),
+        status=status,
+        body=body,
+        complete=complete,
+        content_type=_text(fields["type"]),
+        part=_part(status, length, _text(fields["range"])),
+        length=length,
+        cache=_text(fields.get("cache", "")),
+    )
+
+
+def _body(fields: dict[str, Any]) -> tuple[int, bool]:
+    """Body bytes, and whether they are all. Apache has ``B``, ``O`` and ``X`` for nginx's ``body`` and ``complete``."""
+    if "B" not in fields:
+        return whole(fields["body"]), {"OK": True, "": False}[fields["complete"]]
+    complete = _text(fields["X"]) != "X"
+    meant, sent = whole(fields["B"]), whole(fields["O"])
+    if fields["method"] == "HEAD":  # with X-Sendfile, %B is the file's
+        meant = 0
+    return meant if complete else min(meant, sent), complete
+
+
+def _part(status: int, length: int | None, content_range: str) -> Part:
+    """The part of the file that the response carried, as far as its headers say (RFC 9110, section 14.4)."""
+    if status != 206:
+        return Part(0, None if length is None else length - 1, length)
+    said = parse_content_range_header(content_range)
+    if said is None or (said.units or "").lower() != "bytes" or said.start is None or said.stop is None:
+        return UNKNOWN
+    return (
+        UNKNOWN
+        if max(said.stop, said.length or 0) > LARGEST
+        else Part(said.start, said.stop - 1, said.length)
+    )
+
+
+def whole(value: Any) -> int:
+    """*value*, if it is a whole number of a size that can be; a JSON ``true`` is an ``int`` to Python only."""
+    if type(value) is not int or not 0 <= value <= LARGEST:
+        raise ValueError
+    return value
+
+
+def _time(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < LATEST:  # NaN is not, either
+        raise ValueError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError
+    return "" if value == "-" else value  # Apache's word for nothing
+
+
+def _length(value: Any) -> int | None:
+    text = _text(value)
+    if text and not (text.isascii() and text.isdigit()):
+        raise ValueError
+    return whole(int(text)) if text else None

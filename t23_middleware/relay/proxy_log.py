@@ -1,0 +1,409 @@
+"""Follows the log in which nginx (or Apache) says what it sent of each play: whole lines, each once.
+
+A place in a file is where it lies, its first bytes, and an offset; the caller keeps the places in the transaction
+that takes the lines. So a log may be renamed, copied and truncated, or removed, and the relay may end at any time.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import re
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from .proxy_line import LONGEST_LINE, ProxyLine, parse_line, whole
+
+#: Bytes that are taken from the log at a look: a backlog is taken in pieces, each its own transaction.
+PIECE = 1 << 20
+#: First bytes that a file is known by: so many that a line's play, time and size are among them, for a proxy that
+#: answers from its cache begins the next log with the same play.
+HEAD = 128
+#: Rotated siblings that are followed, however old.
+NEWEST = 2
+#: The most that are gone back to after a long absence, and the places that are kept (a file in the middle of its
+#: renaming is nowhere to be found).
+FURTHEST = 8
+PLACES_KEPT = 16
+#: Seconds that the log may be away between its renaming and the proxy's opening of the next one.
+GRACE = 5.0
+#: Lines without one of ours after which the log is called another format.
+ODD_LINES = 1000
+
+
+class Place(NamedTuple):
+    """Up to where one file is taken in."""
+
+    device: int
+    inode: int
+    #: Its first bytes, as far as they are taken in; at most :data:`HEAD`.
+    head: bytes
+    #: In bytes.
+    offset: int
+
+    def to_text(self) -> str:
+        """The place as JSON, for a store."""
+        return json.dumps([self.device, self.inode, self.head.hex(), self.offset])
+
+    @classmethod
+    def from_text(cls, text: str) -> Place:
+        """The place that :meth:`to_text` wrote; raises :class:`ValueError` for anything else."""
+        try:
+            device, inode, head, offset = json.loads(text)
+            return cls(whole(device), whole(inode), bytes.fromhex(head), whole(offset))
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"not a place: {text!r}") from error
+
+
+class LogReading(NamedTuple):
+    """What one look brought."""
+
+    lines: list[ProxyLine]
+    #: All places, to be kept in the place of those that were kept before.
+    places: list[Place]
+    #: ``proxy_bad``: lines that have our mark and are broken; ``proxy_foreign``: lines without it.
+    counts: Counter[str]
+    #: Whether a backlog is left that can be read at once.
+    more: bool
+    #: Whether :attr:`places` are others than before; lines and counts come only with that.
+    changed: bool
+
+
+#: Device, inode, size and time of the last change: while they stay, there is nothing to read.
+_Signature = tuple[int, int, int, int]
+
+
+class _File(NamedTuple):
+    """A file that is open for one look."""
+
+    descriptor: int
+    signature: _Signature
+    head: bytes
+
+    @property
+    def size(self) -> int:
+        return self.signature[2]
+
+
+class _Piece(NamedTuple):
+    """Lines of one file, where they end, and whether *more* are there to be read at once."""
+
+    lines: list[str]
+    end: int
+    more: bool
+
+
+class ProxyLog:
+    """Follows the log at *path* and its newest rotated siblings; *places* are those of the last reading taken.
+
+    Never raises for what is wrong with the file: :attr:`problem` tells it. *clock* gives seconds.
+    """
+
+    def __init__(
+        self, path: Path, places: Sequence[Place], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._path = path
+        self._siblings = _Siblings(self._path)
+        self._places = list(places)
+        self._clock = clock
+        self._seen_at = float("-inf")
+        self._troubles: list[str] = []
+        #: What lies there was read to its end.
+        self._finished: set[_Signature] = set()
+        self._reading: tuple[LogReading, set[_Signature]] | None = None
+        self._found: Counter[str] = Counter()
+
+    @property
+    def problem(self) -> str | None:
+        """What keeps plays from being read, as of the last :meth:`read`: a sentence with its remedy."""
+        if self._troubles:
+            return self._troubles[0]
+        odd = self._found["proxy_foreign"] + self._found["proxy_bad"]
+        if self._found["lines"] or not odd or not (self._found["at_end"] or odd >= ODD_LINES):
+            return None
+        what = "in the format t23" if self._found["proxy_foreign"] else "that can be understood"
+        return (
+            f"{self._path} has {odd} lines, but none {what}: let the proxy write it with the lines in docs/nginx.md, "
+            "word for word, into a file of its own"
+        )
+
+    def read(self, limit_bytes: int = PIECE) -> LogReading:
+        """The next whole lines, the oldest file's first; about *limit_bytes* of the log at most.
+
+        Without :meth:`taken` in between, the same again.
+        """
+        self._troubles = []
+        found = self._look()
+        if self._finished.issuperset(found.values()):
+            return LogReading([], self._places, Counter(), more=False, changed=False)
+        with self._opened(found) as files:
+            return self._read(files, limit_bytes)
+
+    def taken(self, reading: LogReading) -> None:
+        """The caller's store has *reading*: go on behind it."""
+        self._places = reading.places
+        if self._reading is not None and self._reading[0] is reading:
+            self._finished = self._reading[1]
+
+    def _look(self) -> dict[Path, _Signature]:
+        """The regular files there are, newest first."""
+        found = {}
+        for path in (self._path, *self._siblings.newest(self._places)):
+            try:
+                there = path.stat()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self._troubles.append(_refused(path, error))
+                continue
+            if stat.S_ISREG(there.st_mode):
+                found[path] = _signature(there)
+            elif path == self._path:
+                self._troubles.append(_no_file(path, there.st_mode))
+        self._notice(found)
+        return found
+
+    def _notice(self, found: dict[Path, _Signature]) -> None:
+        """Whether the log itself is there, and its folder can be seen."""
+        if self._path in found:
+            self._seen_at = self._clock()
+        elif not self._troubles and self._clock() - self._seen_at > GRACE:
+            self._troubles.append(
+                f"{self._path} does not exist: add the lines in docs/nginx.md to the proxy's configuration and "
+                "reload it, or correct T23_PROXY_LOG"
+            )
+        if self._siblings.problem:
+            self._troubles.append(self._siblings.problem)
+
+    @contextmanager
+    def _opened(self, paths: Iterable[Path]) -> Iterator[list[_File]]:
+        """The files, oldest first.
+
+        They are opened newest first: a rotation in between then shows one file twice, which is read once, while the
+        other way round it would hide one behind its successor.
+        """
+        files: list[_File] = []
+        try:
+            for path in paths:
+                file = self._open(path)
+                if file is not None:
+                    files.append(file)
+            yield files[::-1]
+        finally:
+            for file in files:
+                os.close(file.descriptor)
+
+    def _open(self, path: Path) -> _File | None:
+        """The file at *path*, if it is one; never waits for a FIFO's writer that took its place."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._troubles.append(_refused(path, error))
+            return None
+        try:
+            there = os.fstat(descriptor)
+            if stat.S_ISREG(there.st_mode):
+                return _File(descriptor, _signature(there), os.pread(descriptor, HEAD, 0))
+        except OSError as error:
+            self._troubles.append(_refused(path, error))
+        os.close(descriptor)
+        return None
+
+    def _read(self, files: list[_File], limit: int) -> LogReading:
+        lines: list[str] = []
+        places, finished, more = self._places, set(), False
+        heads = Counter(file.head for file in files)
+        for file in files:
+            known = _known_offset(file, places)
+            cut = known > file.size and heads[file.head] == 1  # else a copy that is still being made
+            try:
+                piece = _next_piece(file, file.size if cut else known, max(limit, LONGEST_LINE + 2))
+            except OSError as error:
+                self._troubles.append(_refused(self._path, error))
+                continue
+            lines += piece.lines
+            limit -= max(piece.end - known, 0)
+            if piece.end != known:
+                places = _with(places, file, piece.end)
+            if more := piece.more:
+                break
+            finished.add(file.signature)
+        reading = self._parsed(lines, places, more)
+        self._reading = reading, finished
+        if not reading.changed:
+            self._finished = finished
+        return reading
+
+    def _parsed(self, texts: list[str], places: list[Place], more: bool) -> LogReading:
+        lines: list[ProxyLine] = []
+        counts: Counter[str] = Counter()
+        for text in texts:
+            line = parse_line(text)
+            if isinstance(line, ProxyLine):
+                lines.append(line)
+            elif line:
+                counts[line] += 1
+        self._found.update(counts)
+        self._found["lines"] += len(lines)
+        self._found["at_end"] = not more
+        return LogReading(lines, places, counts, more, changed=places is not self._places)
+
+
+class _Siblings:
+    """The rotated files beside a log: ``.1`` or ``-20261124``, in logrotate's and rotatelogs' ways, uncompressed."""
+
+    def __init__(self, log: Path) -> None:
+        # A link's file is rotated where it lies.
+        real = Path(os.path.realpath(log))
+        self._log = log
+        self._folder = real.parent
+        self._first = real.with_name(f"{real.name}.1")
+        self._number = re.compile(re.escape(real.name) + r"\.(\d{1,4})")
+        self._date = re.compile(re.escape(real.name) + r"[.-](\d[\d._T-]{5,30})")
+        self._listed: int | None = None
+        self._newest: list[Path] = []
+        #: Why they can't be seen.
+        self.problem: str | None = None
+
+    def newest(self, places: Sequence[Place]) -> list[Path]:
+        """Newest first. The folder is read only when something was made, renamed or removed in it."""
+        try:
+            changed = self._folder.stat().st_mtime_ns
+            if changed != self._listed:
+                # Two changes within one tick of the kernel's clock leave the same time.
+                self._listed = changed if time.time_ns() - changed > 1_000_000_000 else None
+                self._newest, self.problem = self._choose(places), None
+        except PermissionError:
+            self._newest, self.problem = [self._first], _closed_folder(self._folder)
+        except OSError:
+            self._newest, self.problem = [], None
+        return self._newest
+
+    def _choose(self, places: Sequence[Place]) -> list[Path]:
+        """The newest two; where neither the log nor they are known, all since the last one that is."""
+        paths = self._sorted(os.listdir(self._folder))  # noqa: PTH208  (names are all that is needed)
+        known = {place.inode for place in places}
+        met = next((n for n, path in enumerate([self._log, *paths]) if known and _inode(path) in known), 0)
+        return paths[: max(NEWEST, min(met, FURTHEST))]
+
+    def _sorted(self, names: list[str]) -> list[Path]:
+        """By their names, since a ``sed -i`` changes their times; where the naming was changed, the newer way first."""
+        numbers = [(-int(found[1]), name) for name in names if (found := self._number.fullmatch(name))]
+        dates = [(found[1], name) for name in names if (found := self._date.fullmatch(name))]
+        ways = [[self._folder / name for _, name in sorted(way, reverse=True)] for way in (numbers, dates)]
+        ways.sort(key=lambda paths: _changed(paths[0]) if paths else 0, reverse=True)
+        return ways[0] + ways[1]
+
+
+def _known_offset(file: _File, places: Sequence[Place]) -> int:
+    """Up to where *file*, or the one that it is a copy of, is taken in."""
+    return next((place.offset for place in places if _is_of(place, file)), 0)
+
+
+def _is_of(place: Place, file: _File) -> bool:
+    """Whether *place* is in *file*. Enough first bytes say so alone: a copy has another inode, a disk may get another
+    number at a boot; an inode alone says nothing, for the next file made may have it."""
+    if len(place.head) == HEAD:
+        return place.head == file.head
+    return (place.device, place.inode) == file.signature[:2] and file.head.startswith(place.head)
+
+
+def _with(places: list[Place], file: _File, offset: int) -> list[Place]:
+    """*places* with that of *file* at *offset*; those of files that are not to be found stay for a while."""
+    device, inode = file.signature[:2]
+    others = [place for place in places if not _is_of(place, file)]
+    return [*others, Place(device, inode, file.head[:offset], offset)][-PLACES_KEPT:]
+
+
+def _next_piece(file: _File, start: int, limit: int) -> _Piece:
+    """Whole lines of *file* from *start*; what has no newline yet waits, unless no line of ours is so long."""
+    size = min(file.size - start, limit)
+    if size <= 0:
+        return _Piece([], start, more=False)
+    before = 1 if start else 0
+    data = os.pread(file.descriptor, size + before, start - before)
+    # Behind no newline lies the rest of a line that was too long, or lost its beginning.
+    first = data.find(b"\n") + 1 or len(data) if before and data[:1] != b"\n" else before
+    end = max(data.rfind(b"\n") + 1, first)
+    if len(data) - end > LONGEST_LINE:
+        end = len(data)
+    lines = data[first:end].decode("utf-8", "replace").removesuffix("\n").split("\n")
+    return _Piece(lines, start - before + end, more=0 < len(data) - before < file.size - start)
+
+
+def _signature(there: os.stat_result) -> _Signature:
+    return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _refused(path: Path, error: OSError) -> str:
+    """What to do about a file that can't be read."""
+    if not isinstance(error, PermissionError):
+        return f"{path} can't be read ({error.strerror}): correct T23_PROXY_LOG, or mend the file"
+    user = _user()
+    try:
+        there = path.stat()
+    except OSError:
+        return (
+            f"{path} can't be reached by {user}: allow that user to enter the folders on the way, or let the proxy "
+            "write the log to another folder"
+        )
+    group = _group(there.st_gid)
+    remedy = (
+        f"add that user to the group that may (`usermod -aG {group} {user}`) and restart the app and the relay"
+        if there.st_mode & stat.S_IRGRP and there.st_gid != 0
+        else "let logrotate make it with `create 0640` and a group that both belong to, and change this one likewise"
+    )
+    return f"{path} can't be read by {user}: {remedy}"
+
+
+def _no_file(path: Path, mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    kind = kinds.get(stat.S_IFMT(mode), "device")
+    return (
+        f"{path} is a {kind}, which can't be followed: let the proxy's access_log name a file (in a container, on a "
+        "volume that both see) and T23_PROXY_LOG the same one"
+    )
+
+
+def _closed_folder(folder: Path) -> str:
+    return (
+        f"{folder} can't be listed by {_user()}, so plays are missed whenever the log in it is rotated: allow it "
+        f"(`setfacl -m u:{_user()}:rx {folder}`), or let the proxy write the log to another folder"
+    )
+
+
+def _user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"uid {os.geteuid()}"
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)

@@ -1,0 +1,1166 @@
+"""The follower of the proxy's log, on files as a test writes them and as nginx and Apache do."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import tracemalloc
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from t23_middleware.relay.proxy_line import (
+    APACHE_LINES,
+    LONGEST_LINE,
+    NGINX_LINES,
+    ProxyLine,
+    parse_line,
+    parse_play_id,
+    play_id,
+)
+from t23_middleware.relay.proxy_log import HEAD, PLACES_KEPT, Place, ProxyLog
+from t23_middleware.transfer import Part
+from tests.harness import PATIENCE, free_port, need, until
+
+WRITER = "4711-0123456789abcdef"
+UNKNOWN = Part(None, None, None)
+
+
+def fields(number: int = 1, **changed: Any) -> dict[str, Any]:
+    """What nginx says of a play, as JSON has it."""
+    return {
+        "t23": 1,
+        "play": play_id(WRITER, number),
+        "end": 1764547200.123,
+        "seconds": 0.456,
+        "status": 206,
+        "body": 5_000_000,
+        "complete": "OK",
+        "type": "video/mp4",
+        "range": "bytes 1000000-5999999/256000000",
+        "length": "5000000",
+        "cache": "",
+        **changed,
+    }
+
+
+def line(number: int = 1, **changed: Any) -> bytes:
+    return json.dumps(fields(number, **changed), separators=(",", ":")).encode() + b"\n"
+
+
+def lines(*numbers: int) -> bytes:
+    return b"".join(line(number, end=1764547200.123 + number) for number in numbers)
+
+
+def append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+class Follower:
+    """A relay's use of a log: it keeps what it took, and goes on from there after a restart."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store: list[str] = []
+        self.numbers: list[int] = []
+        self.counts: Counter[str] = Counter()
+        self.restart()
+
+    def restart(self) -> None:
+        self.log = ProxyLog(self.path, [Place.from_text(text) for text in self.store])
+
+    def look(self, limit: int = 1 << 20) -> bool:
+        """Take one reading; whether there is more."""
+        reading = self.log.read(limit)
+        self.store = [place.to_text() for place in reading.places]
+        self.numbers += [int(line.play.rpartition(".")[2]) for line in reading.lines]
+        self.counts += reading.counts
+        self.log.taken(reading)
+        return reading.more
+
+    def poll(self, limit: int = 1 << 20) -> list[int]:
+        """Take all there is; the numbers of its plays."""
+        before = len(self.numbers)
+        while self.look(limit):
+            pass
+        return self.numbers[before:]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "t23.log"
+
+
+@pytest.fixture
+def follower(path: Path) -> Follower:
+    return Follower(path)
+
+
+# --- one line
+
+
+def test_a_line_of_nginx_is_read_with_all_it_says() -> None:
+    assert parse_line(line(7).decode().rstrip()) == ProxyLine(
+        play=f"{WRITER}.7",
+        ended_ms=1764547200123,
+        seconds=0.456,
+        status=206,
+        body=5_000_000,
+        complete=True,
+        content_type="video/mp4",
+        part=Part(1_000_000, 5_999_999, 256_000_000),
+        length=5_000_000,
+        cache="",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"status": 200, "range": "", "length": "100"}, Part(0, 99, 100)),
+        ({"status": 200, "range": "", "length": ""}, Part(0, None, None)),
+        ({"range": "bytes 5-9/*"}, Part(5, 9, None)),
+        ({"range": ""}, UNKNOWN),
+        ({"range": "bytes */100"}, UNKNOWN),
+        ({"range": "items 0-1/2"}, UNKNOWN),
+        ({"range": "rubbish"}, UNKNOWN),
+        ({"range": f"bytes 0-{10**30}/{10**31}"}, UNKNOWN),
+    ],
+)
+def test_the_part_comes_from_status_length_and_range(changed: dict[str, Any], part: Part) -> None:
+    parsed = parse_line(json.dumps(fields(**changed)))
+    assert isinstance(parsed, ProxyLine)
+    assert parsed.part == part
+
+
+def test_a_cut_transfer_and_a_cached_one_are_told() -> None:
+    parsed = parse_line(json.dumps(fields(complete="", cache="HIT", length="")))
+    assert isinstance(parsed, ProxyLine)
+    assert (parsed.complete, parsed.cache, parsed.length) == (False, "HIT", None)
+
+
+def apache(**changed: Any) -> str:
+    said = {name: value for name, value in fields().items() if name not in ("body", "complete", "cache")}
+    return json.dumps(
+        said | {"B": 1000, "O": 700, "X": "+", "method": "GET", "range": "-", "length": "-"} | changed
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "body", "complete"),
+    [
+        ({}, 1000, True),
+        ({"X": "-"}, 1000, True),
+        ({"X": "X"}, 700, False),
+        ({"X": "X", "O": 1200}, 1000, False),
+        ({"method": "HEAD"}, 0, True),
+    ],
+)
+def test_apache_tells_a_cut_transfer_by_what_left_and_a_whole_one_by_its_body(
+    changed: dict[str, Any], body: int, complete: bool
+) -> None:
+    parsed = parse_line(apache(**changed))
+    assert isinstance(parsed, ProxyLine)
+    assert (parsed.body, parsed.complete, parsed.length, parsed.part) == (body, complete, None, UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"t23": 2},
+        {"play": ""},
+        {"play": "no-number"},
+        {"play": f"{WRITER}.-1"},
+        {"play": f"{WRITER}.01"},
+        {"play": f"{WRITER}.1\n"},
+        {"play": f"{WRITER}.\u0661"},
+        {"play": 5},
+        {"play": None},
+        {"play": "a" * 65 + ".1"},
+        {"end": "1764547200.123"},
+        {"end": -1},
+        {"end": float("nan")},
+        {"end": float("inf")},
+        {"end": 10**400},
+        {"seconds": None},
+        {"seconds": True},
+        {"status": "200"},
+        {"status": 99},
+        {"status": 1000},
+        {"status": 200.0},
+        {"body": -1},
+        {"body": True},
+        {"body": 1 << 63},
+        {"body": "5"},
+        {"complete": "ok"},
+        {"complete": None},
+        {"complete": []},
+        {"type": None},
+        {"type": ["video/mp4"]},
+        {"range": 5},
+        {"length": "-1"},
+        {"length": "1e3"},
+        {"length": "\u0663"},
+        {"length": str(1 << 63)},
+        {"length": "9" * 5000},
+        {"length": 5},
+        {"cache": 1},
+    ],
+)
+def test_a_line_with_a_value_that_cannot_be_is_bad(changed: dict[str, Any]) -> None:
+    assert parse_line(json.dumps(fields(**changed))) == "proxy_bad"
+
+
+@pytest.mark.parametrize("missing", [name for name in fields() if name != "cache"])
+def test_a_line_without_one_of_the_fields_is_no_play(missing: str) -> None:
+    said = fields()
+    del said[missing]
+    assert parse_line(json.dumps(said)) == ("proxy_foreign" if missing == "t23" else "proxy_bad")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["t23"]',
+        '"t23"',
+        '{"t23":1',
+        '{"t23":1,"status":000}',
+        '{"t23":' + "[" * 5000,
+        line().decode()[:90] + line().decode().rstrip(),
+        json.dumps(fields(type="x" * LONGEST_LINE)),
+        '\0\0{"t23":1}',
+    ],
+)
+def test_a_broken_line_with_our_mark_is_bad(text: str) -> None:
+    assert parse_line(text) == "proxy_bad"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '127.0.0.1 - - [24/Nov/2026:10:00:00 +0000] "GET /v.mp4 HTTP/1.1" 200 5 "-" "curl"',
+        '{"play":"x.1"}',
+        "\ufffd\ufffd\0",
+    ],
+)
+def test_a_line_without_our_mark_is_foreign(text: str) -> None:
+    assert parse_line(text) == "proxy_foreign"
+
+
+def test_the_id_of_a_play_is_read_back() -> None:
+    assert parse_play_id(play_id(WRITER, 0)) == (WRITER, 0)
+    assert parse_play_id(play_id(WRITER, 10**17)) == (WRITER, 10**17)
+    assert [parse_play_id(text) for text in ("", ".1", "a.", "a.b.1", "a.1x", " a.1")] == [None] * 6
+
+
+# --- places
+
+
+def test_a_place_survives_its_text() -> None:
+    place = Place(2049, 1 << 60, bytes(range(HEAD)), 1 << 40)
+    assert Place.from_text(place.to_text()) == place
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "5", "[1,2,3]", '[1,2,"zz",4]', "[1,2,null,4]", '[1,2,"",-4]', "[" * 9999]
+)
+def test_what_is_no_place_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        Place.from_text(text)
+
+
+def test_a_reading_that_is_not_taken_comes_again(path: Path) -> None:
+    append(path, lines(1, 2))
+    log = ProxyLog(path, [])
+    first, again = log.read(), log.read()
+    assert first == again
+    log.taken(again)
+    assert not log.read().lines
+
+
+def test_a_look_without_news_changes_nothing(path: Path, follower: Follower) -> None:
+    append(path, lines(1))
+    assert follower.log.read().changed
+    follower.poll()
+    assert not follower.log.read().changed
+    append(path, lines(2))
+    assert follower.log.read().changed
+
+
+# --- lines in the making
+
+
+def test_half_a_line_waits_for_its_end(path: Path, follower: Follower) -> None:
+    data = lines(1, 2)
+    for cut in (10, len(lines(1)) + 50, len(data) - 1):
+        append(path, data[path.stat().st_size if path.exists() else 0 : cut])
+        follower.poll()
+        follower.restart()
+    assert follower.numbers == [1]
+    append(path, data[-1:])
+    assert follower.poll() == [2]
+
+
+def test_half_a_line_with_another_behind_it_is_dropped_and_the_next_one_read(
+    path: Path, follower: Follower
+) -> None:
+    append(path, lines(1) + line(2)[:100] + lines(3, 4))
+    assert follower.poll() == [1, 4]
+    assert follower.counts == {"proxy_bad": 1}
+
+
+def test_rubbish_and_other_formats_are_counted_and_skipped(path: Path, follower: Follower) -> None:
+    rubbish = bytes(byte for byte in range(256) if byte != 10) * 4
+    append(
+        path,
+        rubbish + b"\n\n" + lines(1) + b'1.2.3.4 - - "GET /"\n' + b'{"t23":1}\n' + b"\xff\xfe\n" + lines(2),
+    )
+    assert follower.poll() == [1, 2]
+    assert follower.counts == {"proxy_foreign": 3, "proxy_bad": 1}
+
+
+def test_a_line_that_ends_beyond_all_measure_is_skipped_in_little_memory(
+    path: Path, follower: Follower
+) -> None:
+    append(path, lines(1) + b"x" * 20_000_000)
+    tracemalloc.start()
+    try:
+        assert follower.poll(1 << 18) == [1]
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+    follower.restart()
+    append(path, b"rest of it " + lines(2) + lines(3))
+    assert follower.poll() == [3]
+    assert follower.counts == {"proxy_foreign": 1}
+
+
+def test_a_line_of_1_mb_costs_only_itself(path: Path, follower: Follower) -> None:
+    append(path, lines(1) + b'{"t23":1,"play":"' + b"x" * 1_000_000 + b'"}\n' + lines(2))
+    assert follower.poll(1 << 16) == [1, 2]
+    assert follower.counts == {"proxy_bad": 1}
+
+
+def test_a_backlog_comes_in_pieces(path: Path, follower: Follower) -> None:
+    append(path, lines(*range(1000)))
+    pieces = 1
+    while follower.look(20_000):
+        pieces += 1
+    assert follower.numbers == list(range(1000))
+    assert path.stat().st_size // 20_000 <= pieces <= path.stat().st_size // 19_000 + 1
+
+
+# --- rotation
+
+
+def shift(path: Path) -> None:
+    """Make room for a new ``.1``."""
+    for number in range(20, 0, -1):
+        old = path.with_name(f"{path.name}.{number}")
+        if old.exists():
+            old.replace(path.with_name(f"{path.name}.{number + 1}"))
+
+
+def rotate(path: Path) -> Path:
+    """Rename as logrotate does; the renamed file."""
+    shift(path)
+    return path.replace(path.with_name(f"{path.name}.1"))
+
+
+def copy_and_truncate(path: Path) -> None:
+    shift(path)
+    shutil.copy(path, path.with_name(f"{path.name}.1"))
+    os.truncate(path, 0)
+
+
+def test_a_renamed_log_is_read_on_and_before_its_successor(path: Path, follower: Follower) -> None:
+    append(path, lines(1))
+    follower.poll()
+    renamed = rotate(path)
+    append(renamed, lines(2))
+    append(path, lines(3))
+    append(renamed, lines(4))
+    assert follower.poll() == [2, 4, 3]
+    append(renamed, lines(5))
+    follower.restart()
+    assert follower.poll() == [5]
+
+
+@pytest.mark.parametrize(
+    "form", ["{}-2026112{}", "{}-2026-11-2{}", "{}.2026112{}", "{}-2026112{}-176400000{}"]
+)
+def test_dated_names_are_followed_too(path: Path, follower: Follower, form: str) -> None:
+    for day in (1, 2, 3):
+        append(path, lines(day))
+        path.replace(path.with_name(form.format(path.name, day, day)))
+    append(path, lines(4))
+    assert follower.poll() == [2, 3, 4]
+    append(path, lines(5))
+    assert follower.poll() == [5]
+
+
+def test_of_two_ways_of_naming_the_newer_one_is_followed(path: Path, follower: Follower) -> None:
+    for number in (1, 2, 3):
+        append(path.with_name(f"{path.name}.{number}"), lines(number))
+        os.utime(path.with_name(f"{path.name}.{number}"), (1, 1))
+    append(path.with_name(f"{path.name}-20261124"), lines(4))
+    append(path.with_name(f"{path.name}-20261125"), lines(5))
+    append(path, lines(6))
+    assert follower.poll() == [4, 5, 6]
+
+
+def test_compressed_files_and_neighbours_are_left_alone(path: Path, follower: Follower) -> None:
+    for name in (
+        "t23.log.1.gz",
+        "t23.log.old",
+        "t23.log.1~",
+        "at23.log.1",
+        "t23.log1",
+        "t23xlog.1",
+        "t23.log-",
+    ):
+        append(path.with_name(name), lines(9))
+    path.with_name("t23.log.1").mkdir()
+    append(path, lines(1))
+    assert follower.poll() == [1]
+    assert follower.log.problem is None
+
+
+def test_the_first_look_goes_back_no_further_than_two_files(path: Path, follower: Follower) -> None:
+    for number in range(5):
+        append(path, lines(number))
+        rotate(path)
+    assert follower.poll() == [3, 4]
+
+
+def test_a_relay_that_was_away_for_some_rotations_reads_all_since(path: Path, follower: Follower) -> None:
+    append(path, lines(0))
+    follower.poll()
+    for number in range(1, 7):
+        append(path, lines(number))
+        rotate(path)
+    append(path, lines(7))
+    follower.restart()
+    assert follower.poll(1) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_copied_and_truncated_log_goes_on_where_it_was(path: Path, follower: Follower) -> None:
+    append(path, lines(1, 2))
+    follower.poll()
+    append(path, lines(3))
+    copy_and_truncate(path)
+    append(path, lines(4))
+    follower.restart()
+    assert follower.poll() == [3, 4]
+
+
+def test_a_look_while_the_copy_is_being_made_reads_nothing_twice(path: Path, follower: Follower) -> None:
+    append(path, lines(*range(10)))
+    follower.poll()
+    copy = path.with_name("t23.log.1")
+    data = path.read_bytes()
+    copy.write_bytes(data[:500])
+    assert follower.poll() == []
+    follower.restart()
+    append(path, lines(10))
+    append(copy, data[500:] + lines(10))
+    assert follower.poll() == [10]
+    os.truncate(path, 0)
+    assert follower.poll() == []
+    append(path, lines(11))
+    assert follower.poll() == [11]
+
+
+def test_a_truncated_log_that_has_grown_past_the_place_is_read_from_its_start(
+    path: Path, follower: Follower
+) -> None:
+    append(path, lines(1))
+    follower.poll()
+    os.truncate(path, 0)
+    append(path, lines(2, 3, 4))
+    assert follower.poll() == [2, 3, 4]
+
+
+def test_a_log_whose_tail_was_lost_goes_on_at_its_end(path: Path, follower: Follower) -> None:
+    append(path, lines(1, 2, 3))
+    follower.poll()
+    os.truncate(path, len(lines(1, 2)))
+    follower.poll()
+    append(path, lines(4))
+    assert follower.poll() == [4]
+
+
+def test_a_log_that_is_still_short_is_known_by_what_was_taken(path: Path, follower: Follower) -> None:
+    append(path, b"short\n" + line(1)[:50])
+    follower.poll()
+    os.truncate(path, 6)
+    append(path, lines(2))
+    assert follower.poll() == [2]
+    assert follower.counts == {"proxy_foreign": 1}
+
+
+def test_a_short_log_is_not_taken_for_the_one_before_it_in_the_same_place(
+    path: Path, follower: Follower
+) -> None:
+    append(path, b"short\n")
+    follower.poll()
+    os.truncate(path, 0)
+    append(path, lines(1))
+    assert follower.poll() == [1]
+
+
+def test_a_log_with_two_names_is_read_once(path: Path, follower: Follower) -> None:
+    append(path, b"short\n")
+    path.with_name("t23.log.1").hardlink_to(path)
+    for number in range(3):
+        append(path, lines(number))
+        assert follower.poll() == [number]
+    assert follower.counts == {"proxy_foreign": 1}
+
+
+def test_a_file_that_is_nowhere_to_be_found_at_a_look_is_known_again(path: Path, follower: Follower) -> None:
+    append(path, lines(1))
+    follower.poll()
+    away = path.replace(path.with_name("t23.log.away"))
+    append(path, lines(2))
+    assert follower.poll() == [2]
+    follower.restart()
+    append(away, lines(3))
+    away.replace(path.with_name("t23.log.1"))
+    assert follower.poll() == [3]
+
+
+def test_a_rotation_that_leaves_no_trace_in_the_time_of_the_folder_is_seen(
+    path: Path, follower: Follower
+) -> None:
+    soon = (2**31 - 1) * 10**9  # two changes within one tick, or a clock that was set back
+    append(path, lines(1))
+    os.utime(path.parent, ns=(soon, soon))
+    follower.poll()
+    append(rotate(path), lines(2))
+    os.utime(path.parent, ns=(soon, soon))
+    assert follower.poll() == [2]
+
+
+def test_a_removed_log_gives_way_to_the_next_even_with_its_inode(path: Path, follower: Follower) -> None:
+    for number in range(20):
+        append(path, lines(number))
+        assert follower.poll() == [number]
+        path.unlink()
+    assert len(follower.store) <= PLACES_KEPT
+
+
+def test_a_log_that_begins_with_the_same_play_is_another_one(path: Path, follower: Follower) -> None:
+    for second in range(3):  # a proxy that answers from its cache names the first play again and again
+        append(path, line(10**9, end=1764547200 + second, cache="HIT"))
+        assert follower.poll() == [10**9]
+        rotate(path)
+
+
+def test_a_log_that_moved_to_another_disk_is_the_same_one(path: Path, follower: Follower) -> None:
+    append(path, lines(1))
+    follower.poll()
+    follower.store = [Place.from_text(text)._replace(device=1, inode=2).to_text() for text in follower.store]
+    follower.restart()
+    append(path, lines(2))
+    assert follower.poll() == [2]
+
+
+def test_the_files_of_a_link_are_found_where_they_lie(tmp_path: Path) -> None:
+    real = tmp_path / "data" / "plays.log"
+    real.parent.mkdir()
+    append(real, lines(1))
+    link = tmp_path / "t23.log"
+    link.symlink_to(real)
+    follower = Follower(link)
+    rotate(real)
+    append(real, lines(2))
+    assert follower.poll() == [1, 2]
+
+
+class Writer:
+    """nginx, logrotate and the relay on one log, by the operations that the property test draws."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "t23.log"
+        self.follower = Follower(self.path)
+        self.written = 0
+        self.rest = b""
+        self.unseen_rotations = 0
+        self.descriptor = -1
+        self.reopen()
+
+    def write(self, count: int) -> None:
+        self.finish_line()
+        for _ in range(count):
+            os.write(self.descriptor, self.next_line())
+
+    def half(self) -> None:
+        self.finish_line()
+        data = self.next_line()
+        cut = 1 + self.written * 37 % (len(data) - 1)
+        os.write(self.descriptor, data[:cut])
+        self.rest = data[cut:]
+
+    def next_line(self) -> bytes:
+        self.written += 1
+        return line(self.written, end=1764547200 + self.written)
+
+    def finish_line(self) -> None:
+        os.write(self.descriptor, self.rest)
+        self.rest = b""
+
+    def rename(self) -> None:
+        if self.may_rotate():
+            rotate(self.path)
+
+    def reopen(self) -> None:
+        if self.descriptor >= 0:
+            self.finish_line()
+            os.close(self.descriptor)
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def copy(self, looks: list[bool]) -> None:
+        """Copy and truncate, with or without looks in between."""
+        if not self.may_rotate():
+            return
+        self.finish_line()
+        shift(self.path)
+        data = self.path.read_bytes()
+        copy = self.path.with_name("t23.log.1")
+        for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
+            append(copy, piece)
+            if looks and looks.pop():
+                self.follower.look()
+        os.truncate(self.path, 0)
+
+    def remove(self) -> None:
+        self.finish_line()
+        self.poll()
+        self.path.unlink(missing_ok=True)
+        self.reopen()
+
+    def may_rotate(self) -> bool:
+        """Older than two rotations, unread lines are lost; that is no news."""
+        if not self.path.exists():
+            return False
+        if self.unseen_rotations >= 2:
+            self.poll()
+        self.unseen_rotations += 1
+        return True
+
+    def look(self) -> None:
+        self.follower.look(1)
+
+    def poll(self) -> None:
+        self.follower.poll()
+        self.unseen_rotations = 0
+
+    def crash(self) -> None:
+        """The relay dies between reading and keeping."""
+        self.follower.log.read()
+        self.follower.restart()
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("write"), st.integers(1, 60)),
+    st.tuples(st.just("copy"), st.lists(st.booleans(), max_size=2)),
+    st.tuples(st.sampled_from(["half", "rename", "reopen", "remove", "look", "poll", "crash"])),
+)
+
+
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(OPERATIONS, max_size=40))
+def test_no_line_is_lost_or_doubled_whatever_happens_in_whatever_order(operations: list[Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        writer = Writer(Path(folder))
+        try:
+            for name, *arguments in operations:
+                getattr(writer, name)(*arguments)
+            writer.finish_line()
+            writer.poll()
+        finally:
+            os.close(writer.descriptor)
+    assert sorted(writer.follower.numbers) == list(range(1, writer.written + 1))
+    assert not writer.follower.counts
+
+
+# --- what is wrong with the file
+
+
+def trouble(path: Path) -> str:
+    log = ProxyLog(path, [])
+    assert log.read().lines == []
+    assert log.problem is not None
+    return log.problem
+
+
+def test_a_log_that_is_well_is_no_problem(path: Path) -> None:
+    path.touch()
+    log = ProxyLog(path, [])
+    log.read()
+    assert log.problem is None
+    append(path, b"other\n" + lines(1))
+    log.taken(log.read())
+    assert log.problem is None
+
+
+def test_a_missing_log_is_told_with_its_remedy(path: Path) -> None:
+    assert "does not exist" in trouble(path)
+    assert "docs/nginx.md" in trouble(path)
+    assert "Not a directory" in trouble(Path(__file__) / "t23.log")
+
+
+def test_a_log_that_is_away_for_the_blink_of_a_rotation_is_no_problem(path: Path) -> None:
+    now = [100.0]
+    log = ProxyLog(path, [], clock=lambda: now[0])
+    append(path, lines(1))
+    log.taken(log.read())
+    rotate(path)
+    now[0] += 1
+    log.read()
+    assert log.problem is None
+    now[0] += 10
+    log.read()
+    assert "does not exist" in (log.problem or "")
+    append(path, lines(2))
+    log.read()
+    assert log.problem is None
+
+
+def test_a_folder_a_fifo_a_socket_and_a_device_are_told_and_never_waited_for(tmp_path: Path) -> None:
+    assert "is a folder" in trouble(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    assert "is a FIFO" in trouble(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        assert "is a socket" in trouble(tmp_path / "s")
+    (tmp_path / "stdout").symlink_to("/dev/null")  # as nginx's image links its logs
+    assert "is a device" in trouble(tmp_path / "stdout")
+
+
+def test_a_fifo_that_takes_the_place_of_the_log_between_two_calls_is_not_waited_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(path, lines(1))
+    really_open = os.open
+
+    def exchange(name: Path, flags: int) -> int:
+        name.unlink()
+        os.mkfifo(name)
+        return really_open(name, flags)
+
+    def waited(number: int, frame: object) -> None:
+        raise AssertionError("it waits for the FIFO")
+
+    monkeypatch.setattr(os, "open", exchange)
+    former = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(int(PATIENCE))
+    try:
+        assert ProxyLog(path, []).read().lines == []
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def test_a_log_in_another_format_is_told(path: Path) -> None:
+    append(path, b'127.0.0.1 - - [24/Nov/2026:10:00:00 +0000] "GET / HTTP/1.1" 200 5\n' * 3)
+    assert "has 3 lines, but none in the format t23" in trouble(path)
+    path.write_bytes(b'{"t23":1,"play":"a.1"}\n')
+    assert "none that can be understood" in trouble(path)
+
+
+def test_a_huge_log_in_another_format_is_told_from_its_first_piece(path: Path) -> None:
+    append(path, b'127.0.0.1 - - "GET / HTTP/1.1" 200 5\n' * 100_000)
+    log = ProxyLog(path, [])
+    assert log.read().more
+    assert "in the format t23" in (log.problem or "")
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[Path]:
+    """A folder, and this process as a user that is not root."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def become_nobody() -> None:
+    if os.getuid() == 0:
+        os.seteuid(65534)
+
+
+def test_a_log_that_may_not_be_read_is_told_and_its_readable_siblings_are_read() -> None:
+    with as_nobody() as folder:
+        path = folder / "t23.log"
+        append(path, lines(1))
+        rotate(path)
+        append(path, lines(2))
+        path.chmod(0)
+        become_nobody()
+        follower = Follower(path)
+        assert follower.poll() == [1]
+        assert "can't be read by" in (follower.log.problem or "")
+        assert "create 0640" in (follower.log.problem or "")
+
+
+def test_a_group_that_may_read_is_named() -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root can give a file to another group")
+    with as_nobody() as folder:
+        path = folder / "t23.log"
+        append(path, lines(1))
+        os.chown(path, 0, 4)  # adm, as Debian's logrotate makes it
+        path.chmod(0o640)
+        become_nobody()
+        assert "usermod -aG adm nobody" in trouble(path)
+
+
+def test_a_folder_that_may_not_be_listed_or_entered_is_told() -> None:
+    with as_nobody() as folder:
+        path = folder / "nginx" / "t23.log"
+        path.parent.mkdir()
+        append(path, lines(1))
+        rotate(path)
+        append(path, lines(2))
+        path.parent.chmod(0o111 if os.getuid() == 0 else 0o311)  # as Red Hat's nginx has it
+        become_nobody()
+        follower = Follower(path)
+        assert follower.poll() == [1, 2]
+        assert "can't be listed by" in (follower.log.problem or "")
+        if os.getuid() == 0:
+            os.seteuid(0)
+        path.parent.chmod(0o600)
+        become_nobody()
+        assert "can't be reached by" in trouble(path)
+        if os.getuid() == 0:
+            os.seteuid(0)
+        path.parent.chmod(0o755)
+
+
+# --- real proxies
+
+
+CLIP = 64_000_000
+NGINX_CONF = """
+daemon off;
+user {user};
+worker_processes 2;
+pid {folder}/pid;
+error_log {folder}/error.log;
+events {{ worker_connections 256; }}
+http {{
+    types {{ }}
+    default_type video/mp4;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/t23.conf;
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{ proxy_pass http://127.0.0.1:{upstream}; }}
+        location /protected/ {{ internal; alias {folder}/; }}
+    }}
+    server {{
+        listen 127.0.0.1:{upstream};
+        root {folder};
+        location / {{ add_header X-T23-Play $arg_play always; }}
+        location /accel/ {{
+            add_header X-T23-Play $arg_play;
+            add_header X-Accel-Redirect /protected/clip.bin;
+            default_type text/html;
+            return 200;
+        }}
+    }}
+}}
+"""
+
+
+class Proxy:
+    """A proxy that logs plays, before an upstream that names them as the query says; ended by its pid."""
+
+    def __init__(self, command: list[str], port: int, upstream: int, log: Path) -> None:
+        self.port, self.upstream, self.log = port, upstream, log
+        self.process = subprocess.Popen(command, start_new_session=True)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def reopen(self) -> None:
+        """Tell it that its log was renamed, and wait until it has the new one."""
+        self.signal(signal.SIGUSR1)
+        assert until(self.log.exists)
+
+    def get(
+        self, number: int, path: str = "/small.bin", method: str = "GET", **headers: str
+    ) -> tuple[int, int]:
+        """Status and body size."""
+        connection = self.connect()
+        try:
+            answer = self.ask(connection, number, path, method, **headers)
+            return answer.status, len(answer.read())
+        finally:
+            connection.close()
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+
+    def ask(
+        self,
+        connection: http.client.HTTPConnection,
+        number: int,
+        path: str,
+        method: str = "GET",
+        **headers: str,
+    ) -> http.client.HTTPResponse:
+        connection.request(method, f"{path}?play={play_id(WRITER, number)}", headers=headers)
+        answer = connection.getresponse()
+        assert answer.getheader("X-T23-Play") is None
+        return answer
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the proxy's workers can enter, with files to serve."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    (folder / "small.bin").write_bytes(bytes(1000))
+    (folder / "clip.bin").touch()
+    os.truncate(folder / "clip.bin", CLIP)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def nginx(folder: Path) -> Iterator[Proxy]:
+    program = need("nginx")
+    port, upstream = free_port(), free_port()
+    (folder / "t23.conf").write_text(NGINX_LINES.replace("{path}", str(folder / "t23.log")))
+    user = "root" if os.getuid() == 0 else "nobody"
+    (folder / "nginx.conf").write_text(
+        NGINX_CONF.format(user=user, folder=folder, port=port, upstream=upstream)
+    )
+    command = [program, "-e", str(folder / "error.log"), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    proxy = Proxy(command, port, upstream, folder / "t23.log")
+    try:
+        assert until(proxy.answers)
+        yield proxy
+    finally:
+        proxy.stop()
+
+
+def next_lines(log: ProxyLog, count: int) -> list[ProxyLine]:
+    """The next *count* lines; they are there soon after the client has its answer."""
+    found: list[ProxyLine] = []
+
+    def look() -> bool:
+        reading = log.read()
+        log.taken(reading)
+        assert not reading.counts
+        found.extend(reading.lines)
+        return len(found) >= count
+
+    assert until(look)
+    return found
+
+
+def test_nginx_tells_what_it_sent_of_each_play(nginx: Proxy) -> None:
+    log = ProxyLog(nginx.log, [])
+    assert nginx.get(1) == (200, 1000)
+    assert nginx.get(2, "/clip.bin", Range="bytes=1000-5999") == (206, 5000)
+    assert nginx.get(3, "/accel/x", Range="bytes=100-") == (206, CLIP - 100)
+    assert nginx.get(4, "/clip.bin", method="HEAD") == (200, 0)
+    assert nginx.get(5, "/none.bin")[0] == 404
+    told = {int(line.play.split(".")[1]): line for line in next_lines(log, 5)}
+    whole, ranged, offloaded, head, missing = (told[number] for number in range(1, 6))
+    assert (whole.status, whole.body, whole.complete, whole.length) == (200, 1000, True, 1000)
+    assert (whole.content_type, whole.part, whole.cache) == ("video/mp4", Part(0, 999, 1000), "")
+    assert (ranged.status, ranged.body, ranged.part) == (206, 5000, Part(1000, 5999, CLIP))
+    assert (offloaded.body, offloaded.part) == (CLIP - 100, Part(100, CLIP - 1, CLIP))
+    assert (head.body, missing.status) == (0, 404)
+    assert abs(whole.ended_ms / 1000 - nginx.log.stat().st_mtime) < 60
+    assert log.problem is None
+
+
+def leave(proxy: Proxy, number: int, path: str) -> None:
+    """Take a little of the answer and go."""
+    connection = proxy.connect()
+    try:
+        assert len(proxy.ask(connection, number, path).read(100_000)) == 100_000
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("path", ["/clip.bin", "/accel/x"])
+def test_nginx_tells_that_the_client_left(nginx: Proxy, path: str) -> None:
+    log = ProxyLog(nginx.log, [])
+    leave(nginx, 1, path)
+    (line,) = next_lines(log, 1)
+    assert (line.complete, line.length) == (False, CLIP)
+    assert 100_000 <= line.body < CLIP / 2
+
+
+def test_no_line_of_a_busy_nginx_is_lost_or_doubled_by_renaming_and_restarts(nginx: Proxy) -> None:
+    total, threads = 8000, 4
+    follower = Follower(nginx.log)
+    dice = random.Random(8)
+
+    def ask(first: int) -> None:
+        connection = nginx.connect()
+        for number in range(first, total, threads):
+            nginx.ask(connection, number, "/small.bin").read()
+        connection.close()
+
+    clients = [threading.Thread(target=ask, args=(first,)) for first in range(threads)]
+    for client in clients:
+        client.start()
+    rotations = 0
+    while any(client.is_alive() for client in clients) or rotations < 5:
+        rotate(nginx.log)
+        if dice.random() < 0.5:
+            follower.look(1)
+        nginx.reopen()
+        rotations += 1
+        follower.poll()
+        if dice.random() < 0.3:
+            follower.log.read()
+            follower.restart()
+        until(lambda: not any(client.is_alive() for client in clients), 0.03)
+    for client in clients:
+        client.join()
+    assert until(lambda: follower.poll() == [] and len(follower.numbers) >= total)
+    assert sorted(follower.numbers) == list(range(total))
+    assert not follower.counts
+
+
+@pytest.mark.parametrize("event", ["rename", "reload"])
+def test_a_transfer_under_way_is_told_once_after_a_rotation_or_reload(nginx: Proxy, event: str) -> None:
+    follower = Follower(nginx.log)
+    nginx.get(1)
+    connection = nginx.connect()
+    answer = nginx.ask(connection, 2, "/clip.bin")
+    answer.read(1000)
+    if event == "rename":
+        rotate(nginx.log)
+        nginx.reopen()
+    else:
+        nginx.signal(signal.SIGHUP)
+    nginx.get(3)
+    follower.poll()
+    follower.restart()
+    assert len(answer.read()) == CLIP - 1000
+    connection.close()
+    assert until(lambda: follower.poll() == [] and len(follower.numbers) >= 3)
+    assert sorted(follower.numbers) == [1, 2, 3]
+
+
+def test_a_log_of_nginx_that_is_copied_and_truncated_goes_on(nginx: Proxy) -> None:
+    follower = Follower(nginx.log)
+    for number in range(60):
+        nginx.get(number)
+        if number % 20 == 19:
+            # No line may be on its way: what falls between copy and truncation is lost to everybody.
+            assert until(lambda: nginx.log.read_bytes().count(b"\n") == 20)
+            copy_and_truncate(nginx.log)
+        if number % 7 == 3:
+            follower.look()
+    assert until(lambda: follower.poll() == [] and len(follower.numbers) >= 60)
+    assert sorted(follower.numbers) == list(range(60))
+
+
+APACHE_CONF = """
+ServerName localhost
+ServerRoot {folder}
+Listen 127.0.0.1:{port}
+PidFile {folder}/apache.pid
+DefaultRuntimeDir {folder}
+ErrorLog {folder}/apache-error.log
+User {user}
+LoadModule mpm_event_module {modules}/mod_mpm_event.so
+LoadModule authz_core_module {modules}/mod_authz_core.so
+LoadModule headers_module {modules}/mod_headers.so
+LoadModule proxy_module {modules}/mod_proxy.so
+LoadModule proxy_http_module {modules}/mod_proxy_http.so
+ProxyPass / http://127.0.0.1:{upstream}/
+{lines}
+"""
+
+
+@pytest.fixture
+def apache_proxy(nginx: Proxy, folder: Path) -> Iterator[Proxy]:
+    program = need("apache2")
+    port = free_port()
+    log = folder / "apache.log"
+    (folder / "apache.conf").write_text(
+        APACHE_CONF.format(
+            folder=folder,
+            port=port,
+            upstream=nginx.upstream,
+            user="www-data",
+            modules="/usr/lib/apache2/modules",
+            lines=APACHE_LINES.replace("{path}", str(log)),
+        )
+    )
+    proxy = Proxy([program, "-D", "FOREGROUND", "-f", str(folder / "apache.conf")], port, nginx.upstream, log)
+    try:
+        assert until(proxy.answers)
+        yield proxy
+    finally:
+        proxy.stop()
+
+
+def test_apache_tells_the_same(apache_proxy: Proxy) -> None:
+    log = ProxyLog(apache_proxy.log, [])
+    assert apache_proxy.get(1) == (200, 1000)
+    assert apache_proxy.get(2, "/clip.bin", Range="bytes=1000-5999") == (206, 5000)
+    leave(apache_proxy, 3, "/clip.bin")
+    told = {int(line.play.split(".")[1]): line for line in next_lines(log, 3)}
+    assert (told[1].status, told[1].body, told[1].complete, told[1].content_type) == (
+        200,
+        1000,
+        True,
+        "video/mp4",
+    )
+    assert (told[2].status, told[2].body, told[2].part) == (206, 5000, Part(1000, 5999, CLIP))
+    assert (told[3].complete, told[3].length) == (False, CLIP)
+    assert 100_000 <= told[3].body < CLIP / 2
+    assert abs(told[1].ended_ms / 1000 - apache_proxy.log.stat().st_mtime) < 60
