@@ -196,16 +196,18 @@ class Bounds:
     def has_room(self) -> bool:
         """Whether to try: an :meth:`ingest` that fails costs time, since all that was judged is judged again.
 
-        Also where the journals are full, and their oldest lines must go. Raises :class:`OutboxError`.
+        Always where nothing waits that this would hold up, and where the journals are full, whose oldest lines must
+        go then. Raises :class:`OutboxError`.
         """
         growth = self._space().growth
-        if growth is None or growth + self._outbox.free() >= LEAST_ROOM:
+        if growth is None or growth + self._outbox.free() >= LEAST_ROOM or not self._outbox.hosts():
             return True
         return self._unread() > MOST_UNREAD
 
     def ingest(self, batch: Ingest) -> None:
         """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.
 
+        Where nothing waits the reserve may go for it: there is nothing to acknowledge.
         Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
         """
         batch = self._without_old(batch)
