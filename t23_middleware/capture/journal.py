@@ -185,12 +185,13 @@ class JournalWriter:
             self._changing.release()
 
     def _is_in_place(self, files: _Files) -> bool:
+        mine = os.fstat(files.journal)
         try:
-            return os.path.samestat(self._path(files.sequence).stat(), os.fstat(files.journal))
+            return os.path.samestat(self._path(files.sequence).stat(), mine)
         except FileNotFoundError:
             return False
         except OSError:
-            return True  # not to be known now; what is written says what is wrong
+            return mine.st_nlink > 0  # its path can't be followed now
 
     def _abandon(self, files: _Files) -> None:
         """Under a new name, or a relay would go on behind what it read of the old one."""

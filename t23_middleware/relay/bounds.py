@@ -37,12 +37,14 @@ MOST_DEAD = 10_000
 DEAD_MS = 30 * 86_400_000
 #: Bytes that may lie in the journals while the outbox can't take them.
 MOST_UNREAD = 64 << 20
-#: Room on the disk, in bytes, below which the outbox grows by no more than half of what is left; on a small disk
-#: a share of it. The last part of that is for journals and acknowledgements alone.
+#: Room on the disk, in bytes, below which there is little; on a small disk a share of it. The last part of that is
+#: for journals and acknowledgements alone.
 LOW_WATER, LOW_SHARE, LAST_SHARE = 64 << 20, 16, 64
 #: Bytes that are taken from a journal at once while there is little room: what a transaction writes is first in the
 #: log, and many small ones need less room there than a large one.
 SMALL_PIECE = 2 * LONGEST_LINE
+#: Bytes by which the outbox must be able to grow for pieces of the usual size, of which each journal may have one.
+USUAL_GROWTH = 16 << 20
 #: Bytes that there must be in the outbox's file, or for it, before anything is taken in.
 LEAST_ROOM = 64 << 10
 #: Bytes of the reserve.
@@ -75,14 +77,12 @@ class Space(NamedTuple):
         return min(LOW_WATER, self.size // LOW_SHARE)
 
     @property
-    def growth(self) -> int | None:
-        """Bytes by which the outbox may grow now; ``None`` for any number.
+    def growth(self) -> int:
+        """Bytes by which the outbox may grow in one transaction.
 
-        Half, for the write-ahead log takes as much: one that can't be folded into the file would leave no room
-        for acknowledgements.
+        Half of what is free, for the write-ahead log takes as much: one that can't be folded into the file would
+        leave no room for acknowledgements.
         """
-        if self.free >= self.low_water:
-            return None
         return max(self.free - self.low_water // LAST_SHARE, 0) // 2
 
 
@@ -191,7 +191,7 @@ class Bounds:
     @property
     def piece(self) -> int:
         """Bytes to take from a journal at once."""
-        return PIECE if self._space().growth is None else SMALL_PIECE
+        return PIECE if self._space().growth >= USUAL_GROWTH else SMALL_PIECE
 
     def has_room(self) -> bool:
         """Whether to try: an :meth:`ingest` that fails costs time, since all that was judged is judged again.
@@ -200,9 +200,9 @@ class Bounds:
         go then. Raises :class:`OutboxError`.
         """
         growth = self._space().growth
-        if growth is None or growth + self._outbox.free() >= LEAST_ROOM or not self._outbox.hosts():
+        if growth >= LEAST_ROOM or growth + self._outbox.free() >= LEAST_ROOM:
             return True
-        return self._unread() > MOST_UNREAD
+        return not self._outbox.hosts() or self._unread() > MOST_UNREAD
 
     def ingest(self, batch: Ingest) -> None:
         """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.
@@ -211,9 +211,8 @@ class Bounds:
         Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
         """
         batch = self._without_old(batch)
-        growth = self._space().growth
         try:
-            with self._outbox.growing_by(growth, may_make_room=not self._outbox.hosts()):
+            with self._outbox.growing_by(self._space().growth, may_make_room=not self._outbox.hosts()):
                 self._outbox.ingest(batch)
         except OutboxError:
             if self._unread() <= MOST_UNREAD:
@@ -222,7 +221,7 @@ class Bounds:
             self._tell("journals_full", len(batch.reports))
 
     def _shrink(self, space: Space) -> None:
-        most = SHRINK_PAGES if space.growth is None else SMALL_SHRINK_PAGES
+        most = SHRINK_PAGES if space.free >= space.low_water else SMALL_SHRINK_PAGES
         with suppress(OutboxFull):
             if self._outbox.shrink(min(FREE_PAGES, space.size // FREE_SHARE), most):
                 self._look_at = self._monotonic()

@@ -460,15 +460,10 @@ class SQLiteOutbox:
         return self._pragma("freelist_count") * self._pragma("page_size")
 
     @contextmanager
-    def growing_by(self, size: int | None, *, may_make_room: bool = False) -> Iterator[None]:
-        """Meanwhile the file grows by *size* bytes at most; ``None`` sets no limit.
-
-        Without *may_make_room* the reserve is left to acknowledgements.
-        """
-        if size is None:
-            yield
-            return
-        self._pragma(f"max_page_count = {self._pragma('page_count') + size // self._pragma('page_size')}")
+    def growing_by(self, size: int, *, may_make_room: bool = False) -> Iterator[None]:
+        """Meanwhile the file grows by *size* bytes at most. Without *may_make_room* the reserve is left alone."""
+        most = self._pragma("page_count") + size // self._pragma("page_size")
+        self._pragma(f"max_page_count = {min(most, MOST_PAGES)}")
         self._spares_reserve = not may_make_room
         try:
             yield
@@ -484,6 +479,7 @@ class SQLiteOutbox:
             with _translated():
                 # Not execute(): the statement has rows without columns, of which that takes one, and a page with it.
                 self._db.executescript(f"PRAGMA incremental_vacuum({min(free - kept, most)});")
+            self._fold_log()  # only then the file is shorter
         return wanted
 
     def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
@@ -595,7 +591,7 @@ class SQLiteOutbox:
             raise
 
     def _fold_log(self) -> None:
-        """Before somebody else takes the room: a log that can't be folded into the file only grows."""
+        """Now, before somebody else takes the room: a log that can't be folded into the file only grows."""
         with suppress(sqlite3.Error):
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,79 @@ def test_a_killed_process_leaves_what_it_closed_word_of_what_it_had_open_and_no_
     journals = Journals(state)
     assert [opening.number for opening in journals.opened()] == [1, 2]
     assert [transfer.opening.number for transfer in journals.closed()] == [1]
+
+
+# A folder that somebody takes away.
+
+
+def held_by_us(lock: Path) -> bool:
+    """Whether this process holds it, as another one sees it; closing it here would drop it."""
+    look = "import sys; from t23_middleware.state import lock_owner; from pathlib import Path; print(lock_owner(Path(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", look, str(lock)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return done.stdout.strip() == str(os.getpid())
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "journals removed", "journal replaced"])
+def test_what_is_written_after_somebody_took_the_journal_away_begins_anew_within_a_second(
+    how: str, wrap: Any, state: Path, journals: Any, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = wrap(media(PLAYS))
+    ask(app)
+    (first,) = journals.writers()
+    if how == "removed":
+        shutil.rmtree(state)
+    elif how == "moved":
+        state.rename(state.with_name("elsewhere"))
+    elif how == "journals removed":
+        shutil.rmtree(state / "journals")
+    else:
+        (file,) = journals.files()
+        file.unlink()
+        file.write_bytes(b"")
+    clock.now += 1.0
+    ask(app)
+    ask(app)
+    assert [transfer.opening.number for transfer in journals.closed()] == [2, 3]
+    (second,) = journals.writers()
+    assert second.name != first.name
+    assert second.started_ms == first.started_ms
+    assert held_by_us(state / "journals" / f"{second.name}.lock")
+    assert len(errors(caplog)) == 1
+    assert "was removed or moved while the app runs" in errors(caplog)[0]
+
+
+def test_a_folder_that_is_taken_away_and_can_not_be_made_anew_is_tried_again(
+    wrap: Any, state: Path, journals: Any, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = wrap(media(PLAYS))
+    ask(app)
+    shutil.rmtree(state)
+    state.write_text("")
+    clock.now += 1.0
+    for _ in range(3):
+        answer = ask(app)
+        assert (answer.body, answer.error) == (PLAYS, None)
+    state.unlink()
+    clock.now += 1.1
+    ask(app)
+    assert [transfer.opening.number for transfer in journals.closed()] == [2, 3, 4, 5]
+    assert len(errors(caplog)) == 2, "that it was removed, and that it can't be made"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_folders_that_are_taken_away_again_and_again_leave_one_descriptor(
+    wrap: Any, state: Path, clock: Clock
+) -> None:
+    app = wrap(media(PLAYS))
+    for _ in range(5):
+        ask(app)
+        shutil.rmtree(state)
+        clock.now += 1.0
+    ask(app)
+    opened = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert len([name for name in opened if str(state) in name and "(deleted)" in name]) == 1
 
 
 # A disk that takes nothing.
