@@ -7,11 +7,10 @@ two here run far ahead of the client, and tell how far to whoever knows where to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from time import monotonic
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .body import PROGRESS_EVERY, PROGRESS_PAUSE, CountedIterable, Ending
+from .body import CountedIterable, Ending
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -132,22 +131,20 @@ class CountedHeld(CountedIterable):
     def __init__(self, body: Iterable[bytes], ending: Ending, holder: Holder) -> None:
         super().__init__(body, ending)
         self._holder = holder
+        #: Bytes that were taken when nothing could arrive any more.
+        self._in_vain = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        holder, taken, told = self._holder, 0, PROGRESS_EVERY
-        quiet_until = monotonic() + PROGRESS_PAUSE
-        self._counts.append(lambda: taken)
-        for chunk in self._body:
-            may_arrive = holder.sends()
+        for chunk in super().__iter__():
+            # Looked at before: a client may leave with the last chunk of a whole answer in its hands.
+            may_arrive = self._holder.sends()
             yield chunk
-            if may_arrive:
-                taken += len(chunk)
-            holder.took()
-            if taken >= told:
-                told = taken + PROGRESS_EVERY
-                if monotonic() >= quiet_until:
-                    quiet_until = monotonic() + PROGRESS_PAUSE
-                    self._tell_progress()
+            self._holder.took()
+            if not may_arrive:
+                self._in_vain += len(chunk)
+
+    def _taken(self) -> int:
+        return super()._taken() - self._in_vain
 
     def _tell_progress(self) -> None:
         if self._ending is not None:
