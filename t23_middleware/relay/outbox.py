@@ -372,7 +372,7 @@ class SQLiteOutbox:
         with self._transaction():
             rows = self._db.execute("SELECT id FROM reports WHERE leased != 0").fetchall()
             if not retry:
-                self._lose([(id, "ambiguous") for (id,) in rows], now_ms)
+                _lose(self._db, "reports", [(id, "ambiguous") for (id,) in rows], now_ms)
             self._db.execute("UPDATE reports SET leased = 0, tries = tries + 1 WHERE leased != 0")
         return len(rows)
 
@@ -400,7 +400,12 @@ class SQLiteOutbox:
                     self._put_back(item)
                 elif isinstance(item, Dead):
                     self._bury(item, now_ms)
-            self._lose([(item.id, item.reason) for item in settlements if isinstance(item, Lost)], now_ms)
+            _lose(
+                self._db,
+                "reports",
+                [(item.id, item.reason) for item in settlements if isinstance(item, Lost)],
+                now_ms,
+            )
             self._count({"sent": sent})
             tries = [(item.said, item.took_ms if isinstance(item, Acked) else None) for item in settlements]
             _happened_now(self._db, now_ms, {**history.of_tries(tries), history.SENT: sent})
@@ -512,7 +517,7 @@ class SQLiteOutbox:
             found = self._db.execute(query, values).fetchall()
         if found:
             with self._transaction():
-                self._lose([(id, reason) for (id,) in found], now_ms, table)
+                _lose(self._db, table, [(id, reason) for (id,) in found], now_ms)
         return len(found)
 
     def make_due(self) -> None:
@@ -535,23 +540,11 @@ class SQLiteOutbox:
         buried = self._db.execute("DELETE FROM reports WHERE id = ?", (item.id,)).rowcount
         _happened_now(self._db, now_ms, {history.DEAD: buried})
 
-    def _lose(self, rows: Iterable[tuple[int, str]], now_ms: int, table: str = "reports") -> None:
-        day, lost = _day(now_ms), Counter[str]()
-        for id, reason in rows:
-            self._db.execute(
-                f"INSERT INTO losses SELECT ?, ?, 1, sent FROM {table} WHERE id = ?"
-                " ON CONFLICT DO UPDATE SET reports = reports + 1, bytes = bytes + excluded.bytes",
-                (day, reason, id),
-            )
-            gone = self._db.execute(f"DELETE FROM {table} WHERE id = ?", (id,)).rowcount
-            lost[history.LOST + reason] += gone
-        _happened_now(self._db, now_ms, lost)
-
     def _give_up(self, losses: Iterable[GivenUp], now_ms: int) -> None:
         for loss in losses:
             if loss.reports:
                 self._db.execute(
-                    "INSERT INTO losses VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+                    "INSERT INTO losses VALUES (?, ?, ?, ?) ON CONFLICT (day, reason) DO UPDATE"
                     " SET reports = reports + excluded.reports, bytes = bytes + excluded.bytes",
                     (_day(now_ms), *loss),
                 )
@@ -566,14 +559,14 @@ class SQLiteOutbox:
 
     def _watched(self, reports: Iterable[Report]) -> None:
         self._db.executemany(
-            "INSERT INTO videos VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            "INSERT INTO videos VALUES (?, ?, ?, ?, ?) ON CONFLICT (hour, host, photo_id) DO UPDATE"
             " SET plays = plays + excluded.plays, bytes = bytes + excluded.bytes",
             ((hour, *each) for hour, each in history.watched(reports)),
         )
 
     def _count(self, counts: Mapping[str, int]) -> None:
         self._db.executemany(
-            "INSERT INTO counters VALUES (?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
+            "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
             [(name, number) for name, number in counts.items() if number],
         )
 
@@ -614,6 +607,20 @@ def _immediate(db: sqlite3.Connection) -> Iterator[None]:
             raise
 
 
+def _lose(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], now_ms: int) -> None:
+    """Give up the reports of *rows* (id and reason) in *table*, and count them with their bytes."""
+    day, lost = _day(now_ms), Counter[str]()
+    for id, reason in rows:
+        db.execute(
+            f"INSERT INTO losses SELECT ?, ?, 1, sent FROM {table} WHERE id = ?"
+            # With the key named: SQLite before 3.35 takes no DO UPDATE without it.
+            " ON CONFLICT (day, reason) DO UPDATE SET reports = reports + 1, bytes = bytes + excluded.bytes",
+            (day, reason, id),
+        )
+        lost[history.LOST + reason] += db.execute(f"DELETE FROM {table} WHERE id = ?", (id,)).rowcount
+    _happened_now(db, now_ms, lost)
+
+
 def _happened_now(db: sqlite3.Connection, now_ms: int, figures: Mapping[str, int]) -> None:
     _happened(db, {(now_ms // history.MINUTE_MS, name): number for name, number in figures.items()})
 
@@ -624,11 +631,11 @@ def _happened(db: sqlite3.Connection, figures: Mapping[tuple[int, str], int]) ->
     for (_, name), number in figures.items():
         totals[name] += number
     db.executemany(
-        "INSERT INTO minutes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
+        "INSERT INTO minutes VALUES (?, ?, ?) ON CONFLICT (minute, name) DO UPDATE SET value = value + excluded.value",
         [(*when, number) for when, number in figures.items() if number],
     )
     db.executemany(
-        "INSERT INTO totals VALUES (?, ?) ON CONFLICT DO UPDATE SET value = value + excluded.value",
+        "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
         [(name, number) for name, number in totals.items() if number],
     )
 
@@ -738,16 +745,9 @@ class DeadLetters:
 
     def purge(self, ids: Iterable[int] | None, now_ms: int) -> list[int]:
         """Give them up, counted as lost because ``purged``; the ids that there were."""
-        day = _day(now_ms)
         with _immediate(self._db):
             found = self._found(ids)
-            self._db.executemany(
-                "INSERT INTO losses SELECT ?, 'purged', 1, sent FROM dead WHERE id = ?"
-                " ON CONFLICT DO UPDATE SET reports = reports + 1, bytes = bytes + excluded.bytes",
-                ((day, *id) for id in found),
-            )
-            _happened_now(self._db, now_ms, {f"{history.LOST}purged": len(found)})
-            self._forget(found)
+            _lose(self._db, "dead", [(id, "purged") for (id,) in found], now_ms)
         return [id for (id,) in found]
 
     def _found(self, ids: Iterable[int] | None) -> list[tuple[int]]:
@@ -899,7 +899,7 @@ def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
     log.error("the outbox was damaged: %d rows of %s can't be read and are gone", rows, table)
     if table in ("reports", "dead"):
         db.execute(
-            "INSERT INTO losses VALUES (?, 'corrupt', ?, 0) ON CONFLICT DO UPDATE SET reports = reports + excluded.reports",
+            "INSERT INTO losses VALUES (?, 'corrupt', ?, 0) ON CONFLICT (day, reason) DO UPDATE SET reports = reports + excluded.reports",
             (_day(time.time_ns() // 1_000_000), rows),
         )
 

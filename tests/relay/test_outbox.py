@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from t23_middleware.errors import StateError
+from t23_middleware.relay import outbox as outbox_module
 from t23_middleware.relay.outbox import (
     LONGEST_DELAY_MS,
     SCHEMA_VERSION,
@@ -507,3 +508,10 @@ def test_the_outbox_does_what_its_model_does(tmp_path):
             max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def test_no_statement_needs_a_newer_sqlite_than_is_promised():
+    """Of what the outbox might use: DO UPDATE without its key and RETURNING came with SQLite 3.35."""
+    source = Path(outbox_module.__file__).read_text().upper()
+    assert "ON CONFLICT DO UPDATE" not in source
+    assert " RETURNING " not in source
