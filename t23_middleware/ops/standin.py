@@ -294,11 +294,6 @@ def _unavailable(host: str, port: int, error: OSError | OverflowError) -> str:
     return f"The stand-in can't listen on port {port} of {host} ({reason}); choose another with --port."
 
 
-def serve(host: str, port: int, app: StandIn | None = None) -> StandInServer:
-    """A stand-in that answers there, on a free port if `port` is 0; UsageError if it can't."""
-    return StandInServer(host, port, app).start()
-
-
 def run_standin(host: str = "127.0.0.1", port: int = DEFAULT_PORT, **options: Any) -> int:
     """The command: prints the address and each report until SIGINT or SIGTERM, then returns 0.
 

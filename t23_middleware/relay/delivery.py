@@ -115,10 +115,6 @@ class Breaker:
             )
         self.paused = str(error)
 
-    def ask_now(self) -> None:
-        """Let a probe go at once."""
-        self._closed_until, self.probe = 0.0, None
-
     def _returned(self, id: int) -> bool:
         """Whether *id* was the probe, which is back then."""
         probed = self.probe == id

@@ -22,7 +22,7 @@ from werkzeug.test import Client
 
 import t23_middleware
 from t23_middleware.errors import UsageError
-from t23_middleware.ops.standin import StandIn, StandInServer, serve
+from t23_middleware.ops.standin import StandIn, StandInServer
 from t23_middleware.ops.standin_faults import KINDS
 
 PLAY = "/api/analytics/report/play"
@@ -827,7 +827,7 @@ def test_no_line_shows_a_whole_session_or_a_terminal_s_control_characters(secret
 
 def test_a_port_in_use_is_told_in_one_sentence_with_its_remedy(api):
     with pytest.raises(UsageError) as told:
-        serve("127.0.0.1", api.port)
+        StandInServer("127.0.0.1", api.port).start()
     assert str(told.value) == (
         f"Port {api.port} of 127.0.0.1 is in use already; choose another with --port, or 0 for a free one."
     )
@@ -836,11 +836,11 @@ def test_a_port_in_use_is_told_in_one_sentence_with_its_remedy(api):
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("203.0.113.7", 0)])
 def test_an_address_that_can_not_be_had_is_told(host, port):
     with pytest.raises(UsageError, match=f"can't listen on port {port} of {host} .*; choose another"):
-        serve(host, port)
+        StandInServer(host, port).start()
 
 
 def test_served_by_hand_it_answers_until_stopped():
-    server = serve("127.0.0.1", 0, StandIn())
+    server = StandInServer().start()
     try:
         assert post(server).json()["status"] == "ok"
     finally:
