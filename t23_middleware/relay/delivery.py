@@ -154,6 +154,7 @@ class Delivery:
         self._wall_ms = wall_ms
         self._tasks: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
+        self._came = threading.Event()
         self._senders: list[threading.Thread] = []
         self._breakers: dict[str, Breaker] = {}
         self._unsettled: list[Settlement] = []
@@ -198,10 +199,10 @@ class Delivery:
 
     def wait(self, seconds: float) -> None:
         """Wait until a report comes back, or *seconds*."""
-        try:
-            self._results.put(self._results.get(timeout=seconds))
-        except queue.Empty:
-            pass
+        # Not SimpleQueue.get(timeout): where the thread sleeps at the wrong moment until the time is up, CPython
+        # before 3.13 goes on with a timeout below zero, which to its locks means for ever, and no signal ends that.
+        if self._came.wait(seconds):
+            self._came.clear()
 
     def settle(self) -> bool:
         """Write down what came back; whether there was anything. What can't be written is kept and tried again."""
@@ -328,6 +329,7 @@ class Delivery:
                 log.exception("sending a report failed in a way that is our own fault")
                 outcome = NoAnswer(type(error).__name__)
             self._results.put(_Result(entry, outcome))
+            self._came.set()
 
     # What becomes of a report.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter, defaultdict
@@ -25,6 +27,8 @@ from t23_middleware.relay.delivery import (
 )
 from t23_middleware.relay.outbox import Entry, Ingest, OutboxError, Settlement, SQLiteOutbox, Stats
 from t23_middleware.relay.report import Report
+
+from ..harness import ROOT
 
 NOW = 1_764_000_000_000
 OK, CACHED = Answer(False, "ok", 0.0), Answer(True, "ok", 0.0)
@@ -612,6 +616,25 @@ def test_a_store_that_cannot_be_read_keeps_the_relay_here(bench, monkeypatch):
     monkeypatch.setattr(bench.outbox, "hosts", unreadable)
     assert bench.delivery.can_deliver()
     assert bench.delivery.step() is False
+
+
+#: A wait that is interrupted, by a handler that takes longer than the wait: what a busy machine makes of any wait.
+_INTERRUPTED = """
+import signal, sys, time
+from t23_middleware.relay.delivery import Delivery
+delivery = Delivery(None, None, retry_ambiguous=True, monotonic=time.monotonic, wall_ms=lambda: 0)
+signal.signal(signal.SIGALRM, lambda number, frame: time.sleep(0.3))
+signal.setitimer(signal.ITIMER_REAL, 0.05)
+delivery.wait(0.1)
+print("came back")
+"""
+
+
+def test_a_wait_ends_though_its_thread_sleeps_until_the_time_is_up():
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.stdout == "came back\n", done.stderr
 
 
 # The end.
