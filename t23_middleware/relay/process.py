@@ -26,6 +26,7 @@ from .journals import Journals, Reading
 from .outbox import Ingest, OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
 from .playback import Playback
 from .report import Report
+from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class Relay:
         self._moved = time.monotonic()
         self._looked_for_dead = 0.0
         self._minute = 0
+        self.watchdog = Watchdog()
         folder.create()
         self._lock = self._take_lock()
 
@@ -92,6 +94,7 @@ class Relay:
         self._begin()
         next_look = 0.0
         while not (self._ending or self._should_leave()):
+            self.watchdog.came_round()
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + self._take_in()
@@ -335,7 +338,7 @@ def run_relay(settings: Settings, *, automatic: bool) -> None:
     """A relay in this process until it is told to stop. Raises :class:`AnotherRelay`."""
     os.umask(0o077)
     relay = Relay(settings, StateFolder(settings.state_path()), automatic=automatic)
-    with stopped_by_signals(relay.stop):
+    with relay.watchdog.watching(), stopped_by_signals(relay.stop):
         relay.run()
 
 

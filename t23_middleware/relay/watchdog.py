@@ -1,0 +1,59 @@
+"""Tells where a relay hangs: the stacks of all its threads, on stderr, when its loop has not come round for a minute.
+
+A relay that hangs keeps its lock and says nothing, so that nobody takes its place. The stacks are written by a thread
+of the interpreter's own (``faulthandler``), which needs neither the GIL nor a lock of ours.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+#: Seconds without a round of the loop after which it hangs: longer than a busy disk takes.
+HANGS_AFTER = 60.0
+#: Rounds within this share of that time are not worth a system call each.
+SHARE = 1 / 6
+
+
+class Watchdog:
+    """Looks after one loop of this process; does nothing until :meth:`watching`."""
+
+    def __init__(self) -> None:
+        self._round: float | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Meanwhile a loop that hangs is told; ``SIGUSR1`` tells at any time where it is."""
+        if sys.stderr is None:  # a service manager may start us without one
+            yield
+            return
+        faulthandler.register(signal.SIGUSR1, sys.stderr)
+        self._begin(time.monotonic())
+        try:
+            yield
+        finally:
+            self._round = None
+            faulthandler.cancel_dump_traceback_later()
+            faulthandler.unregister(signal.SIGUSR1)
+
+    def came_round(self) -> None:
+        """The loop is well."""
+        if self._round is None:
+            return
+        now = time.monotonic()
+        took = now - self._round
+        if took > HANGS_AFTER:
+            log.error("the relay stood still for %.0f s; the stacks above say where", took)
+        if took > HANGS_AFTER * SHARE:
+            self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        self._round = now
+        faulthandler.dump_traceback_later(HANGS_AFTER, file=sys.stderr)
