@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from ..transfer import Opening, Progress, Transfer, decode, encode
 from .report import Report
 from .segments import player_of
+from .stored import NO_AXIS, Axis
 from .viewer import CLOCK_FELL_NS, Key, Viewer, Viewers, key_of
 from .viewing import MOST_OPEN, PROBE, Response, Viewing, is_probe
 
@@ -20,6 +21,8 @@ from .viewing import MOST_OPEN, PROBE, Response, Viewing, is_probe
 FORGET_NS = 30 * 60 * 1_000_000_000
 #: A response is given up after this time: no viewing lasts as long, but its close line may have been lost.
 OPEN_MOST_NS = 24 * 3600 * 1_000_000_000
+#: Before any time: those of another boot lie before this one's beginning.
+BEFORE_ALL_NS = -(1 << 63)
 #: Sessions at a video that are kept, at 1 to 2 KB each; the one that was silent longest makes room.
 MOST_VIEWERS = 200_000
 
@@ -40,7 +43,7 @@ class Playback:
         self._viewers = Viewers()
         self._open: dict[tuple[str, int], Key] = {}
         self._changed: dict[Key, None] = {}
-        self._clock_ns = 0
+        self._clock_ns = BEFORE_ALL_NS
         #: Named events since the caller last took them: ``late``, ``repeated``, ``below_minimum``,
         #: ``interrupted``, ``interrupted_unknown``, ``ignored_empty``, ``ignored_probe``, ``responses_given_up``,
         #: ``viewings_dropped``, ``state_unreadable``.
@@ -117,21 +120,30 @@ class Playback:
 
     # State.
 
-    def changed(self) -> Iterator[tuple[Key, str | None]]:
-        """The viewings that changed since the last call: their key and state, ``None`` for those dropped."""
+    def changed(self, axis: Axis = NO_AXIS) -> Iterator[tuple[Key, str | None]]:
+        """The viewings that changed since the last call: their key and state, ``None`` for those dropped.
+
+        *axis* is that of the facts' times.
+        """
         changed, self._changed = self._changed, {}
         for key in changed:
             viewer = self._viewers.get(key)
-            yield key, None if viewer is None else viewer.dump()
+            yield key, None if viewer is None else viewer.dump(axis)
 
-    def restore(self, rows: Iterable[tuple[Key, str]]) -> None:
-        """Take in what :meth:`changed` gave before; a row that can't be read is left out and counted."""
+    def restore(self, rows: Iterable[tuple[Key, str]], axis: Axis = NO_AXIS, now_ns: int = 0) -> None:
+        """Take in what :meth:`changed` gave before; a row that can't be read is left out and counted.
+
+        *axis* is that of the facts to come; what another boot left is placed on it by the wall clock.
+        """
         viewers = []
         for key, text in rows:
             try:
-                viewers.append(Viewer.load(key, text))
+                viewer = Viewer.load(key, text)
             except (ValueError, TypeError, RecursionError):
                 self.counts["state_unreadable"] += 1
+                continue
+            viewer.move_to(axis, now_ns)
+            viewers.append(viewer)
         for viewer in sorted(viewers, key=lambda viewer: viewer.last_ns):
             self._viewers.touch(viewer)
             for viewing in viewer.viewings:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ..settings import Settings
-from ..state import Holder, StateFolder, hold_lock
+from ..state import Holder, StateFolder, boot_id, hold_lock
 from ..transfer import Opening, Progress
 from ..version import VERSION
 from .bounds import Bounds, Reserve, taken_as_lost
@@ -26,6 +26,7 @@ from .journals import Journals, Reading
 from .outbox import Ingest, OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
 from .playback import Playback
 from .report import Report
+from .stored import Axis
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Relay:
         self._moved = time.monotonic()
         self._looked_for_dead = 0.0
         self._minute = 0
+        self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
         self.watchdog = Watchdog()
         folder.create()
         self._lock = self._take_lock()
@@ -147,7 +149,7 @@ class Relay:
         counts = self._counts(reading)
         return Ingest(
             reports,
-            list(self._playback.changed()),
+            list(self._playback.changed(self._axis())),
             reading.places,
             counts,
             self._notes(),
@@ -230,7 +232,7 @@ class Relay:
         reports = self._playback.conclude(_wall_ms())
         try:
             if reports:
-                self._bounds.ingest(Ingest(reports, list(self._playback.changed()), {}, {}))
+                self._bounds.ingest(Ingest(reports, list(self._playback.changed(self._axis())), {}, {}))
         except OutboxError as error:
             self._say_store_fails(error)
             return False
@@ -305,7 +307,10 @@ class Relay:
             idle_s=self._settings.stream_idle,
             min_bytes=self._settings.min_bytes,
         )
-        self._playback.restore(self._outbox.viewings())
+        self._playback.restore(self._outbox.viewings(), self._axis(), time.monotonic_ns())
+
+    def _axis(self) -> Axis:
+        return self._boot, time.time_ns() - time.monotonic_ns()
 
     def _say_store_fails(self, error: OutboxError | OSError) -> None:
         new, self._store_fails = not self._store_fails, True

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+#: A boot, and how far its wall clock was ahead of CLOCK_MONOTONIC, in ns: where that boot's times lie on any other's.
+Axis: TypeAlias = tuple[str, int]
+NO_AXIS: Axis = ("", 0)
 
 
 def _fields(value: Any) -> list[Any]:
@@ -22,6 +26,20 @@ def loads(kind: type[T], text: str) -> T:
     """The *kind* of dataclass that *text* was made from; raises ValueError or TypeError where it was not."""
     value: T = _revived(kind, json.loads(text))
     return value
+
+
+def move_times(state: Any, by_ns: int, latest_ns: int) -> None:
+    """Put each time in *state*, a field named ``…_ns``, *by_ns* further, but none behind *latest_ns*."""
+    if isinstance(state, tuple):
+        for each in state:
+            move_times(each, by_ns, latest_ns)
+    elif is_dataclass(state):
+        for field in fields(state):
+            value = getattr(state, field.name)
+            if not field.name.endswith("_ns"):
+                move_times(value, by_ns, latest_ns)
+            elif value is not None:
+                setattr(state, field.name, min(value + by_ns, latest_ns))
 
 
 def _revived(kind: Any, value: Any) -> Any:

@@ -13,14 +13,14 @@ from typing import TypeAlias
 from ..transfer import Play
 from .report import Report
 from .segments import Player
-from .stored import dumps, loads
+from .stored import NO_AXIS, Axis, dumps, loads, move_times
 from .viewing import Response, Viewing
 
 #: Host, session and photo.
 Key: TypeAlias = tuple[str, str, str]
 
 #: Version of the stored form; what another one stored is not believed.
-STORED = 1
+STORED = 2
 #: Ends that are remembered, so that a line that is read twice is told once.
 REMEMBERED = 8
 #: What lies further ahead than this comes from before the clock was set back.
@@ -45,6 +45,8 @@ class Viewer:
     viewings: tuple[Viewing, ...] = ()
     #: Marks of its latest responses that ended.
     ended: tuple[int, ...] = ()
+    #: What its times count from; as it was stored.
+    axis: tuple[str, int] = NO_AXIS
     stored: int = STORED
 
     def at(self, time_ns: int) -> Viewing | None:
@@ -108,8 +110,14 @@ class Viewer:
         for viewing in self.viewings:
             viewing.last_ns = min(viewing.last_ns, now_ns)
 
-    def dump(self) -> str:
-        """Its state as compact JSON."""
+    def move_to(self, axis: Axis, now_ns: int) -> None:
+        """Where its times are another boot's, place them by the wall clock; none is later than *now_ns*."""
+        if self.axis[0] != axis[0]:
+            move_times(self, self.axis[1] - axis[1], now_ns)
+
+    def dump(self, axis: Axis) -> str:
+        """Its state as compact JSON; its times are on *axis*."""
+        self.axis = axis
         return dumps(self)
 
     @classmethod

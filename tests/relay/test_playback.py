@@ -445,6 +445,66 @@ def restarted(playback: Playback, per: str, min_bytes: int | None = None) -> Pla
     return successor
 
 
+class TestAfterARestartOfTheHost:
+    """CLOCK_MONOTONIC begins anew: what the outbox kept is placed by the wall clock, *pause* seconds back."""
+
+    BEFORE, UPTIME = ("boot a", 10**9 * S), 40 * 86_400
+
+    def rebooted(self, playback: Playback, pause: float, uptime: float = 60.0) -> Playback:
+        """One in a boot that is *uptime* old, *pause* after second 0 of the old one's day 40."""
+        axis = "boot b", self.BEFORE[1] + int((self.UPTIME + pause - uptime) * S)
+        successor = Playback(per="stream", idle_s=1000)
+        kept = [(key, text) for key, text in playback.changed(self.BEFORE) if text is not None]
+        successor.restore(kept, axis, int(uptime * S))
+        return successor
+
+    def played(self) -> Playback:
+        playback = Playback(per="stream", idle_s=1000)
+        feed(playback, facts_of([response(1, self.UPTIME - 9, self.UPTIME, 0, 3_000_000)]))
+        return playback
+
+    def test_a_viewing_that_goes_on_is_the_same_viewing(self) -> None:
+        playback = self.rebooted(self.played(), pause=100)
+        feed(playback, facts_of([response(2, 61, 70, 3_000_000, 4_000_000)]))
+        assert told(playback.advance(AFTER, 0)) == [(0, 7_000_000)]
+
+    def test_a_viewing_that_was_over_by_then_is_told_at_once_and_another_one_begins(self) -> None:
+        playback = self.rebooted(self.played(), pause=3600)
+        reports = playback.advance(60 * S, 0)
+        assert told(reports) == [(0, 3_000_000)]
+        feed(playback, facts_of([response(2, 61, 70, 0, 5_000_000)]))
+        assert told(playback.advance(AFTER, 0)) == [(0, 5_000_000)]
+
+    def test_a_response_that_was_open_is_ended_and_its_viewing_forgotten_in_time(self) -> None:
+        playback = Playback(per="stream", idle_s=1000)
+        playback.opened("w", response(1, self.UPTIME, self.UPTIME + 1, 0, 1).opening)
+        playback = self.rebooted(playback, pause=100)
+        assert list(playback.open_responses()) == [("w", 1)]
+        assert playback.lost("w", 1, 60 * S, 0) == []
+        playback.advance(60 * S + 30 * 60 * S, 0)
+        assert dict(playback.changed()) == {("", *PLAY[:2]): None}
+
+    def test_a_wall_clock_that_was_set_back_makes_nothing_happen_in_the_future(self) -> None:
+        playback = self.rebooted(self.played(), pause=-(10**6))
+        feed(playback, facts_of([response(2, 61, 70, 3_000_000, 4_000_000)]))
+        assert told(playback.advance(1070 * S, 0)) == [(0, 7_000_000)]
+
+    def test_what_is_kept_since_and_restored_in_the_same_boot_stays_where_it_is(self) -> None:
+        playback = self.rebooted(self.played(), pause=100)
+        feed(playback, facts_of([response(2, 61, 70, 3_000_000, 4_000_000)]))
+        later = "boot b", 5 * S  # somebody set the wall clock; the boot's own clock went on
+        successor = Playback(per="stream", idle_s=1000)
+        kept = [(key, text) for key, text in playback.changed(later) if text is not None]
+        successor.restore(kept, ("boot b", 10**6 * S), 80 * S)
+        feed(successor, facts_of([response(3, 71, 80, 7_000_000, 1_000_000)]))
+        assert told(successor.advance(AFTER, 0)) == [(0, 8_000_000)]
+
+    def test_times_before_this_boot_are_not_late(self) -> None:
+        playback = Playback()
+        feed(playback, facts_of([response(1, -100, -90, 0, 3_000_000)]))
+        assert playback.counts["late"] == 0
+
+
 class TestBadInput:
     def test_a_line_that_is_read_twice_is_told_once(self) -> None:
         playback = Playback()

@@ -272,6 +272,19 @@ def test_a_kill_at_any_point_loses_nothing_and_doubles_no_more_than_was_in_fligh
     assert list(folder.journals.iterdir()) == []
 
 
+def test_a_viewing_of_another_boot_lies_where_the_wall_clock_puts_it(api, folder, monkeypatch):
+    """An hour ago, so that it was over; by the old boot's own clock it would seem to be now."""
+    hour = 3600 * 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "boot_id", lambda: "the boot before")
+        patch.setattr(Relay, "_axis", lambda self: (self._boot, time.time_ns() - time.monotonic_ns() - hour))
+        journal(folder, "1-dead", transfer(1, now() - 10**9, "viewer"))
+        made(api, folder).run()
+    journal(folder, "2-dead", transfer(1, now() - 10**9, "viewer"))
+    made(api, folder).run()
+    assert [report["skip"] for report in api.recorded()] == ["0", "0"]
+
+
 # As a process of its own.
 
 
