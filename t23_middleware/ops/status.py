@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..relay.health import FAILING, OPEN_RESPONSES, PAUSED, Health, healths
-from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats
+from ..relay.outbox import UNCOUNTED, NoOutbox, OutboxView, Snapshot, Stats
 from ..settings import Settings
 from ..state import Holder, StateFolder, lock_is_held
 from . import text
@@ -187,6 +187,15 @@ def _api(health: Health) -> dict[str, Any]:
 
 def sentences(status: Status) -> list[str]:
     """How delivery goes, in words: what matters first."""
+    return [*_delivery(status), *_unknown(status)]
+
+
+def _unknown(status: Status) -> Iterator[str]:
+    if status.outbox.counters.get(UNCOUNTED):
+        yield "What a corrupt outbox held could not all be counted; relay.log names the file, which is set aside."
+
+
+def _delivery(status: Status) -> list[str]:
     match status.state:
         case "idle":
             return [_idle(status)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -24,7 +25,10 @@ log = logging.getLogger(__name__)
 #: A viewing's key: host, session and photo.
 Key = tuple[str, str, str]
 
+#: Version of the file's format. It stands in the file twice, as ``user_version`` and as a seal in
+#: ``application_id``: one flipped bit is not another version.
 SCHEMA_VERSION = 1
+NEWEST_KNOWN = 255
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reports (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -122,6 +126,11 @@ LONGEST_DELAY_MS = 2 * 3600 * 1000
 CHECKPOINT_PAGES = 16
 #: Bytes of the write-ahead log that stay after one large transaction: room that acknowledgements have for sure.
 LOG_KEPT = 1 << 20
+#: Counters: how often the outbox was set aside because it was corrupt, and how often what it held could not be
+#: counted in full.
+CORRUPT, UNCOUNTED = "outbox_corrupt", "outbox_uncounted"
+#: More bytes than a report has.
+MOST_BYTES = 1 << 50
 #: SQLite's own bound of a file's pages.
 MOST_PAGES = (1 << 30) - 1
 #: SQLite's words for SQLITE_FULL and SQLITE_IOERR; the codes came to Python with 3.11.
@@ -351,11 +360,11 @@ class SQLiteOutbox:
                 losses.append(GivenUp(batch.lost_as, len(batch.reports), sent))
             else:
                 self._db.executemany(f"INSERT INTO reports ({_REPORT}) VALUES ({_MARKS})", batch.reports)
-            self._give_up(losses, batch.at_ms)
+            _give_up(self._db, losses, batch.at_ms)
             self._keep_viewings(batch.viewings)
             self._db.executemany("INSERT OR REPLACE INTO journals VALUES (?, ?)", batch.places.items())
             captured = len(batch.reports) + sum(loss.reports for loss in batch.losses)
-            self._count({**batch.counts, "captured": captured})
+            _count(self._db, {**batch.counts, "captured": captured})
             _happened(self._db, history.of_reports(batch.reports))
             _happened_now(self._db, batch.at_ms, {history.CAPTURED: captured - len(batch.reports)})
             self._watched(batch.reports)
@@ -406,7 +415,7 @@ class SQLiteOutbox:
                 [(item.id, item.reason) for item in settlements if isinstance(item, Lost)],
                 now_ms,
             )
-            self._count({"sent": sent})
+            _count(self._db, {"sent": sent})
             tries = [(item.said, item.took_ms if isinstance(item, Acked) else None) for item in settlements]
             _happened_now(self._db, now_ms, {**history.of_tries(tries), history.SENT: sent})
 
@@ -540,16 +549,6 @@ class SQLiteOutbox:
         buried = self._db.execute("DELETE FROM reports WHERE id = ?", (item.id,)).rowcount
         _happened_now(self._db, now_ms, {history.DEAD: buried})
 
-    def _give_up(self, losses: Iterable[GivenUp], now_ms: int) -> None:
-        for loss in losses:
-            if loss.reports:
-                self._db.execute(
-                    "INSERT INTO losses VALUES (?, ?, ?, ?) ON CONFLICT (day, reason) DO UPDATE"
-                    " SET reports = reports + excluded.reports, bytes = bytes + excluded.bytes",
-                    (_day(now_ms), *loss),
-                )
-                _happened_now(self._db, now_ms, {history.LOST + loss.reason: loss.reports})
-
     def _keep_viewings(self, viewings: Iterable[tuple[Key, str | None]]) -> None:
         for key, state in viewings:
             if state is None:
@@ -562,12 +561,6 @@ class SQLiteOutbox:
             "INSERT INTO videos VALUES (?, ?, ?, ?, ?) ON CONFLICT (hour, host, photo_id) DO UPDATE"
             " SET plays = plays + excluded.plays, bytes = bytes + excluded.bytes",
             ((hour, *each) for hour, each in history.watched(reports)),
-        )
-
-    def _count(self, counts: Mapping[str, int]) -> None:
-        self._db.executemany(
-            "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-            [(name, number) for name, number in counts.items() if number],
         )
 
     @contextmanager
@@ -619,6 +612,25 @@ def _lose(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], n
         )
         lost[history.LOST + reason] += db.execute(f"DELETE FROM {table} WHERE id = ?", (id,)).rowcount
     _happened_now(db, now_ms, lost)
+
+
+def _give_up(db: sqlite3.Connection, losses: Iterable[GivenUp], now_ms: int) -> None:
+    """Count what is lost without having waited here."""
+    for loss in losses:
+        if loss.reports:
+            db.execute(
+                "INSERT INTO losses VALUES (?, ?, ?, ?) ON CONFLICT (day, reason) DO UPDATE"
+                " SET reports = reports + excluded.reports, bytes = bytes + excluded.bytes",
+                (_day(now_ms), *loss),
+            )
+            _happened_now(db, now_ms, {history.LOST + loss.reason: loss.reports})
+
+
+def _count(db: sqlite3.Connection, counts: Mapping[str, int]) -> None:
+    db.executemany(
+        "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+        [(name, number) for name, number in counts.items() if number],
+    )
 
 
 def _happened_now(db: sqlite3.Connection, now_ms: int, figures: Mapping[str, int]) -> None:
@@ -766,7 +778,7 @@ def _connect_beside(path: Path, mode: str) -> sqlite3.Connection:
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
     )
     try:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        version = _version(db)
         if version == 0:
             raise NoOutbox(f"the outbox {path} is only being made; try again")
         if version != SCHEMA_VERSION:
@@ -818,19 +830,79 @@ def _open_or_replace(path: Path) -> sqlite3.Connection:
 
 
 def set_aside(path: Path, why: Exception) -> None:
-    """Put the corrupt database at *path* where it is in nobody's way; the next :class:`SQLiteOutbox` begins anew."""
+    """Put the corrupt database at *path* where it is in nobody's way, and begin a new one.
+
+    What can be read of its reports is counted as lost there, reason ``corrupt``. It is the most that can be lost:
+    what the journals still hold is taken in once more.
+    """
+    left = _left_in(path)
     aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
     path.replace(aside)
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
-    log.error("the outbox was corrupt (%s); it is set aside as %s, and a new one begins", why, aside)
+    log.error(
+        "the outbox was corrupt (%s); it is set aside as %s, and a new one begins; %d reports that it held count as"
+        " lost%s",
+        why,
+        aside,
+        left.loss.reports,
+        "" if left.all else ", and what else it held is not known",
+    )
+    with suppress(sqlite3.Error, OSError):  # whoever opens it next meets that too
+        _begin_with(path, left)
+
+
+class _Left(NamedTuple):
+    """What a corrupt database held."""
+
+    loss: GivenUp
+    #: Whether that is all.
+    all: bool
+
+
+def _begin_with(path: Path, left: _Left) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    with closing(_open(path)) as db, _immediate(db):
+        _give_up(db, [left.loss], now_ms)
+        _count(db, {"captured": left.loss.reports, CORRUPT: 1, UNCOUNTED: int(not left.all)})
+
+
+def _left_in(path: Path) -> _Left:
+    """What can be read of the reports in a corrupt database, those that the API refused included."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(uri, uri=True, timeout=0)) as db:
+        found = [_left_of(db, table) for table in ("reports", "dead")]
+        reports, size = (sum(numbers) for numbers in zip(*(each.loss[1:] for each in found), strict=True))
+        return _Left(GivenUp("corrupt", reports, size), all(each.all for each in found))
+    return _Left(GivenUp("corrupt", 0, 0), False)
+
+
+def _left_of(db: sqlite3.Connection, table: str) -> _Left:
+    """From the first on up to the damage, then from the last on back to it."""
+    reports, size, last = _read_on(db, f"SELECT id, sent FROM {table} ORDER BY id")
+    if last is None:
+        return _Left(GivenUp("corrupt", reports, size), True)
+    behind = _read_on(db, f"SELECT id, sent FROM {table} WHERE id > ? ORDER BY id DESC", last)
+    return _Left(GivenUp("corrupt", reports + behind[0], size + behind[1]), False)
+
+
+def _read_on(db: sqlite3.Connection, query: str, *values: int) -> tuple[int, int, int | None]:
+    """Number and bytes of the rows that can be read, and the id of the last one; ``None`` where all can."""
+    reports = size = last = 0
+    try:
+        for id, sent in db.execute(query, values):
+            reports, last = reports + 1, id
+            size += sent if type(sent) is int and 0 <= sent < MOST_BYTES else 0
+    except sqlite3.Error:
+        return reports, size, last
+    return reports, size, None
 
 
 def _open(path: Path) -> sqlite3.Connection:
     # Only one thread touches it at a time; the check would also refuse a test's own thread.
     db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     try:
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        version = _version(db)
         if version == 0:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a file without tables takes it
         db.execute("PRAGMA journal_mode = WAL")
@@ -842,19 +914,38 @@ def _open(path: Path) -> sqlite3.Connection:
                 f"{path} is of a newer version of t23_middleware; run that one, or move the file"
             )
         if version == 0:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} {_FOR_PAGES} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {_FOR_PAGES} {_SET_VERSION} COMMIT;")
         elif not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'sizes'").fetchone()[0]:
             db.executescript(f"BEGIN IMMEDIATE; {_FOR_PAGES} COMMIT;")
         db.text_factory = _text
         _check(db)
         _mend(db)
+        if version != 0:
+            db.executescript(f"BEGIN IMMEDIATE; {_SET_VERSION} COMMIT;")
         path.chmod(0o600)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _seal(version: int) -> int:
+    return zlib.crc32(b"t23_middleware outbox %d" % version) & 0x7FFFFFFF
+
+
+_SET_VERSION = f"PRAGMA user_version = {SCHEMA_VERSION}; PRAGMA application_id = {_seal(SCHEMA_VERSION)};"
+
+
+def _version(db: sqlite3.Connection) -> int:
+    """The file's format, 0 where it is only being made. Raises :class:`sqlite3.DatabaseError` where that is damaged."""
+    (sealed,) = db.execute("PRAGMA application_id").fetchone()
+    (said,) = db.execute("PRAGMA user_version").fetchone()
+    for version in range(1, NEWEST_KNOWN + 1):
+        if _seal(version) == sealed:
+            return version
+    if said in (0, SCHEMA_VERSION):
+        return int(said)
+    raise sqlite3.DatabaseError("its version is damaged")
 
 
 def _check(db: sqlite3.Connection) -> None:

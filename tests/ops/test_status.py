@@ -16,6 +16,7 @@ from t23_middleware.settings import Settings
 from t23_middleware.state import lock_is_held
 
 from ..harness import PATIENCE, lacking, until
+from ..relay.test_outbox import as_if_of_version
 from ..relay.writers import end, journal, living, start, transfer
 from .commands import Site, fits
 
@@ -167,10 +168,7 @@ def test_a_database_that_is_none_is_an_error_with_a_remedy(site: Site):
 def test_an_outbox_of_another_version_is_not_guessed_at(site: Site):
     site.folder.create()
     SQLiteOutbox(site.folder.outbox).close()
-    site.python(
-        "import sqlite3, sys\n"
-        f"sqlite3.connect({str(site.folder.outbox)!r}).execute('PRAGMA user_version = 99')"
-    )
+    as_if_of_version(99, site.folder.outbox)
     done = site.run("status")
     assert done.returncode == 1
     assert "another version" in done.stderr
@@ -180,6 +178,16 @@ def test_wrong_settings_are_told_and_end_with_2(site: Site):
     done = site.run("status", T23_API_URL="nowhere")
     assert done.returncode == 2
     assert "T23_API_URL" in done.stderr
+
+
+def test_a_corrupt_outbox_of_which_not_all_can_be_counted_is_said(site: Site):
+    site.folder.create()
+    site.folder.outbox.write_bytes(b"this is no database, and long enough to be one" * 100)
+    SQLiteOutbox(site.folder.outbox).close()
+    assert "What a corrupt outbox held" in site.run("status").stdout
+    found = json.loads(site.run("status", "--json").stdout)
+    assert "could not all be counted" in found["text"]
+    assert found["counters"] == {"outbox_corrupt": 1, "outbox_uncounted": 1}
 
 
 def need_root() -> None:

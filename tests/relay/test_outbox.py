@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from t23_middleware.relay.outbox import (
     Lost,
     OutboxCorrupt,
     OutboxError,
+    OutboxView,
     SQLiteOutbox,
     Stats,
 )
@@ -294,13 +296,85 @@ def test_a_file_that_turns_corrupt_while_it_is_open_says_so(outbox, path):
             outbox.recover_leases(True, NOW)
 
 
+def as_if_of_version(version: int, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {version}")
+        db.execute(f"PRAGMA application_id = {outbox_module._seal(version)}")
+
+
 def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(outbox, path):
     outbox.ingest(batch(report(1)))
-    outbox._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     outbox.close()
+    as_if_of_version(SCHEMA_VERSION + 1, path)
     with pytest.raises(StateError, match="newer version"):
         SQLiteOutbox(path)
     assert list(path.parent.glob("*.corrupt*")) == []
+
+
+#: Where SQLite's header has the two numbers, four bytes each (sqlite.org/fileformat2.html).
+@pytest.mark.parametrize("place", [60, 68], ids=["user_version", "application_id"])
+def test_any_one_bit_of_the_version_that_flips_costs_nothing(place, outbox, path, caplog):
+    outbox.ingest(batch(report(1)))
+    outbox.close()
+    whole = path.read_bytes()
+    for bit in range(32):
+        damaged = bytearray(whole)
+        damaged[place + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with OutboxView(path) as view:
+            assert view.snapshot().stats.waiting == 1
+        mended = SQLiteOutbox(path)
+        assert adds_up(mended) == Stats(1, 1, 0, 0, 0)
+        mended.close()
+        assert path.read_bytes()[60:72] == whole[60:72]
+    assert caplog.records == []
+
+
+def test_a_version_that_is_damaged_in_both_places_is_a_corrupt_file(outbox, path):
+    outbox.ingest(batch(report(1)))
+    outbox.close()
+    path.write_bytes(path.read_bytes()[:60] + b"\x7f" * 12 + path.read_bytes()[72:])
+    new = SQLiteOutbox(path)
+    assert adds_up(new) == Stats(1, 0, 0, 0, 1)
+    new.close()
+
+
+def test_what_can_be_read_of_a_corrupt_file_counts_as_lost(outbox, path, caplog):
+    outbox.ingest(batch(*map(report, range(20_000))))
+    outbox.settle([Acked(1)], NOW)
+    outbox.settle([Dead(id, "no_such_photo", "no") for id in (2, 3)], NOW)
+    outbox.close()
+    content = bytearray(path.read_bytes())
+    at = (
+        content.index(b"session-100007dhtml5") // 4096 * 4096
+    )  # a page in the middle of the table; "d" is 100 bytes
+    content[at : at + 4096] = os.urandom(4096)
+    path.write_bytes(content)
+    new = SQLiteOutbox(path)
+    found = adds_up(new)
+    assert 19_000 < found.lost < 19_999
+    assert found == Stats(found.lost, 0, 0, 0, found.lost)
+    assert new.counters() == {"captured": found.lost, "outbox_corrupt": 1, "outbox_uncounted": 1}
+    with OutboxView(path) as view:
+        ((_, reason, reports, size),) = view.snapshot().losses
+    assert (reason, reports, size) == ("corrupt", found.lost, 100 * found.lost)
+    new.close()
+    (record,) = caplog.records
+    assert f"{found.lost} reports that it held count as lost" in record.message
+    assert "what else it held is not known" in record.message
+
+
+def test_a_corrupt_file_whose_reports_can_all_be_read_leaves_nothing_unknown(outbox, path, caplog):
+    outbox.ingest(batch(*map(report, range(50))))
+    outbox.settle([Dead(1, "no_such_photo", "no")], NOW)
+    outbox.close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TABLE viewings")
+    new = SQLiteOutbox(path)
+    assert adds_up(new) == Stats(50, 0, 0, 0, 50)
+    assert new.counters() == {"captured": 50, "outbox_corrupt": 1}
+    new.close()
+    assert "not known" not in caplog.text
 
 
 def test_a_path_that_can_hold_no_file_is_an_error_with_its_name(path):
