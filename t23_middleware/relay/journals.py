@@ -188,7 +188,8 @@ class Journals:
         """
         finished = [name for name, journal in self._followed.items() if self._is_finished(journal)]
         for name in finished:
-            self._followed.pop(name).path.unlink(missing_ok=True)
+            self._followed[name].path.unlink(missing_ok=True)  # or it fails, and is followed on
+            del self._followed[name]
             crash_point("after_unlink")
         self._remove_locks()
         forgotten, self._places = list(self._places), {}

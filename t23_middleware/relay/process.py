@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NamedTuple
 
 from ..settings import Settings
 from ..state import Holder, StateFolder, boot_id, hold_lock
@@ -49,6 +50,18 @@ class AnotherRelay(Exception):
     """Another relay works on the folder."""
 
 
+class _Look(NamedTuple):
+    """One look at the journals."""
+
+    #: When, in ns since the epoch.
+    wall_ns: int
+    #: Bytes that it took from each journal at most.
+    piece: int
+    reading: Reading
+    #: What became of it, once it is judged.
+    batch: Ingest | None = None
+
+
 class Relay:
     """Works on *folder* while it holds the lock; raises :class:`AnotherRelay` where another one does."""
 
@@ -63,6 +76,9 @@ class Relay:
         self._moved = time.monotonic()
         self._looked_for_dead = 0.0
         self._minute = 0
+        #: What the outbox did not take yet, and the journals that are gone and that it still names.
+        self._in_hand: _Look | None = None
+        self._gone: list[str] = []
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
         self.watchdog = Watchdog()
         folder.create()
@@ -121,28 +137,40 @@ class Relay:
         if not self._keep_bounds():
             self._ending = self._ending or self._must_end()
             return TRY_STORE_AGAIN
-        looked_ns = time.time_ns()
-        reading = self._journals.read(time.monotonic_ns() - LATE_NS, self._bounds.piece)
+        look = self._in_hand or self._look()
         if self._must_end():
             self._ending = True
             return 0.0
-        batch = self._batch(reading)
         try:
-            if batch.reports or batch.viewings or batch.places or batch.counts:
-                self._bounds.ingest(batch)
-                crash_point("after_ingest_commit")
-                self._journals.taken(reading)
-                self._moved = time.monotonic()
-            self._outbox.forget_journals(self._journals.remove_finished())
+            self._keep(look)
+            self._gone += self._journals.remove_finished()
+            self._outbox.forget_journals(self._gone)
+            self._gone = []
             self._begin_minute()
             if self._settings.ephemeral:
-                self._say_delivered(looked_ns)
+                self._say_delivered(look.wall_ns)
         except (OutboxError, OSError) as error:
             self._say_store_fails(error)
-            self._begin_reading()  # what was judged may not have happened; it is read and judged again
+            if self._in_hand and self._bounds.piece < look.piece:
+                self._begin_reading()  # read and judged again: less at once may find room
             return TRY_STORE_AGAIN
         self._store_fails = False
-        return 0.0 if reading.more else POLL
+        return 0.0 if look.reading.more else POLL
+
+    def _look(self) -> _Look:
+        wall_ns, piece = time.time_ns(), self._bounds.piece
+        return _Look(wall_ns, piece, self._journals.read(time.monotonic_ns() - LATE_NS, piece))
+
+    def _keep(self, look: _Look) -> None:
+        """Judge it and take it into the outbox; what that refuses stays in hand, for nothing is judged twice."""
+        batch = look.batch or self._batch(look.reading)
+        if batch.reports or batch.viewings or batch.places or batch.counts:
+            self._in_hand = look._replace(batch=batch)
+            self._bounds.ingest(batch)
+            crash_point("after_ingest_commit")
+            self._journals.taken(look.reading)
+            self._moved = time.monotonic()
+        self._in_hand = None
 
     def _batch(self, reading: Reading) -> Ingest:
         reports = self._judge(reading)
@@ -219,7 +247,7 @@ class Relay:
             self._minute = now_ms // MINUTE_MS
 
     def _should_leave(self) -> bool:
-        if not self._automatic:
+        if not self._automatic or self._in_hand:
             return False
         if time.monotonic() - self._moved < LEAVE_AFTER or self._journals.has_live_writer():
             return False
@@ -229,6 +257,8 @@ class Relay:
 
     def _conclude(self) -> bool:
         """Tell of the streams that are not over, since nobody may be here when they are; whether there were any."""
+        if self._in_hand:  # the next relay judges that anew, and all that follows from it
+            return False
         reports = self._playback.conclude(_wall_ms())
         try:
             if reports:
@@ -301,6 +331,7 @@ class Relay:
 
     def _begin_reading(self) -> None:
         """Journals and playback as the outbox knows them."""
+        self._in_hand, self._gone = None, []
         self._journals = Journals(self._folder, self._outbox.places())
         self._playback = Playback(
             per=self._settings.report_per,

@@ -193,6 +193,54 @@ def test_what_the_outbox_refuses_stays_in_the_journals_until_it_takes_it(api, fo
     assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
 
 
+def test_while_the_outbox_refuses_nothing_is_loaded_or_judged_again(api, folder, monkeypatch):
+    """A hundred thousand viewings would cost a second at each try."""
+    opened = [opening(n, now() - 2 * 10**9 + n, f"s{n}") for n in range(20)]
+    closed = [transfer(n, now() - 10**9 + n, f"s{n}") for n in range(20)]
+    ingest, viewings, refused, loaded = SQLiteOutbox.ingest, SQLiteOutbox.viewings, [], []
+
+    def failing(self: SQLiteOutbox, batch: Any) -> None:
+        if len(refused) < 5 and batch.places:
+            refused.append(batch)
+            raise OutboxError("the outbox can't be used: database is locked")
+        ingest(self, batch)
+
+    def load(self: SQLiteOutbox) -> Any:
+        loaded.append(True)
+        return viewings(self)
+
+    monkeypatch.setattr(SQLiteOutbox, "ingest", failing)
+    monkeypatch.setattr(SQLiteOutbox, "viewings", load)
+    monkeypatch.setattr(module, "TRY_STORE_AGAIN", 0.02)
+    with living(folder) as writer, relaying(api, folder):
+        writer.write(*opened)
+        assert until(lambda: len(refused) >= 2)
+        writer.write(*closed)
+        api.wait_for(20, PATIENCE)
+    assert len({id(batch) for batch in refused}) == 1
+    assert len(loaded) == 1
+    assert set(sessions(api).values()) == {1}
+    assert stats(folder) == Stats(20, 0, 20, 0, 0)
+
+
+def test_a_relay_that_ends_while_the_outbox_refuses_leaves_all_to_the_next(api, folder, monkeypatch):
+    play = transfer(1, now() - 10**9, "viewer", sent=100_000)
+    journal(folder, "1-dead", play.opening, play)
+    with monkeypatch.context() as patch:
+        refused = []
+
+        def failing(self: SQLiteOutbox, batch: Any) -> None:
+            refused.append(batch)
+            raise OutboxError("the outbox can't be used: database is locked")
+
+        patch.setattr(SQLiteOutbox, "ingest", failing)
+        with relaying(api, folder, T23_REPORT_PER="stream"):
+            assert until(lambda: refused)
+    made(api, folder, T23_REPORT_PER="stream").run()
+    assert sessions(api) == {"viewer": 1}
+    assert stats(folder) == Stats(1, 0, 1, 0, 0)
+
+
 def test_an_outbox_that_turns_corrupt_is_set_aside_and_the_work_goes_on(api, folder, monkeypatch, caplog):
     claim, broken = SQLiteOutbox.claim, []
 
