@@ -19,6 +19,7 @@ from ..state import StateFolder
 from ..transfer import LONGEST_LINE
 from .journals import PIECE
 from .outbox import GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox
+from .report import CLOCK_SET_MS
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ class Bounds:
         self._space_at = space
         self._look_at = self._look_at_age = float("-inf")
         self._told: dict[str, float] = {}
+        self._shift_ms: int | None = None
 
     def keep(self) -> None:
         """Give up what is beyond the bounds, a piece at a time: the next look goes on. Raises :class:`OutboxError`."""
@@ -210,7 +212,7 @@ class Bounds:
         Where nothing waits the reserve may go for it: there is nothing to acknowledge.
         Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
         """
-        batch = self._without_old(batch)
+        batch = self._without_old(self._dated(batch))
         try:
             with self._outbox.growing_by(self._space().growth, may_make_room=not self._outbox.hosts()):
                 self._outbox.ingest(batch)
@@ -225,6 +227,29 @@ class Bounds:
         with suppress(OutboxFull):
             if self._outbox.shrink(min(FREE_PAGES, space.size // FREE_SHARE), most):
                 self._look_at = self._monotonic()
+
+    def _dated(self, batch: Ingest) -> Ingest:
+        """A time from before the host's clock was set is no age: such a report is as old as its way into the outbox."""
+        undated = [report.time_ms for report in batch.reports if report.time_ms < CLOCK_SET_MS]
+        if not undated or self._wall_ms() < CLOCK_SET_MS:
+            return batch
+        shift = self._shift(max(undated))
+        dated = (
+            report._replace(time_ms=report.time_ms + shift) if report.time_ms < CLOCK_SET_MS else report
+            for report in batch.reports
+        )
+        return batch._replace(reports=list(dated))
+
+    def _date_what_waits(self) -> None:
+        """Likewise what came in before the clock was set."""
+        if self._wall_ms() >= CLOCK_SET_MS and (latest := self._outbox.latest_undated()) is not None:
+            self._outbox.date(self._shift(latest))
+
+    def _shift(self, latest_ms: int) -> int:
+        """One for all, so that the times of a session and video stay different ones."""
+        if self._shift_ms is None:
+            self._shift_ms = self._wall_ms() - latest_ms
+        return self._shift_ms
 
     def _without_old(self, batch: Ingest) -> Ingest:
         """What is too old already must not be sent before somebody looks at its age."""
@@ -241,6 +266,7 @@ class Bounds:
         """Looks at all that waits, and so not at every look."""
         if now < self._look_at_age:
             return 0
+        self._date_what_waits()
         outbox, now_ms = self._outbox, self._wall_ms()
         dropped = [
             self._gone("dead_too_old", outbox.lose_dead_older, now_ms - DEAD_MS, MOST_AT_ONCE),

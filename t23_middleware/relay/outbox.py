@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 from ..errors import StateError
 from . import history
 from .history import Fatality, History, Series, Watched
-from .report import Report
+from .report import CLOCK_SET_MS, Report
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,14 @@ WITH RECURSIVE found (host) AS (
 SELECT host FROM found WHERE host IS NOT NULL
 """
 _OLDEST = "SELECT time_ms FROM reports ORDER BY id LIMIT 1"
+_UNDATED = f"time_ms < {CLOCK_SET_MS} AND tries = 0 AND leased = 0"
+_UNDATED_DEAD = f"died_ms < {CLOCK_SET_MS}"
+_LATEST_UNDATED = f"""
+SELECT max(at) FROM (
+    SELECT max(time_ms) AS at FROM reports WHERE {_UNDATED}
+    UNION ALL SELECT max(died_ms) FROM dead WHERE {_UNDATED_DEAD}
+)
+"""
 _STEPS = f"""
 SELECT minute / ?, name, CASE WHEN name IN {history.GAUGES} THEN max(value) ELSE CAST(total(value) AS INTEGER) END
 FROM minutes WHERE minute >= ? GROUP BY 1, 2
@@ -498,8 +506,23 @@ class SQLiteOutbox:
 
     def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
         """Give up reports that tell of a time before *before_ms*, up to *most*; how many. Not what is in flight."""
-        query = "SELECT id FROM reports WHERE leased = 0 AND time_ms < ? ORDER BY id LIMIT ?"
+        query = (
+            f"SELECT id FROM reports WHERE leased = 0 AND time_ms >= {CLOCK_SET_MS} AND time_ms < ?"
+            " ORDER BY id LIMIT ?"
+        )
         return self._lose_found("reports", query, (before_ms, most), reason, now_ms)
+
+    def latest_undated(self) -> int | None:
+        """The latest time, in ms, from a clock that was not set yet, if there is one; see :meth:`date`."""
+        with _translated():
+            (latest,) = self._db.execute(_LATEST_UNDATED).fetchone()
+        return None if latest is None else int(latest)
+
+    def date(self, shift_ms: int) -> None:
+        """Add *shift_ms* to the times from a clock that was not set yet, but of no report that may have arrived."""
+        with self._transaction():
+            self._db.execute(f"UPDATE reports SET time_ms = time_ms + ? WHERE {_UNDATED}", (shift_ms,))
+            self._db.execute(f"UPDATE dead SET died_ms = died_ms + ? WHERE {_UNDATED_DEAD}", (shift_ms,))
 
     def lose_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
         """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight."""

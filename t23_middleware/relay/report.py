@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: The beginning of 2024, in ms: a clock that says less was not set yet when it was asked.
+CLOCK_SET_MS = 1_704_067_200_000
+
 
 class Report(NamedTuple):
     """What is told about one transfer, ready to be sent."""

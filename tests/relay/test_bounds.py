@@ -27,6 +27,7 @@ from t23_middleware.relay.bounds import (
 )
 from t23_middleware.relay.outbox import (
     Acked,
+    Again,
     Dead,
     GivenUp,
     Ingest,
@@ -126,6 +127,44 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 # Age.
+
+
+def at(time_ms: int, session: str = "s") -> Report:
+    return report(0)._replace(time_ms=time_ms, session_id=session)
+
+
+def test_a_report_from_before_the_hosts_clock_was_set_is_as_old_as_its_ingestion(world):
+    """Both at boot: the worker's clock said 1970, and the relay's says better already."""
+    bounds = world.bounds(max_age=3600)
+    bounds.ingest(batch(at(5_000), at(7_000), at(6_000, "t"), report(1)))
+    bounds.ingest(batch(at(8_000)))
+    world.keep(bounds)
+    assert world.stats() == Stats(5, 5, 0, 0, 0)
+    times = world.outbox._db.execute("SELECT time_ms - ? FROM reports ORDER BY id", (NOW,))
+    assert [time for (time,) in times] == [-2000, 0, -1000, 0, 1000]
+    world.now_ms += 3_600_000 + 1001
+    world.keep(bounds)
+    assert world.stats() == Stats(5, 0, 0, 0, 5)
+
+
+def test_what_came_in_before_the_clock_was_set_gets_its_age_when_it_is(world):
+    bounds = world.bounds(max_age=3600)
+    world.now_ms = 9_000
+    bounds.ingest(batch(*(at(1_000 + n) for n in range(4))))
+    world.keep(bounds)
+    (tried,) = world.claim(1)
+    world.outbox.settle([Again(tried, 0, 1)], world.now_ms)
+    world.outbox.settle([Dead(tried + 1, "no_such_photo", "answer")], world.now_ms)
+    world.now_ms = NOW
+    world.keep(bounds)
+    assert world.stats() == Stats(4, 3, 0, 1, 0)
+    times = [time for (time,) in world.outbox._db.execute("SELECT time_ms FROM reports ORDER BY id")]
+    assert times[0] == 1_000, "what may have arrived keeps its time in every retry"
+    assert times[2] - times[1] == 1
+    assert NOW - 10_000 < times[1] < NOW
+    world.now_ms += 3_600_001
+    world.keep(bounds)
+    assert world.stats() == Stats(4, 1, 0, 1, 2)
 
 
 def test_what_is_older_than_the_bound_is_lost_and_counted_by_day_with_its_bytes(world, caplog):
