@@ -1,11 +1,16 @@
-"""``t23-middleware demo``: the example app under a real server, the stand-in API and the relay, on this machine."""
+"""``t23-middleware demo``: the example app under a real server, the stand-in API, the relay and a page that shows it all.
+
+Everything is on this machine: the site's server and its relay are processes of their own, started as a user would;
+the stand-in and the page live here.
+"""
 
 from __future__ import annotations
 
 import http.client
 import importlib
 import importlib.util
-import re
+import logging
+import os
 import signal
 import socket
 import subprocess
@@ -14,17 +19,31 @@ import tempfile
 import threading
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UsageError
-from ..settings import process_environment
-from ..state import StateFolder, lock_is_held
+from ..errors import StateError, UsageError
+from ..settings import PREFIX, Settings, process_environment
+from ..state import StateFolder, lock_is_held, lock_owner
+from .demo_api import Plug
+from .demo_page import DemoPage
+from .demo_site import example_module, media_path
 from .standin import StandIn, StandInServer, say
+from .standin_http import HTTPServer
+
+log = logging.getLogger(__name__)
 
 #: Seconds that the server may take to answer, and that the relay may take to leave.
 PATIENCE = 15.0
+#: Seconds between two looks at the journals and at the server.
+LOOK_EVERY = 0.2
+#: Seconds that the relay has to leave by itself before it is told to.
+LEAVES_WITHIN = 3.0
+#: Reports that the stand-in remembers: a demo may be left open for days.
+REMEMBERED = 1000
+#: Seconds for one report. Shorter than the default, so that an API that hangs is soon seen to.
+TIMEOUT = 3
 
 
 def run_demo(port: int = 0, open_browser: bool = False) -> int:
@@ -38,50 +57,46 @@ def run_demo(port: int = 0, open_browser: bool = False) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     port = _free_port(port)
-    with (
-        StandInServer(app=StandIn(say=say)) as api,
-        _state_folder() as state,
-        _server(port, api.url, state) as server,
-    ):
-        _wait_until_it_answers(server, port)
-        page = f"http://127.0.0.1:{port}/"
-        say(_introduction(page, api.url))
-        if open_browser:
-            webbrowser.open(page)
-        while not stop.wait(0.2):
-            if server.poll() is not None:
-                raise UsageError("the demo's server ended by itself; its own words stand above")
+    with StandInServer(app=StandIn(say=say, limit=REMEMBERED)) as api, _state_folder() as state:
+        environ = _environment(api.url, state)
+        with (
+            _plug(api, environ) as plug,
+            _page(environ, api, plug) as (page, page_port),
+            _server(port, page_port, environ) as server,
+        ):
+            _wait_until_it_answers(server, port)
+            _introduce(port, api.url, open_browser)
+            _watch(page, server, stop)
     return 0
 
 
+def _watch(page: DemoPage, server: subprocess.Popen[bytes], stop: threading.Event) -> None:
+    """Follow the journals, whether anybody looks at the page or not, until *stop*."""
+    while not stop.wait(LOOK_EVERY):
+        if server.poll() is not None:
+            raise UsageError("the demo's server ended by itself; its own words stand above")
+        try:
+            page.follow()
+        except (StateError, OSError) as error:
+            log.error("the demo's page can't follow: %s", error)
+
+
 _INTRODUCTION = """\
-A video site is running at {page} (Ctrl-C ends it).
-It is a plain Flask app under gunicorn, started with 't23-middleware run'. Open it and play, or:
+A video site is running at {page}
+Open it, play and scrub: the page shows what is counted and reported. Ctrl-C ends all of it.
+It is a plain Flask app under gunicorn, started with 't23-middleware run'. Without a browser:
     curl -so /dev/null '{page}{media}?session_id=me&photo_id={photo}'
     curl -so /dev/null -r 600000- '{page}{media}?session_id=me&photo_id={photo}'
 The API is a stand-in at {api}. Each report appears below as it is recorded there:
 """
 
 
-def _introduction(page: str, api: str) -> str:
-    example = importlib.import_module(_example()[0])
-    media = re.sub(r"<(\w+)>", lambda part: example.VIDEO[part[1]], example.PATH).lstrip("/")
-    return _INTRODUCTION.format(page=page, api=api, media=media, photo=example.VIDEO["photo"])
-
-
-def _example() -> tuple[str, Path]:
-    """The example's module, and the folder to start it in.
-
-    Not the folder that one stands in: gunicorn looks there first, and in a clone finds the package without its
-    example instead of the installed one.
-    """
-    installed = "t23_middleware.examples.flask_app"
-    checkout = Path(__file__).parents[2]
-    if importlib.util.find_spec("t23_middleware.examples") is not None:
-        return installed, Path(tempfile.gettempdir())
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
-    return "examples.flask_app", checkout
+def _introduce(port: int, api: str, open_browser: bool) -> None:
+    page = f"http://127.0.0.1:{port}/"
+    video = importlib.import_module(example_module()).VIDEO
+    say(_INTRODUCTION.format(page=page, api=api, media=media_path(video).lstrip("/"), photo=video["photo"]))
+    if open_browser:
+        webbrowser.open(page)
 
 
 def _require(*modules: str) -> None:
@@ -106,34 +121,85 @@ def _state_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="t23-demo-", ignore_cleanup_errors=True) as name:
         path = Path(name) / "state"
         yield path
-        deadline = time.monotonic() + PATIENCE
-        while lock_is_held(StateFolder(path).relay_lock) and time.monotonic() < deadline:
-            time.sleep(0.1)
+        _wait_until_left(StateFolder(path))
 
 
-@contextmanager
-def _server(port: int, api_url: str, state: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """gunicorn with the example, started as a user would: by ``t23-middleware run``."""
-    module, folder = _example()
-    environ = process_environment() | {
+def _wait_until_left(folder: StateFolder) -> None:
+    """The relay leaves once all is delivered; one whose API is off would wait for it, and is told to leave."""
+    began = time.monotonic()
+    told = 0
+    while lock_is_held(folder.relay_lock) and time.monotonic() - began < PATIENCE:
+        relay = lock_owner(folder.relay_lock)
+        if relay and relay != told and time.monotonic() - began > LEAVES_WITHIN:
+            told = relay
+            _tell_to_leave(relay)
+        time.sleep(0.1)
+
+
+def _tell_to_leave(relay: int) -> None:
+    try:
+        os.kill(relay, signal.SIGTERM)
+    except ProcessLookupError:
+        pass  # it was leaving
+
+
+def _environment(api_url: str, state: Path) -> dict[str, str]:
+    """The site's, without what is set for another site of this user."""
+    own = {name: value for name, value in process_environment().items() if not name.startswith(PREFIX)}
+    return own | {
         "T23_API_URL": api_url,
         "T23_STATE_DIR": str(state),
         "T23_PHOTO_PATTERN": "twentythree",
+        "T23_TIMEOUT": str(TIMEOUT),
     }
-    command = [sys.executable, "-m", "t23_middleware", "run", "gunicorn", f"{module}:app"]
+
+
+@contextmanager
+def _plug(api: StandInServer, environ: Mapping[str, str]) -> Iterator[Plug]:
+    plug = Plug(api, environ)
+    try:
+        yield plug
+    finally:
+        plug.close()
+
+
+@contextmanager
+def _page(environ: Mapping[str, str], api: StandInServer, plug: Plug) -> Iterator[tuple[DemoPage, int]]:
+    """The page, and the port at which the site finds it."""
+    page = DemoPage(Settings(environ=environ), api, plug)
+    server = HTTPServer("127.0.0.1", 0, page)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="page", daemon=True)
+    thread.start()
+    try:
+        yield page, int(server.server_address[1])
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        server.hang_up()
+
+
+@contextmanager
+def _server(port: int, page_port: int, environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """gunicorn with the site, started as a user would: by ``t23-middleware run``."""
+    app = f"t23_middleware.ops.demo_site:site({page_port})"
+    command = [sys.executable, "-m", "t23_middleware", "run", "gunicorn", app, "--bind", f"127.0.0.1:{port}"]
+    # A player is streamed to for minutes; at the end nobody waits for that.
     options = [
-        "--bind",
-        f"127.0.0.1:{port}",
         "-w",
         "2",
         "-k",
         "gthread",
         "--threads",
-        "8",
+        "16",
+        "--graceful-timeout",
+        "1",
         "--log-level",
         "warning",
     ]
-    server = subprocess.Popen([*command, *options], env=environ, cwd=folder, start_new_session=True)
+    server = subprocess.Popen(
+        [*command, *options], env=environ, cwd=_folder_to_start_in(), start_new_session=True
+    )
     try:
         yield server
     finally:
@@ -143,6 +209,14 @@ def _server(port: int, api_url: str, state: Path) -> Iterator[subprocess.Popen[b
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _folder_to_start_in() -> Path:
+    """Not the one that one stands in: gunicorn looks there first, and in a clone finds the package without its
+    example instead of the installed one."""
+    if example_module().startswith("t23_middleware."):
+        return Path(tempfile.gettempdir())
+    return Path(__file__).parents[2]
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:

@@ -42,13 +42,17 @@ log = logging.getLogger(__name__)
 HISTORY_SECONDS = 1.0
 
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
-_HEADERS = [
+#: Of every answer: nothing is stored, guessed, passed on, framed or found.
+SAFE_HEADERS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
     ("Referrer-Policy", "no-referrer"),
     ("X-Frame-Options", "DENY"),
     ("X-Robots-Tag", "noindex, nofollow"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
+]
+_HEADERS = [
+    *SAFE_HEADERS,
     (
         "Content-Security-Policy",
         f"default-src 'none'; style-src '{STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none';"

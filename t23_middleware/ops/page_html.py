@@ -103,7 +103,7 @@ def html(status: Status, history: History, charts: Markup, links: Links, *, agai
         site=status.site,
         version=VERSION,
         links=_links(links, again),
-        tone=_tone(status),
+        tone=tone(status),
         state=_each("<p>{}</p>", ((sentence,) for sentence in state)),
         figures=_each(
             '<div><dt>{}</dt><dd class="number">{}</dd><dd class="remark">{}</dd></div>',
@@ -132,7 +132,8 @@ def _about_the_disk(status: Status) -> list[str]:
     return [f"The disk is nearly full: {text.size(space.free)} left where reports are kept. Make room."]
 
 
-def _tone(status: Status) -> str:
+def tone(status: Status) -> str:
+    """How bad it is, as a class of the style sheet: ``good``, ``warn`` or ``bad``."""
     return "bad" if _about_the_disk(status) else _TONES[status.state]
 
 

@@ -237,6 +237,14 @@ class Stats(NamedTuple):
     lost: int
 
 
+class Waiting(NamedTuple):
+    """A report that was not taken yet."""
+
+    report: Report
+    #: Whether it is on its way now.
+    in_flight: bool
+
+
 class Loss(NamedTuple):
     """What was given up on one day for one reason."""
 
@@ -732,6 +740,12 @@ class OutboxView:
         """The last *count* steps of *step* minutes, the one under way included."""
         first = history.first_minute(now_ms, step, count)
         return history.in_steps(self._rows(_STEPS, step, first), first, step, count)
+
+    def waiting(self, most: int) -> list[Waiting]:
+        """The latest *most* of the reports that wait, the oldest of them first."""
+        with self._one_moment():
+            rows = self._rows(f"SELECT leased, {_REPORT} FROM reports ORDER BY id DESC LIMIT ?", most)
+        return [Waiting(Report(*report), bool(leased)) for leased, *report in reversed(rows)]
 
     def dead(self) -> list[DeadReport]:
         """The refused reports, the oldest first."""

@@ -153,6 +153,10 @@ class Playback:
         """Writer and number of what is open now."""
         return self._open.keys()
 
+    def at_open(self, writer: str, number: int) -> tuple[Viewing, Response] | None:
+        """The open response of that name, and the viewing that it belongs to."""
+        return self._find(writer, number)[1]
+
     # A response's way through.
 
     def _find(self, writer: str, number: int) -> tuple[Viewer | None, tuple[Viewing, Response] | None]:

@@ -1,0 +1,269 @@
+/* The demo's page: asks for the figures some times a second and shows them. Whatever comes from outside becomes text. */
+"use strict";
+
+(() => {
+  const EVERY = 300, RARELY = 2000; // ms between two looks; while nobody looks, or nobody answers
+  const SAMPLES = 180; // seconds of the queue's depth
+  const BLOCKS = 36; // reports that are drawn in the queue
+  const API = {
+    well: "It answers as the documentation says.",
+    deny: "It answers permission_denied, as to a server that is not whitelisted. Reports wait, none is given up.",
+    hang: "It takes each report and says nothing. A try is given up after 3 seconds, and made again.",
+    down: "It is unplugged: connections are refused. Play on, and see the queue fill.",
+  };
+  const IS = { sent: "recorded", waiting: "waits", asking: "on its way", refused: "refused" };
+
+  const pages = document.body.dataset.pages, mine = document.body.dataset.mine;
+  const film = document.getElementById("film");
+  const place = (id) => document.getElementById(id);
+  const seen = new Map(); // report -> what was last said of it
+  const depth = [];
+  let run = null, first = true, said = "", failures = 0, timer = 0, sampled = 0, turning = 0;
+
+  // Words.
+
+  const size = (bytes) => {
+    if (bytes < 1024) return `${bytes} B`;
+    return bytes < 1 << 20 ? `${(bytes / 1024).toFixed(0)} KiB` : `${(bytes / (1 << 20)).toFixed(2)} MiB`;
+  };
+  const exact = (number) => number.toLocaleString("en");
+  const clock = (ms) => new Date(ms).toLocaleTimeString("en-GB");
+  const many = (number, one, more) => `${exact(number)} ${number === 1 ? one : more}`;
+  const seconds = (ms) => (ms < 9950 ? `${(ms / 1000).toFixed(1)} s` : `${Math.round(ms / 1000)} s`);
+
+  // Elements.
+
+  const write = (element, text) => {
+    if (element.textContent !== text) element.textContent = text;
+  };
+  const make = (name, className = "", text = "") => {
+    const element = document.createElement(name);
+    element.className = className;
+    element.textContent = text;
+    return element;
+  };
+  /* Makes the children of *list* those of *items*, by their key; those that stay are the same elements. */
+  const keep = (list, items, key, begin, show) => {
+    const old = new Map([...list.children].map((child) => [child.dataset.key, child]));
+    items.forEach((item, at) => {
+      const name = String(key(item));
+      let child = old.get(name);
+      if (!child) {
+        child = begin(item);
+        child.dataset.key = name;
+      }
+      old.delete(name);
+      show(child, item);
+      if (list.children[at] !== child) list.insertBefore(child, list.children[at] || null);
+    });
+    old.forEach((child) => child.remove());
+  };
+
+  // A viewing's strip.
+
+  const beginViewing = () => {
+    const item = make("li"), about = make("p", "about"), strip = make("div", "strip");
+    about.append(make("b"), make("span"));
+    strip.setAttribute("role", "img");
+    strip.append(make("div", "lane"));
+    const scale = make("p", "scale");
+    scale.setAttribute("aria-hidden", "true");
+    item.append(about, strip, scale);
+    return item;
+  };
+  const showViewing = (item, viewing) => {
+    const [about, strip, scale] = item.children;
+    const total = Math.max(viewing.total || 0, ...viewing.bars.map((bar) => bar.first + bar.sent), 1);
+    const share = (bytes) => `${(100 * bytes) / total}%`;
+    const sum = viewing.bars.reduce((sent, bar) => sent + bar.sent, 0);
+    const own = viewing.of === mine ? "This page’s viewing" : "Viewing";
+    write(about.children[0], `${own}, session ${viewing.session}`);
+    const player = viewing.player ? `, ${viewing.player}` : "";
+    write(about.children[1], `video ${viewing.video}${player} · ${clock(viewing.started)} · ${size(sum)} in ${many(viewing.bars.length, "answer", "answers")}`);
+    keep(strip.firstChild, viewing.bars, (bar) => bar.id, () => make("i"), (mark, bar) => {
+      mark.className = `skip${bar.skip}${bar.open ? " open" : ""}`;
+      mark.style.left = share(bar.first);
+      mark.style.width = share(bar.sent);
+      mark.title = `${bar.open ? "open, " : ""}skip ${bar.skip}: ${exact(bar.sent)} bytes from ${exact(bar.first)}`;
+    });
+    const jumps = viewing.bars.filter((bar) => bar.jump);
+    strip.querySelectorAll(".jump").forEach((mark) => jumps.some((bar) => bar.id === mark.dataset.of) || mark.remove());
+    for (const bar of jumps) {
+      let mark = [...strip.querySelectorAll(".jump")].find((known) => known.dataset.of === bar.id);
+      if (!mark) strip.append((mark = make("span", "jump")));
+      mark.dataset.of = bar.id;
+      mark.style.left = share(bar.first);
+    }
+    strip.setAttribute("aria-label", inWords(viewing.bars, jumps, total));
+    keep(scale, [0, 0.25, 0.5, 0.75, 1], (part) => part, () => make("span"), (mark, part) => write(mark, part ? size(part * total) : "byte 0"));
+  };
+  const inWords = (bars, jumps, total) => {
+    const percent = (bytes) => Math.round((100 * bytes) / total);
+    const parts = bars.filter((bar) => bar.sent > total / 200).slice(-8);
+    const words = parts.map((bar) => `${percent(bar.first)} to ${percent(bar.first + bar.sent)} % of the file, skip ${bar.skip}`);
+    const places = [...new Set(jumps.map((bar) => percent(bar.first)))].slice(-8);
+    return `Streamed: ${words.join("; ") || "nothing yet"}.${places.length ? ` Jumps to ${places.join(", ")} %.` : ""}`;
+  };
+  /* Where the film plays, on the strip of the latest viewing of this page; a second has about as many bytes as another. */
+  const showHead = () => {
+    const strip = [...place("viewings").children].find((item) => item.dataset.key.startsWith(`${mine}-`))?.children[1];
+    if (!strip || !film.duration) return;
+    let head = strip.querySelector(".head");
+    if (!head) strip.append((head = make("span", "head")));
+    document.querySelectorAll(".strip > .head").forEach((other) => other === head || other.remove());
+    head.style.left = `${(100 * film.currentTime) / film.duration}%`;
+  };
+
+  // Streams and reports.
+
+  const beginStream = () => {
+    const item = make("li");
+    item.append(make("span", "tag"), make("span"), make("b"));
+    return item;
+  };
+  const showStream = (item, [viewing, bar, now]) => {
+    const [tag, words, bytes] = item.children;
+    tag.className = `tag skip${bar.skip}`;
+    write(tag, `skip ${bar.skip}`);
+    write(words, `session ${viewing.session}, from ${bar.first ? `byte ${exact(bar.first)}` : "the start"}, for ${seconds(Math.max(now - bar.started, 0))}`);
+    write(bytes, bar.size === null ? size(bar.sent) : `${size(bar.sent)} of ${size(bar.size)}`);
+  };
+  const beginReport = () => {
+    const item = make("li", first ? "" : "new");
+    item.append(make("time", "soft"), make("span", "tag"), make("span"), make("span", "is"));
+    item.children[2].append(make("b", "bytes"), " ", make("span", "soft"));
+    return item;
+  };
+  const showReport = (item, report) => {
+    const [time, tag, what, is] = item.children;
+    write(time, clock(report.at));
+    tag.className = `tag skip${report.skip}`;
+    write(tag, `skip ${report.skip}`);
+    write(what.children[0], exact(report.bytes));
+    write(what.children[1], `bytes, session ${report.session}, video ${report.video}${report.said ? `: ${report.said}` : ""}`);
+    is.className = `is ${report.is}`;
+    write(is, IS[report.is]);
+    is.title = report.is === "sent" ? `${seconds(report.took)} after the stream ended` : "";
+  };
+  /* What is read out: reports that are new or have got further, in one sentence each. */
+  const announce = (reports) => {
+    const news = [];
+    for (const report of [...reports].reverse()) {
+      const state = report.is === "asking" ? "waiting" : report.is;
+      if (seen.get(report.id) !== state && !first) {
+        news.push(`Report of ${exact(report.bytes)} bytes, skip ${report.skip}, ${IS[state]}.`);
+      }
+      seen.set(report.id, state);
+    }
+    const there = new Set(reports.map((report) => report.id));
+    for (const id of seen.keys()) if (!there.has(id)) seen.delete(id);
+    if (news.length) write(place("news"), news.slice(-3).join(" "));
+  };
+
+  // The queue.
+
+  const showQueue = (state) => {
+    const waiting = state.figures.waiting;
+    const kinds = state.reports.filter((report) => report.is === "waiting" || report.is === "asking").reverse();
+    const blocks = Array.from({ length: Math.min(waiting, BLOCKS) }, (_, at) => ({ at, ...kinds[at] }));
+    const items = blocks.length ? blocks : [{ at: "none" }];
+    if (waiting > BLOCKS) items.push({ at: "more" });
+    keep(place("queue"), items, (item) => item.at, (item) => make(typeof item.at === "number" ? "i" : "span"), (mark, item) => {
+      if (item.at === "none") write(mark, "Empty.");
+      else if (item.at === "more") write(mark, `and ${exact(waiting - BLOCKS)} more`);
+      else mark.className = `skip${item.skip ?? 1} ${item.is === "asking" ? "asking" : ""}`;
+    });
+    const oldest = waiting && state.oldest !== null ? `, the oldest for ${seconds(state.oldest * 1000)}` : "";
+    place("queue").setAttribute("aria-label", waiting ? `${many(waiting, "report waits", "reports wait")}${oldest}` : "Nothing waits");
+  };
+  const showDepth = (waiting) => {
+    const now = Date.now();
+    if (now - sampled >= 1000) {
+      sampled = now;
+      depth.push(waiting);
+      if (depth.length > SAMPLES) depth.shift();
+    } else depth[depth.length - 1] = Math.max(depth[depth.length - 1], waiting);
+    const most = Math.max(4, ...depth), from = SAMPLES - depth.length;
+    const steps = depth.map((value, at) => `${at ? "V" : `M${from} `}${(38 - (36 * value) / most).toFixed(1)}H${from + at + 1}`).join("");
+    const [area, line] = place("depth").children;
+    area.setAttribute("d", `${steps}V40H${from}Z`);
+    line.setAttribute("d", steps);
+    write(place("depth-most"), Math.max(...depth) ? `at most ${many(Math.max(...depth), "report", "reports")} waiting` : "reports waiting");
+  };
+
+  // All of it.
+
+  const show = (state) => {
+    if (run !== null && run !== state.run) return gone("The demo was started anew. Reload this page to play there.");
+    run = state.run;
+    place("gone").hidden = true;
+    const box = place("state");
+    box.className = `state ${state.tone}`;
+    if (state.state.join(" ").replace(/\(.*?\)/g, "") !== said) {
+      said = state.state.join(" ").replace(/\(.*?\)/g, "");
+      box.replaceChildren(...state.state.map((words) => make("p", "", words)));
+    }
+    for (const [name, value] of Object.entries(state.figures)) write(place(`f-${name}`), exact(value));
+    place("d-dead").hidden = !state.figures.dead;
+    place("d-lost").hidden = !state.figures.lost;
+    if (!turning) showApi(state.api);
+    showQueue(state);
+    showDepth(state.figures.waiting);
+    keep(place("viewings"), state.viewings, (viewing) => viewing.id, beginViewing, showViewing);
+    const open = state.viewings.flatMap((viewing) => viewing.bars.filter((bar) => bar.open).map((bar) => [viewing, bar, state.now]));
+    keep(place("open"), open.slice(0, 12), ([, bar]) => bar.id, beginStream, showStream);
+    keep(place("reports"), state.reports, (report) => report.id, beginReport, showReport);
+    place("no-viewings").hidden = state.viewings.length > 0;
+    place("no-open").hidden = open.length > 0;
+    place("no-reports").hidden = state.reports.length > 0;
+    announce(state.reports);
+    showHead();
+    first = false;
+  };
+  const showApi = (api) => {
+    document.querySelectorAll("#api input").forEach((input) => (input.checked = input.value === api.is));
+    const helped = api.is === "well" && api.delivered ? " So that you need not wait for the relay’s next try, the demo delivered what waited by ‘t23-middleware relay --once’, as an operator would." : "";
+    write(place("api-words"), API[api.is] + helped);
+  };
+  const gone = (words) => {
+    write(place("gone"), words);
+    place("gone").hidden = false;
+  };
+
+  // Asking.
+
+  const asked = async (path, options = {}) => {
+    const answer = await fetch(pages + path, { cache: "no-store", signal: AbortSignal.timeout(5000), ...options });
+    if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
+    return answer.json();
+  };
+  const look = async () => {
+    try {
+      const state = await asked("state.json");
+      failures = 0;
+      show(state);
+    } catch (error) {
+      failures += 1;
+      if (failures > 1) gone("The demo does not answer: it was ended, or is busy. Start it again with t23-middleware demo; this page shows the last that it knew.");
+    }
+    clearTimeout(timer);
+    timer = setTimeout(look, failures > 1 || document.hidden ? RARELY : EVERY);
+  };
+  const turn = async (input) => {
+    turning += 1;
+    write(place("api-words"), API[input.value]);
+    try {
+      const state = await asked("api", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ is: input.value }) });
+      turning -= 1;
+      show(state);
+    } catch (error) {
+      turning -= 1;
+      gone("The switch did not reach the demo. Is it still running?");
+    }
+  };
+
+  place("api").addEventListener("change", (event) => turn(event.target));
+  document.addEventListener("visibilitychange", () => document.hidden || look());
+  for (const event of ["timeupdate", "seeking", "loadedmetadata"]) film.addEventListener(event, showHead);
+  look();
+})();

@@ -1,0 +1,253 @@
+"""The demo's page, a WSGI app: the player, and what is captured and reported of it, live.
+
+Bars come from the journals, what waits from the outbox, what arrived from the stand-in. The page's script asks for
+all of it some times a second; what is kept for that is bounded, and sessions leave this process shortened only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from markupsafe import Markup
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, UnsupportedMediaType
+from werkzeug.wrappers import Request, Response
+
+from ..relay.outbox import DeadReport, NoOutbox, OutboxView, Waiting
+from ..settings import Settings
+from ..state import StateFolder
+from ..version import VERSION
+from . import text
+from .demo_api import CONDITIONS, WELL, Plug
+from .demo_site import FILM, PAGES, RATE, media_path
+from .demo_strips import Bar, Strip, Strips
+from .page import JSON, SAFE_HEADERS
+from .page_html import told, tone
+from .page_style import STYLE
+from .standin import StandInServer
+from .status import Status, look
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+#: Reports that are shown.
+MOST_REPORTS = 30
+#: Seconds for which the figures are not made anew, however many pages ask.
+FRESH = 0.1
+
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+
+
+class DemoPage:
+    """The page of one demo. *settings* are those of its site, *plug* turns its *api* off and on."""
+
+    def __init__(self, settings: Settings, api: StandInServer, plug: Plug) -> None:
+        self._settings = settings
+        self._api = api
+        self._plug = plug
+        self._strips = Strips(StateFolder(settings.state_path()))
+        self._lock = threading.Lock()
+        self._made: tuple[float, bytes] = 0.0, b""
+        #: Names of sessions for the page, that say nothing of the session; and this run's own name.
+        self._key = secrets.token_bytes(16)
+        self._run = secrets.token_hex(4)
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            response = self._response(Request(environ))
+        except HTTPException as error:
+            response = Response(f"{error.description}\n", error.code, mimetype="text/plain")
+        for name, value in (*SAFE_HEADERS, ("Content-Security-Policy", _POLICY)):
+            response.headers[name] = value
+        return response(environ, start_response)
+
+    def follow(self) -> None:
+        """Take in what the workers wrote; to be called some times a second, whether anybody looks or not."""
+        with self._lock:
+            self._strips.follow()
+
+    def _response(self, request: Request) -> Response:
+        match request.method, request.path.removeprefix(PAGES):
+            case "GET", "/":
+                return Response(self._html(), mimetype="text/html")
+            case "GET", "page.css":
+                return Response(STYLE + _file("demo_page.css"), content_type=_TYPES["css"])
+            case "GET", "page.js":
+                return Response(_file("demo_page.js"), content_type=_TYPES["js"])
+            case "GET", "state.json":
+                return Response(self._state(), content_type=JSON)
+            case "POST", "api":
+                return self._turn(request)
+            case "GET", _:
+                raise NotFound("There is no such page.")
+        raise MethodNotAllowed(["GET"])
+
+    def _html(self) -> str:
+        """The page with a session of its own, so that a reload is a new viewing."""
+        session = secrets.token_urlsafe(16)
+        query = {"session_id": session, "photo_id": FILM["photo"], "rate": RATE}
+        return Markup(_file("demo_page.html")).format(
+            pages=PAGES,
+            version=VERSION,
+            media=f"{media_path(FILM)}?{urlencode(query)}",
+            rate=f"{RATE // 1000} KB",
+            mine=self._name(session, FILM["photo"]),
+        )
+
+    def _turn(self, request: Request) -> Response:
+        """Only what a page of this origin can send: another site's form has neither this type nor this origin."""
+        if (
+            request.mimetype != JSON
+            or request.headers.get("Origin", request.host_url[:-1]) != (request.host_url[:-1])
+        ):
+            raise UnsupportedMediaType("The demo's own page sends JSON.")
+        asked = request.get_json(silent=True)
+        condition = str(asked.get("is")) if isinstance(asked, dict) else ""
+        if condition not in CONDITIONS:
+            return Response(json.dumps({"error": f"is: one of {', '.join(CONDITIONS)}"}), 400, mimetype=JSON)
+        self._plug.turn(condition)
+        if condition == WELL and look(self._settings).stats.waiting:
+            self._plug.deliver()
+        with self._lock:
+            self._made = 0.0, b""
+        return Response(self._state(), content_type=JSON)
+
+    # What is told.
+
+    def _state(self) -> bytes:
+        with self._lock:
+            made_at, content = self._made
+            if not content or time.monotonic() - made_at > FRESH:
+                self._strips.follow()
+                content = json.dumps(self._all()).encode()
+                self._made = time.monotonic(), content
+            return content
+
+    def _all(self) -> dict[str, object]:
+        status = look(self._settings)
+        return {
+            "run": self._run,
+            "now": status.now_ms,
+            "tone": tone(status),
+            "state": _words(status),
+            "api": {"is": self._plug.condition, "delivered": self._plug.delivered},
+            "figures": {
+                **status.stats._asdict(),
+                "open": sum(bar.ended_ms is None for strip in self._strips for bar in strip.bars),
+            },
+            "oldest": status.oldest_seconds,
+            "viewings": [self._strip(strip) for strip in reversed([*self._strips])],
+            "reports": self._reports(),
+        }
+
+    def _strip(self, strip: Strip) -> dict[str, object]:
+        return {
+            "id": f"{self._name(strip.play.session_id, strip.play.photo_id)}-{strip.started_ms}",
+            "of": self._name(strip.play.session_id, strip.play.photo_id),
+            "session": text.masked(strip.play.session_id),
+            "video": strip.play.photo_id,
+            "player": strip.play.player_type,
+            "started": strip.started_ms,
+            "total": strip.total,
+            "bars": [self._bar(bar) for bar in strip.bars],
+        }
+
+    def _bar(self, bar: Bar) -> dict[str, object]:
+        return {
+            "id": self._name(bar.writer, str(bar.number)),
+            "first": bar.first,
+            "size": bar.size,
+            "sent": bar.sent,
+            "skip": bar.skip,
+            "jump": bar.jump,
+            "open": bar.ended_ms is None,
+            "started": bar.started_ms,
+        }
+
+    def _reports(self) -> list[dict[str, object]]:
+        """The latest, the newest first. One that arrived and is not ticked off yet is in both; it arrived."""
+        waiting, dead = self._kept()
+        rows = {row["id"]: row for row in (*map(self._dead, dead), *map(self._waiting, waiting))}
+        rows |= {row["id"]: row for row in map(self._recorded, self._api.recorded()[-MOST_REPORTS:])}
+        latest = sorted(rows.values(), key=lambda row: int(row["at"]), reverse=True)
+        return [*islice(latest, MOST_REPORTS)]
+
+    def _kept(self) -> tuple[list[Waiting], list[DeadReport]]:
+        try:
+            with OutboxView(StateFolder(self._settings.state_path()).outbox) as view:
+                return view.waiting(MOST_REPORTS), view.dead()[-MOST_REPORTS:]
+        except NoOutbox:
+            return [], []
+
+    def _waiting(self, waiting: Waiting) -> dict[str, Any]:
+        report = waiting.report
+        return self._row(
+            report.session_id,
+            report.photo_id,
+            report.time_ms,
+            report.sent,
+            report.skip,
+            "asking" if waiting.in_flight else "waiting",
+        )
+
+    def _dead(self, dead: DeadReport) -> dict[str, Any]:
+        report = dead.report
+        row = self._row(
+            report.session_id, report.photo_id, report.time_ms, report.sent, report.skip, "refused"
+        )
+        return row | {"said": dead.answer}
+
+    def _recorded(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """A report as it reached the stand-in, which anybody may send one to."""
+        received_ms = int(fields["received"] * 1000)
+        said_ms = str(fields.get("time", ""))
+        at_ms = int(said_ms) if said_ms.isdecimal() and len(said_ms) < 15 else received_ms
+        session = fields.get("session_id") or fields.get("seesion_id") or ""
+        row = self._row(
+            session,
+            fields["photo_id"],
+            at_ms,
+            int(fields["bytes_total"]),
+            int(fields.get("skip", 0)),
+            "sent",
+        )
+        return row | {"took": max(received_ms - at_ms, 0)}
+
+    def _row(self, session: str, photo: str, at_ms: int, sent: int, skip: int, state: str) -> dict[str, Any]:
+        return {
+            "id": f"{self._name(session, photo)}-{at_ms}",
+            "session": text.masked(session),
+            "video": photo,
+            "at": at_ms,
+            "bytes": sent,
+            "skip": skip,
+            "is": state,
+        }
+
+    def _name(self, *of: str) -> str:
+        return hashlib.blake2b(
+            "\0".join(of).encode("utf-8", "replace"), key=self._key, digest_size=6
+        ).hexdigest()
+
+
+def _words(status: Status) -> list[str]:
+    """As the operator's page puts it, but for what a newcomer can't know yet."""
+    if not status.stats.captured and not status.journal_bytes:
+        return ["Nothing was streamed yet: press play."]
+    return told(status)
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")

@@ -1,0 +1,128 @@
+"""The demo's site, as gunicorn runs it: the example app behind a slow link, and the demo's page on the same address.
+
+The page and what it asks for come from the demo's own process: it reads the journals, which nothing in the app's
+process may do. They are handed through here, so that one address does for all.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import importlib.util
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..capture import body as counted
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+#: Bytes a second that leave for the player, and those that leave at once so that it soon begins. More than the film
+#: plays (18 KB/s), and so little that for more than a minute there is something beyond what the player has.
+RATE, BURST = 40_000, 96 << 10
+#: Where the page's own files and figures are.
+PAGES = "/demo/"
+#: Longest body that is handed through.
+_LONGEST = 1024
+#: Seconds for the demo's process to answer.
+_PATIENCE = 5.0
+_RATE = re.compile(r"(?:^|&)rate=([1-9]\d{0,8})(?:&|$)")
+_NOT_THERE = b"The demo's own process does not answer.\n"
+
+#: The film beside the example's clip: a video of its own, with a media URL of the same form.
+FILM = {
+    "tree_id": "4959051",
+    "photo": "7190972",
+    "token": "0f6d2c7be4a94d19a1c85e3b72f40d66",
+    "format": "video_medium",
+    "slug": "a-film-to-scrub-in",
+}
+
+
+def example_module() -> str:
+    """Name of the example's module: installed, or beside the package in a checkout, which then is on the path."""
+    if importlib.util.find_spec("t23_middleware.examples") is not None:
+        return "t23_middleware.examples.flask_app"
+    checkout = str(Path(__file__).parents[2])
+    if checkout not in sys.path:
+        sys.path.insert(0, checkout)
+    return "examples.flask_app"
+
+
+def media_path(video: dict[str, str]) -> str:
+    """Path of *video*'s media URL on the example site."""
+    path: str = importlib.import_module(example_module()).PATH
+    return re.sub(r"<(\w+)>", lambda part: video[part[1]], path)
+
+
+class Throttled:
+    """A body that is handed on at *rate* bytes a second, after a first :data:`BURST`."""
+
+    def __init__(self, body: Any, rate: int) -> None:
+        self._body = body
+        self._rate = rate
+
+    def __iter__(self) -> Iterator[bytes]:
+        began, sent = time.monotonic(), 0
+        for chunk in self._body:
+            yield chunk
+            sent += len(chunk)
+            time.sleep(max(0.0, began + (sent - BURST) / self._rate - time.monotonic()))
+
+    def close(self) -> None:
+        if hasattr(self._body, "close"):
+            self._body.close()
+
+
+def site(port: int) -> WSGIApplication:
+    """The app, whose page is served by the demo's own process at *port* of 127.0.0.1."""
+    # So that the page sees each response grow: a film of some megabytes has no progress line else.
+    counted.PROGRESS_EVERY, counted.PROGRESS_PAUSE = 8 << 10, 0.25
+    example = importlib.import_module(example_module())
+    _add_film(example)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/" or path.startswith(PAGES):
+            return _handed_through(port, environ, start_response)
+        answer: Iterable[bytes] = example.app(environ, start_response)
+        asked = _RATE.search(environ.get("QUERY_STRING", ""))
+        return answer if asked is None else Throttled(answer, int(asked[1]))
+
+    return app
+
+
+def _add_film(example: Any) -> None:
+    from flask import Response, send_file
+
+    def film() -> Response:
+        return send_file(example.HERE / "film.mp4", conditional=True)
+
+    example.app.add_url_rule(media_path(FILM), "film", film)
+
+
+def _handed_through(port: int, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+    headers = {
+        name: environ[key]
+        for name, key in (("Content-Type", "CONTENT_TYPE"), ("Origin", "HTTP_ORIGIN"), ("Host", "HTTP_HOST"))
+        if environ.get(key)
+    }
+    length = environ.get("CONTENT_LENGTH") or "0"
+    sent = environ["wsgi.input"].read(min(int(length), _LONGEST)) if length.isdecimal() else b""
+    try:
+        connection.request(environ["REQUEST_METHOD"], environ["PATH_INFO"], sent, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+    except (OSError, http.client.HTTPException):
+        start_response("502 Bad Gateway", [("Content-Type", "text/plain"), ("Cache-Control", "no-store")])
+        return [_NOT_THERE]
+    finally:
+        connection.close()
+    kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in ("date", "server")]
+    start_response(f"{answer.status} {answer.reason}", kept)
+    return [content]
