@@ -3,12 +3,12 @@
 
 (() => {
   const EVERY = 300, RARELY = 2000; // ms between two looks; while nobody looks, or nobody answers
-  const SAMPLES = 180; // seconds of the queue's depth
+  const SAMPLES = 60; // seconds of the queue's depth
   const BLOCKS = 36; // reports that are drawn in the queue
   const API = {
     well: "It answers as the documentation says.",
     deny: "It answers permission_denied, as to a server that is not whitelisted. Reports wait, none is given up.",
-    hang: "It takes each report and says nothing. A try is given up after 3 seconds, and made again.",
+    hang: "It takes each report and says nothing. A try is given up after some seconds, and made again.",
     down: "It is unplugged: connections are refused. Play on, and see the queue fill.",
   };
   const IS = { sent: "recorded", waiting: "waits", asking: "on its way", refused: "refused" };
@@ -18,7 +18,7 @@
   const place = (id) => document.getElementById(id);
   const seen = new Map(); // report -> what was last said of it
   const depth = [];
-  let run = null, first = true, said = "", failures = 0, timer = 0, sampled = 0, turning = 0;
+  let run = null, first = true, said = "", failures = 0, timer = 0, sampled = 0, wanted = null;
 
   // Words.
 
@@ -118,32 +118,31 @@
 
   const beginStream = () => {
     const item = make("li");
-    item.append(make("span", "tag"), make("span"), make("b"));
+    item.append(make("span", "tag"), make("b"), make("span", "soft"));
     return item;
   };
   const showStream = (item, [viewing, bar, now]) => {
-    const [tag, words, bytes] = item.children;
+    const [tag, bytes, words] = item.children;
     tag.className = `tag skip${bar.skip}`;
     write(tag, `skip ${bar.skip}`);
-    write(words, `session ${viewing.session}, from ${bar.first ? `byte ${exact(bar.first)}` : "the start"}, for ${seconds(Math.max(now - bar.started, 0))}`);
+    write(words, `session ${viewing.session} · from ${bar.first ? `byte ${exact(bar.first)}` : "the start"} · open for ${seconds(Math.max(now - bar.started, 0))}`);
     write(bytes, bar.size === null ? size(bar.sent) : `${size(bar.sent)} of ${size(bar.size)}`);
   };
   const beginReport = () => {
     const item = make("li", first ? "" : "new");
-    item.append(make("time", "soft"), make("span", "tag"), make("span"), make("span", "is"));
-    item.children[2].append(make("b", "bytes"), " ", make("span", "soft"));
+    item.append(make("span", "tag"), make("b"), make("span", "is"), make("time", "soft"), make("span", "soft"), make("span", "soft end"));
     return item;
   };
   const showReport = (item, report) => {
-    const [time, tag, what, is] = item.children;
+    const [tag, bytes, is, time, what, took] = item.children;
     write(time, clock(report.at));
     tag.className = `tag skip${report.skip}`;
     write(tag, `skip ${report.skip}`);
-    write(what.children[0], exact(report.bytes));
-    write(what.children[1], `bytes, session ${report.session}, video ${report.video}${report.said ? `: ${report.said}` : ""}`);
+    write(bytes, `${exact(report.bytes)} bytes`);
+    write(what, `session ${report.session} · video ${report.video}${report.said ? ` · ${report.said}` : ""}`);
     is.className = `is ${report.is}`;
     write(is, IS[report.is]);
-    is.title = report.is === "sent" ? `${seconds(report.took)} after the stream ended` : "";
+    write(took, report.is === "sent" ? `after ${seconds(report.took)}` : "");
   };
   /* What is read out: reports that are new or have got further, in one sentence each. */
   const announce = (reports) => {
@@ -199,14 +198,16 @@
     place("gone").hidden = true;
     const box = place("state");
     box.className = `state ${state.tone}`;
-    if (state.state.join(" ").replace(/\(.*?\)/g, "") !== said) {
-      said = state.state.join(" ").replace(/\(.*?\)/g, "");
-      box.replaceChildren(...state.state.map((words) => make("p", "", words)));
+    // Without "(8 s)": it would be read out again each second.
+    const words = state.state.map((sentence) => sentence.replace(/ \(\d+ (s|min|h|days)\)/, ""));
+    if (words.join(" ") !== said) {
+      said = words.join(" ");
+      box.replaceChildren(...words.map((sentence) => make("p", "", sentence)));
     }
     for (const [name, value] of Object.entries(state.figures)) write(place(`f-${name}`), exact(value));
     place("d-dead").hidden = !state.figures.dead;
     place("d-lost").hidden = !state.figures.lost;
-    if (!turning) showApi(state.api);
+    if (!wanted) showApi(state.api);
     showQueue(state);
     showDepth(state.figures.waiting);
     keep(place("viewings"), state.viewings, (viewing) => viewing.id, beginViewing, showViewing);
@@ -249,20 +250,26 @@
     clearTimeout(timer);
     timer = setTimeout(look, failures > 1 || document.hidden ? RARELY : EVERY);
   };
-  const turn = async (input) => {
-    turning += 1;
-    write(place("api-words"), API[input.value]);
-    try {
-      const state = await asked("api", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ is: input.value }) });
-      turning -= 1;
-      show(state);
-    } catch (error) {
-      turning -= 1;
-      gone("The switch did not reach the demo. Is it still running?");
+  /* One at a time: who walks over the switches with the arrow keys turns it several times in a moment. */
+  const turn = async (condition) => {
+    write(place("api-words"), API[condition]);
+    const busy = wanted !== null;
+    wanted = condition;
+    if (busy) return;
+    let state = null;
+    for (let sent = null; sent !== wanted; ) {
+      sent = wanted;
+      try {
+        state = await asked("api", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ is: sent }) });
+      } catch (error) {
+        gone("The switch did not reach the demo. Is it still running?");
+      }
     }
+    wanted = null;
+    if (state) show(state);
   };
 
-  place("api").addEventListener("change", (event) => turn(event.target));
+  place("api").addEventListener("change", (event) => turn(event.target.value));
   document.addEventListener("visibilitychange", () => document.hidden || look());
   for (const event of ["timeupdate", "seeking", "loadedmetadata"]) film.addEventListener(event, showHead);
   look();

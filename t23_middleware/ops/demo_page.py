@@ -21,6 +21,7 @@ from markupsafe import Markup
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, UnsupportedMediaType
 from werkzeug.wrappers import Request, Response
 
+from ..errors import T23Error
 from ..relay.outbox import DeadReport, NoOutbox, OutboxView, Waiting
 from ..settings import Settings
 from ..state import StateFolder
@@ -44,10 +45,10 @@ MOST_REPORTS = 30
 FRESH = 0.1
 
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src data:;"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src 'self' data:;"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
+_TYPES = {"svg": "image/svg+xml", "css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8"}
 
 
 class DemoPage:
@@ -69,6 +70,8 @@ class DemoPage:
             response = self._response(Request(environ))
         except HTTPException as error:
             response = Response(f"{error.description}\n", error.code, mimetype="text/plain")
+        except T23Error as error:
+            response = Response(f"{error}\n", 503, mimetype="text/plain")
         for name, value in (*SAFE_HEADERS, ("Content-Security-Policy", _POLICY)):
             response.headers[name] = value
         return response(environ, start_response)
@@ -79,13 +82,16 @@ class DemoPage:
             self._strips.follow()
 
     def _response(self, request: Request) -> Response:
-        match request.method, request.path.removeprefix(PAGES):
+        method = "GET" if request.method == "HEAD" else request.method
+        match method, request.path.removeprefix(PAGES):
             case "GET", "/":
                 return Response(self._html(), mimetype="text/html")
             case "GET", "page.css":
                 return Response(STYLE + _file("demo_page.css"), content_type=_TYPES["css"])
             case "GET", "page.js":
                 return Response(_file("demo_page.js"), content_type=_TYPES["js"])
+            case "GET", "poster.svg":
+                return Response(_file("demo_page.svg"), content_type=_TYPES["svg"])
             case "GET", "state.json":
                 return Response(self._state(), content_type=JSON)
             case "POST", "api":
@@ -107,11 +113,8 @@ class DemoPage:
         )
 
     def _turn(self, request: Request) -> Response:
-        """Only what a page of this origin can send: another site's form has neither this type nor this origin."""
-        if (
-            request.mimetype != JSON
-            or request.headers.get("Origin", request.host_url[:-1]) != (request.host_url[:-1])
-        ):
+        """Only JSON: a page of another origin can't send that without asking, and is not answered."""
+        if request.mimetype != JSON:
             raise UnsupportedMediaType("The demo's own page sends JSON.")
         asked = request.get_json(silent=True)
         condition = str(asked.get("is")) if isinstance(asked, dict) else ""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ..capture import body as counted
 
@@ -107,15 +108,12 @@ def _add_film(example: Any) -> None:
 
 def _handed_through(port: int, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
-    headers = {
-        name: environ[key]
-        for name, key in (("Content-Type", "CONTENT_TYPE"), ("Origin", "HTTP_ORIGIN"), ("Host", "HTTP_HOST"))
-        if environ.get(key)
-    }
+    headers = {"Content-Type": environ.get("CONTENT_TYPE", "")}
+    path = quote(environ["PATH_INFO"], encoding="latin-1")
     length = environ.get("CONTENT_LENGTH") or "0"
     sent = environ["wsgi.input"].read(min(int(length), _LONGEST)) if length.isdecimal() else b""
     try:
-        connection.request(environ["REQUEST_METHOD"], environ["PATH_INFO"], sent, headers)
+        connection.request(environ["REQUEST_METHOD"], path, sent, headers)
         answer = connection.getresponse()
         content = answer.read()
     except (OSError, http.client.HTTPException):

@@ -83,6 +83,7 @@ class Strips:
                 self._take(fact)
             self._journals.taken(reading)
             more = reading.more
+        self._journals.forget_removed()
         self._end_what_the_dead_left(reading.until_ns)
         self._playback.advance(reading.until_ns, _wall_ms())
         for _ in self._playback.changed():

@@ -166,6 +166,10 @@ class Journals:
         }
         return sorted(headers.values(), key=lambda header: header.started_ms)
 
+    def forget_removed(self) -> None:
+        """Follow no longer what somebody else removed; for those who only look on."""
+        self._followed = {name: journal for name, journal in self._followed.items() if journal.path.exists()}
+
     def has_live_writer(self) -> bool:
         """Whether any writer lives, whatever it wrote."""
         return bool(self._living)
