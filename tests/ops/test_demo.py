@@ -1,46 +1,273 @@
-"""The demo, as a newcomer starts it: from any folder, also from a clone of this project."""
+"""The demo, as a newcomer starts it: from any folder, also from a clone of this project; and what its page is told."""
 
 from __future__ import annotations
 
-import http.client
-import os
-import re
-import signal
-import subprocess
-import sys
+import json
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import t23_middleware
+import pytest
 
-from ..harness import CLIP_BYTES, MEDIA, PATIENCE, need, until
+from examples.flask_app import HERE
+from t23_middleware.ops.demo_site import BURST, FILM, Throttled, media_path
+from t23_middleware.ops.demo_strips import MOST_BARS, MOST_STRIPS, Strips
+from t23_middleware.state import StateFolder
+from t23_middleware.transfer import Part, Progress
+
+from ..harness import CLIP_BYTES, MEDIA, until
+from ..relay.writers import MS, alive, journal, opening, transfer
+from .demos import Demo, demo
+
+FILM_URL = media_path(FILM)
+FILM_BYTES = (HERE / "film.mp4").stat().st_size
 
 
 def test_the_demo_runs_from_a_clone_shows_a_report_and_leaves_nothing_behind(tmp_path: Path):
     """gunicorn looks first into the folder it is started in; a clone has the package there, but not its example."""
-    need("gunicorn")
-    clone, temporary = tmp_path / "clone", tmp_path / "tmp"
+    clone = tmp_path / "clone"
     (clone / "t23_middleware").mkdir(parents=True)
     (clone / "t23_middleware" / "__init__.py").write_text("raise ImportError('this is the clone')\n")
-    temporary.mkdir()
-    script = tmp_path / "demo.py"
-    script.write_text("from t23_middleware.ops.cli import main\nraise SystemExit(main(['demo']))\n")
-    environ = os.environ | {
-        "PYTHONPATH": str(Path(t23_middleware.__file__).parents[1]),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "TMPDIR": str(temporary),
-    }
-    output = tmp_path / "output"
-    with output.open("wb") as file:
-        demo = subprocess.Popen([sys.executable, script], cwd=clone, env=environ, stdout=file, stderr=file)
-    try:
-        assert until(lambda: "Each report appears" in output.read_text()), output.read_text()
-        port = int(re.search(r"running at http://127.0.0.1:(\d+)/", output.read_text())[1])
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-        connection.request("GET", f"{MEDIA}?session_id=newcomer&photo_id=7")
-        assert len(connection.getresponse().read()) == CLIP_BYTES
-        connection.close()
-        assert until(lambda: f"{CLIP_BYTES:,} bytes, skip 0" in output.read_text()), output.read_text()
-    finally:
-        demo.send_signal(signal.SIGINT)
-        assert demo.wait(PATIENCE) == 0, output.read_text()
-    assert list(temporary.iterdir()) == []
+    with demo(tmp_path / "demo", cwd=clone) as running:
+        _, body = running.ask(f"{MEDIA}?session_id=newcomer&photo_id=7")
+        assert len(body) == CLIP_BYTES
+        assert until(lambda: f"{CLIP_BYTES:,} bytes, skip 0" in running.output), running.output
+    assert running.process.returncode == 0, running.output
+    assert list(running.temporary.iterdir()) == []
+
+
+def test_with_a_player_at_the_film_and_the_api_down_ctrl_c_still_ends_all_of_it_soon(tmp_path: Path):
+    with demo(tmp_path / "demo") as running:
+        assert running.turn("down") == 200
+        running.ask(f"{MEDIA}?session_id=waits&photo_id=7")
+        assert until(lambda: running.state()["figures"]["waiting"] == 1)
+        with socket.create_connection(("127.0.0.1", running.port)) as player:
+            player.sendall(f"GET {FILM_URL}?session_id=plays&rate=20000 HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+            assert player.recv(1000)
+            assert running.end() == 0, running.output
+    assert "Traceback" not in running.output
+    assert list(running.temporary.iterdir()) == []
+
+
+def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        running = Demo(tmp_path / "demo", "--port", str(port))
+        assert running.process.wait(30) == 2
+    assert running.output.startswith(f"t23-middleware: port {port} can't be had")
+    assert "choose another with --port" in running.output
+    assert running.output.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """One demo for what leaves it as it was."""
+    with demo(tmp_path_factory.mktemp("demo") / "demo") as running:
+        yield running
+
+
+def test_a_stream_is_seen_to_grow_and_its_report_to_arrive(running: Demo):
+    """A second of it, at a speed that would take minutes for the whole film."""
+    with socket.create_connection(("127.0.0.1", running.port)) as player:
+        player.sendall(
+            f"GET {FILM_URL}?session_id=growing-up&rate=30000 HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+        )
+        assert until(lambda: _bars(running, "grow…")), running.state()
+        first = _bars(running, "grow…")[0]
+        assert first["open"] and first["size"] == FILM_BYTES
+        assert until(lambda: BURST < _bars(running, "grow…")[0]["sent"] < FILM_BYTES)
+    assert until(lambda: _rows(running, "grow…", "sent")), running.state()
+    [bar], [row] = _bars(running, "grow…"), _rows(running, "grow…", "sent")
+    assert not bar["open"]
+    assert (bar["sent"], bar["skip"]) == (row["bytes"], row["skip"])
+    assert row["skip"] == 0 and row["took"] >= 0
+
+
+@pytest.mark.parametrize("condition", ["deny", "hang", "down"])
+def test_what_waits_for_an_api_that_is_off_is_delivered_as_it_comes_back(running: Demo, condition: str):
+    assert running.turn(condition) == 200
+    assert running.state()["api"]["is"] == condition
+    session = f"{condition}-session"
+    running.ask(f"{MEDIA}?session_id={session}&photo_id=7")
+    masked = f"{session[:4]}…"
+    assert until(lambda: _rows(running, masked, "waiting", "asking")), running.state()
+    assert not _rows(running, masked, "sent")
+    assert running.state()["figures"]["waiting"] == 1
+    assert running.turn("well") == 200
+    assert until(lambda: _rows(running, masked, "sent")), running.state()
+    assert until(lambda: running.state()["figures"]["waiting"] == 0)
+
+
+def test_only_the_pages_own_script_can_turn_the_api(running: Demo):
+    before = running.state()["api"]["is"]
+    for body, kind, status in (
+        ("is=down", "application/x-www-form-urlencoded", 415),
+        ('{"is": "down"}', "text/plain", 415),
+        ('{"is": "gone"}', "application/json", 400),
+        ('["down"]', "application/json", 400),
+        ("{", "application/json", 400),
+        ("", "application/json", 400),
+    ):
+        assert running.ask("/demo/api", body, Content_Type=kind)[0].status == status, body
+    assert running.state()["api"]["is"] == before
+    assert running.ask("/demo/api")[0].status == 404
+    assert running.ask("/", "x")[0].status == 405
+
+
+def test_the_page_and_its_files_are_safe_and_need_nobody_else(running: Demo):
+    for path, kind in (
+        ("/", "text/html"),
+        ("/demo/page.css", "text/css"),
+        ("/demo/page.js", "text/javascript"),
+        ("/demo/poster.svg", "image/svg+xml"),
+    ):
+        answer, body = running.ask(path)
+        assert answer.status == 200
+        assert answer.headers.get_content_type() == kind
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert "script-src 'self'" in answer.headers["Content-Security-Policy"]
+        assert b"http://" not in body.replace(b"http://www.w3.org/2000/svg", b"")
+        assert b"https://" not in body
+    assert running.ask("/demo/demo_page.py")[0].status == 404
+    assert running.ask("/demo/%20%22")[0].status == 404
+
+
+def test_each_load_is_a_viewing_of_its_own_and_no_session_is_told(running: Demo):
+    pages = [running.ask("/")[1].decode() for _ in range(2)]
+    sessions = [page.partition("session_id=")[2].partition("&")[0] for page in pages]
+    assert len(sessions[0]) >= 20 and sessions[0] != sessions[1]
+    running.ask(f"{MEDIA}?session_id={sessions[0]}&photo_id=7")
+    assert until(lambda: _rows(running, f"{sessions[0][:4]}…", "sent"))
+    assert sessions[0] not in json.dumps(running.state())
+    assert sessions[0] not in running.output
+
+
+def test_what_is_told_is_bounded(running: Demo):
+    for number in range(40):
+        running.ask(f"{MEDIA}?session_id=many-{number}&photo_id=7", Range="bytes=0-999")
+    assert until(lambda: running.state()["figures"]["sent"] >= 40)
+    state = running.state()
+    assert len(state["viewings"]) == MOST_STRIPS
+    assert len(state["reports"]) == 30
+
+
+def test_the_film_is_whole_and_by_range_as_fast_as_it_can_without_a_rate(running: Demo):
+    assert len(running.ask(f"{FILM_URL}?session_id=a&photo_id=7")[1]) == FILM_BYTES
+    answer, body = running.ask(FILM_URL, Range="bytes=1000-1999")
+    assert (answer.status, len(body)) == (206, 1000)
+    assert FILM_BYTES <= 3_000_000
+    assert running.ask("/cookie")[0].status == 200, "the example's own pages are there too"
+
+
+def test_a_slow_link_begins_at_once_and_keeps_its_rate(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    chunks = [b"." * 1024] * (BURST // 1024 + 100)
+    assert list(Throttled(chunks, 1024)) == chunks
+    assert now[0] == pytest.approx(100)
+
+
+def _bars(running: Demo, session: str) -> list[dict[str, object]]:
+    return [bar for each in running.state()["viewings"] if each["session"] == session for bar in each["bars"]]
+
+
+def _rows(running: Demo, session: str, *states: str) -> list[dict[str, object]]:
+    rows = running.state()["reports"]
+    return [row for row in rows if row["session"] == session and row["is"] in states]
+
+
+# Strips, from journals.
+
+MIB = 1 << 20
+SECOND = 1000 * MS
+
+
+def _asked(number: int, at_ns: int, first: int, session: str = "s"):
+    """A Range to the end of a file of 4 MiB."""
+    part = Part(first, 4 * MIB - 1, 4 * MIB)
+    return opening(number, at_ns, session)._replace(part=part, status=206, length=4 * MIB - first)
+
+
+def _over(number: int, at_ns: int, first: int, sent: int, seconds: int = 3, session: str = "s"):
+    started = _asked(number, at_ns - seconds * SECOND, first, session)
+    return started, transfer(number, at_ns)._replace(opening=started, sent=sent)
+
+
+def _drawn(strips: Strips) -> list[list[tuple[int, int, int, bool, bool]]]:
+    """Of each strip its bars: first, sent, skip, jump, open."""
+    return [
+        [(bar.first, bar.sent, bar.skip, bar.jump, bar.ended_ms is None) for bar in strip.bars]
+        for strip in strips
+    ]
+
+
+def test_scrubs_are_where_the_player_went_from_elsewhere(state: Path):
+    folder, now = StateFolder(state), time.monotonic_ns() - 60 * SECOND
+    journal(
+        folder,
+        "writer",
+        *_over(1, now, 0, MIB),
+        *_over(2, now + 5 * SECOND, 3 * MIB, MIB // 2),
+        *_over(3, now + 10 * SECOND, MIB, MIB // 2),
+        *_over(4, now + 20 * SECOND, 0, MIB),
+    )
+    strips = Strips(folder)
+    strips.follow()
+    assert _drawn(strips) == [
+        [
+            (0, MIB, 0, False, False),
+            (3 * MIB, MIB // 2, 1, True, False),
+            (MIB, MIB // 2, 1, False, False),
+        ],
+        [(0, MIB, 0, False, False)],
+    ], "what goes on where the first one ended is no scrub, and from byte 0 on it is another viewing"
+
+
+def test_an_open_response_grows_and_ends_with_its_worker(state: Path):
+    folder, now = StateFolder(state), time.monotonic_ns() - 10 * SECOND
+    started = _asked(1, now, 0)
+    lines = started, Progress(started, now + SECOND, started.started_ms + 1000, MIB)
+    strips = Strips(folder)
+    folder.create()
+    with alive(folder, "writer"):
+        journal(folder, "writer", *lines)
+        strips.follow()
+        assert _drawn(strips) == [[(0, MIB, 0, False, True)]]
+
+    def ended() -> bool:
+        strips.follow()
+        return _drawn(strips) == [[(0, MIB, 0, False, False)]]
+
+    assert until(ended), _drawn(strips)
+
+
+def test_what_was_not_played_is_not_drawn(state: Path):
+    folder, now = StateFolder(state), time.monotonic_ns() - 10 * SECOND
+    probe = opening(1, now)._replace(part=Part(0, 1, 4 * MIB), status=206, length=2)
+    journal(folder, "writer", probe, transfer(1, now)._replace(opening=probe, sent=2), *_over(2, now, 0, 0))
+    strips = Strips(folder)
+    strips.follow()
+    assert _drawn(strips) == []
+
+
+def test_strips_and_their_bars_are_bounded_and_removed_journals_forgotten(state: Path):
+    folder, now = StateFolder(state), time.monotonic_ns() - 60 * SECOND
+    lines = []
+    for number in range(2 * MOST_BARS):
+        lines += _over(number, now + number * MS, 0 if number == 0 else MIB + number, 10_000, session="same")
+    for number in range(2 * MOST_STRIPS):
+        lines += _over(9000 + number, now + SECOND, 0, MIB, session=f"other-{number}")
+    path = journal(folder, "writer", *lines[: 4 * MOST_BARS])
+    strips = Strips(folder)
+    strips.follow()
+    assert [len(bars) for bars in _drawn(strips)] == [MOST_BARS]
+    path.unlink()
+    journal(folder, "writer", *lines[4 * MOST_BARS :], sequence=1)
+    strips.follow()
+    assert len(_drawn(strips)) == MOST_STRIPS
+    assert [path.name for path in folder.journals.glob("*.journal")] == ["writer.000001.journal"]

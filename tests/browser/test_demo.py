@@ -1,0 +1,279 @@
+"""The demo's page in a browser: play and scrub by real input, unplug the API, and see the page tell the story."""
+
+from __future__ import annotations
+
+import json
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..harness import MEDIA, until
+from ..ops.demos import Demo, demo, fault
+from ..ops.past import MARKUP
+from ..players.chromium import Chromium, Page
+from .look import FAINT, LOOKS, PALE, Look
+
+
+class DemoPage(Look):
+    """The page, and what it says of itself."""
+
+    name = "demo"
+
+    def __init__(self, chromium: Chromium, demo: Demo, artefacts: Path) -> None:
+        super().__init__(chromium, demo.address, artefacts)
+        self.demo = demo
+        #: The player, for who clicks on its controls.
+        self.player = Page(self.driver, demo.address)
+
+    def open(self, look: str = "light") -> DemoPage:
+        self.show("/", look)
+        self.see(lambda: "press play" in self.words("#state") or self.count("#viewings > li"))
+        return self
+
+    def words(self, selector: str) -> str:
+        """The text of what *selector* finds, one line each."""
+        return str(
+            self.run(
+                f"return [...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText).join('\\n')"
+            )
+        )
+
+    def count(self, selector: str) -> int:
+        return int(self.run(f"return document.querySelectorAll({json.dumps(selector)}).length"))
+
+    def reports(self) -> list[tuple[str, str]]:
+        """Skip and state of each report on the page, the latest first."""
+        rows = self.run(
+            "return [...document.querySelectorAll('#reports > li')]"
+            ".map(row => [row.querySelector('.tag').innerText, row.querySelector('.is').innerText])"
+        )
+        return [tuple(row) for row in rows]
+
+    def bars(self) -> list[Any]:
+        """Of this page's viewing each bar: its classes, where it begins and how wide it is, in per cent."""
+        bars: list[Any] = self.run(
+            "const strip = [...document.querySelectorAll('#viewings > li')]"
+            "  .find(item => item.dataset.key.startsWith(document.body.dataset.mine));"
+            "return strip ? [...strip.querySelectorAll('.lane i')]"
+            "  .map(bar => [bar.className, parseFloat(bar.style.left), parseFloat(bar.style.width)]) : []"
+        )
+        return bars
+
+    def choose(self, condition: str) -> None:
+        """Click on a switch of the API."""
+        from selenium.webdriver.common.by import By
+
+        self.driver.find_element(By.CSS_SELECTOR, f"#api input[value={condition}]").click()
+        self.see(lambda: self.demo.state()["api"]["is"] == condition)
+
+    def see(self, true: Any) -> None:
+        assert until(true), f"{self.text}\n{self.demo.state()}"
+
+    def play_unseen(self, session: str, **query: str) -> None:
+        """Somebody else plays the example's clip."""
+        asked = urllib.parse.urlencode({"session_id": session, "photo_id": "7", **query})
+        self.demo.ask(f"{MEDIA}?{asked}")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    with demo(tmp_path_factory.mktemp("demo") / "demo") as running:
+        yield running
+
+
+@pytest.fixture
+def page(chromium: Chromium, site: Demo, artefacts: Path) -> Iterator[DemoPage]:
+    """The page in a window without leftovers, its API well."""
+    site.turn("well")
+    chromium.blank_page(site.address)
+    page = DemoPage(chromium, site, artefacts)
+    yield page
+    page.player.leave()
+
+
+def test_playing_and_scrubbing_is_drawn_and_told_with_skip_0_then_skip_1(page: DemoPage):
+    page.open()
+    page.picture("before")
+    before = len(page.reports())
+    page.player.click_play()
+    page.see(lambda: page.count("#open > li") == 1)
+    page.player.watch_for(2)
+    [(kind, start, width)] = page.bars()
+    assert (kind, start) == ("skip0 open", 0)
+    assert 0 < width < 30
+    assert not page.player.has(100)
+    page.player.scrub_to(100)
+    page.see(lambda: page.reports()[: -before or None][-1:] == [("skip 0", "recorded")])
+    page.player.watch_for(2)
+    page.see(lambda: [bar for bar in page.bars() if bar[0] == "skip1 open" and 60 < bar[1] < 70])
+    assert page.count("#viewings > li:first-child .jump") == 1
+    assert page.count("#viewings .head") == 1
+    page.picture("scrubbed")
+    page.player.scrub_to(60)
+    page.see(lambda: ("skip 1", "recorded") in page.reports()[: -before or None])
+    assert all(skip == "skip 1" for skip, _ in page.reports()[: -before - 1])
+    assert page.complaints() == []
+
+
+def test_a_scrub_beyond_what_is_loaded_asks_the_site_by_range_and_one_within_asks_nothing(page: DemoPage):
+    page.open()
+    page.player.click_play()
+    page.player.wait_until_it_has(15)
+    page.player.scrub_to(12)
+    page.player.watch_for(1)
+    assert len(page.bars()) == 1
+    page.player.scrub_to(110)
+    page.see(lambda: len(page.bars()) >= 2)
+    started = [bar["first"] for bar in page.demo.state()["viewings"][0]["bars"]]
+    assert started[0] == 0
+    assert min(started[1:]) > 1_500_000
+    assert page.complaints() == []
+
+
+def test_a_reload_is_a_new_viewing(page: DemoPage):
+    page.open()
+    page.player.click_play()
+    page.player.watch_for(1)
+    first = page.player.session
+    page.see(lambda: "This page’s viewing" in page.words("#viewings > li:first-child"))
+    page.player.reload()
+    page.see(lambda: page.count("#viewings > li") >= 1)
+    assert page.player.session != first
+    assert "This page’s viewing" not in page.words("#viewings")
+    page.player.click_play()
+    page.player.watch_for(1)
+    page.see(lambda: "This page’s viewing" in page.words("#viewings > li:first-child"))
+    assert page.bars()[0][0] == "skip0 open"
+    assert first[:4] in page.words("#viewings > li:nth-child(2)")
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"), [("deny", "not whitelisted"), ("down", "API is down"), ("hang", "API is down")]
+)
+def test_with_the_api_off_the_queue_fills_and_once_it_is_back_it_drains(
+    page: DemoPage, condition: str, words: str
+):
+    page.open()
+    page.see(lambda: page.words("#f-waiting") == "0")
+    sent = int(page.words("#f-sent").replace(",", ""))
+    page.choose(condition)
+    for number in range(6):
+        page.play_unseen(f"queue-{condition}-{number}")
+    page.see(lambda: page.words("#f-waiting") == "6")
+    page.see(lambda: words in page.words("#state"))
+    assert page.count("#queue > i") == 6
+    assert {state for _, state in page.reports()[:6]} <= {"waits", "on its way"}
+    page.picture(f"api-{condition}")
+    page.choose("well")
+    page.see(lambda: page.words("#f-waiting") == "0" and page.words("#queue") == "Empty.")
+    page.see(lambda: page.reports()[:6] == [("skip 0", "recorded")] * 6)
+    assert int(page.words("#f-sent").replace(",", "")) == sent + 6
+    assert "relay --once" in page.words("#api-words")
+    assert page.complaints() == []
+
+
+def test_markup_from_session_photo_agent_and_api_is_text(page: DemoPage):
+    page.open()
+    fault(page.demo, kind="error", code="no_such_photo", message=MARKUP)
+    page.play_unseen(MARKUP, user_player_type=MARKUP)
+    page.demo.ask(
+        f"{MEDIA}?session_id={urllib.parse.quote(MARKUP)}&photo_id=8", User_Agent=MARKUP, Referer=MARKUP
+    )
+    page.see(lambda: ("skip 0", "refused") in page.reports())
+    page.see(lambda: MARKUP in page.words("#reports") and MARKUP[:4] in page.words("#viewings"))
+    page.see(lambda: MARKUP in page.words("#viewings"))
+    assert page.words("#f-dead") != "0"
+    assert page.count("main script, main img") == 0
+    assert page.driver.title == "Demo · t23_middleware"
+    assert page.complaints() == []
+    page.picture("markup")
+    fault(page.demo)
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_page_is_whole_and_legible_in_every_light_and_width(page: DemoPage, look: str):
+    page.open("light")
+    page.player.click_play()
+    page.player.watch_for(1)
+    for at in (40, 120, 70, 100):
+        page.player.scrub_to(at)
+        page.player.watch_for(0.7)
+        if at == 120:
+            page.choose("down")
+    page.see(lambda: page.count("#queue > i") and page.count(".lane i.open"))
+    page.put_on(look)
+    assert page.run("return document.documentElement.scrollWidth") <= LOOKS[look][0]
+    assert page.run(PALE) == []
+    assert page.run(FAINT) == []
+    assert page.picture(look).stat().st_size > 10_000
+    page.resize(320, 700)
+    assert page.run("return document.documentElement.scrollWidth") <= 320
+    assert page.complaints() == []
+
+
+def test_the_api_is_turned_by_the_keyboard_and_all_is_reached(page: DemoPage):
+    from selenium.webdriver.common.keys import Keys
+
+    page.open()
+    page.play_unseen("somebody")
+    page.see(page.reports)
+    reached = []
+    for _ in range(20):
+        page.press(Keys.TAB)
+        reached.append(page.run("return document.activeElement.id || document.activeElement.name"))
+        if reached[-1] == "api":
+            break
+    assert reached[0] == "film"
+    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    page.see(lambda: page.demo.state()["api"]["is"] == "down")
+    assert "unplugged" in page.words("#api-words")
+    assert (
+        page.run("return getComputedStyle(document.activeElement.nextElementSibling).outlineStyle") != "none"
+    )
+    page.press(Keys.ARROW_RIGHT)
+    page.see(lambda: page.demo.state()["api"]["is"] == "well")
+    page.press(Keys.TAB)
+    assert page.run("return document.activeElement.id") == "reports"
+    assert page.complaints() == []
+
+
+def test_a_screen_reader_gets_a_name_for_everything_and_hears_of_reports(page: DemoPage):
+    page.open()
+    page.play_unseen("heard-of")
+    page.see(lambda: page.words("#news").startswith("Report of 1,188,701 bytes, skip 0, recorded"))
+    found = page.named()
+    for name in ("answers", "refuses", "hangs", "is down"):
+        assert name in found["radio"]
+    assert "The API" in found["group"]
+    assert any(name.startswith("A film to scrub in") for name in found["Video"])
+    images = found.get("image", []) + found.get("img", [])
+    assert any(name.startswith("Streamed: 0 to 100 % of the file, skip 0") for name in images)
+    assert all(images), images
+    assert {"main", "contentinfo", "status"} <= set(found)
+    assert len(found["heading"]) >= 6
+    assert page.run("return document.documentElement.lang") == "en"
+
+
+def test_nothing_moves_for_who_does_not_want_it(page: DemoPage):
+    page.open()
+    page.player.click_play()
+    page.see(lambda: page.count(".lane i.open"))
+    moving = "return getComputedStyle(document.querySelector('.lane i.open')).animationName"
+    assert page.run(moving) == "flow"
+    page.command(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-reduced-motion", "value": "reduce"}]}
+    )
+    assert page.run(moving) == "none"
+
+
+def test_a_demo_that_ended_is_said_on_the_page(chromium: Chromium, artefacts: Path, tmp_path: Path):
+    with demo(tmp_path / "demo") as running:
+        page = DemoPage(chromium, running, artefacts).open()
+        assert page.words("#gone") == ""
+    assert until(lambda: "was ended" in page.words("#gone"))
+    page.picture("ended")
+    page.player.leave()
