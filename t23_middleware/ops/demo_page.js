@@ -79,7 +79,7 @@
     const own = viewing.of === mine ? "This page’s viewing" : "Viewing";
     write(about.children[0], `${own}, session ${viewing.session}`);
     const player = viewing.player ? `, ${viewing.player}` : "";
-    write(about.children[1], `video ${viewing.video}${player} · ${clock(viewing.started)} · ${size(sum)} in ${many(viewing.bars.length, "answer", "answers")}`);
+    write(about.children[1], `video ${viewing.video}${player} · ${clock(viewing.started)} · ${size(sum)} in ${many(viewing.bars.length, "response", "responses")}`);
     keep(strip.firstChild, viewing.bars, (bar) => bar.id, () => make("i"), (mark, bar) => {
       mark.className = `skip${bar.skip}${bar.open ? " open" : ""}`;
       mark.style.left = share(bar.first);

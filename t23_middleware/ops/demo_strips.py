@@ -20,7 +20,7 @@ from ..state import StateFolder
 from ..transfer import Opening, Play, Progress, Transfer
 
 #: Viewings that are kept, and responses of each.
-MOST_STRIPS = 6
+MOST_STRIPS = 4
 MOST_BARS = 100
 
 

@@ -81,6 +81,7 @@ class Look:
             "Emulation.setEmulatedMedia",
             {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
         )
+        self.command("Emulation.setScrollbarsHidden", {"hidden": True})  # a picture has none
         self.resize(width, height)
 
     def resize(self, width: int, height: int = 900) -> None:

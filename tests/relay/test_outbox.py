@@ -34,6 +34,7 @@ from t23_middleware.relay.outbox import (
     OutboxView,
     SQLiteOutbox,
     Stats,
+    Waiting,
 )
 from t23_middleware.relay.report import Report
 
@@ -589,3 +590,16 @@ def test_no_statement_needs_a_newer_sqlite_than_is_promised():
     source = Path(outbox_module.__file__).read_text().upper()
     assert "ON CONFLICT DO UPDATE" not in source
     assert " RETURNING " not in source
+
+
+def test_a_look_shows_the_latest_that_wait_and_which_are_on_their_way(outbox: SQLiteOutbox, path: Path):
+    outbox.ingest(batch(*(report(number) for number in range(5))))
+    claimed = outbox.claim(4, NOW + 10, [""])
+    outbox.settle([Acked(claimed[0].id)], NOW + 10)
+    with OutboxView(path) as view:
+        assert view.waiting(3) == [
+            Waiting(report(2), True),
+            Waiting(report(3), True),
+            Waiting(report(4), False),
+        ]
+        assert len(view.waiting(100)) == 4
