@@ -23,8 +23,9 @@ class Plug:
         self.delivered = 0
         self._api = api
         self._environ = environ
-        self._turning = threading.Lock()
+        self._turning, self._delivering = threading.Lock(), threading.Lock()
         self._relay: subprocess.Popen[bytes] | None = None
+        self._closed = False
 
     def turn(self, condition: str) -> None:
         """From now on the API is so; *condition* is one of :data:`CONDITIONS`."""
@@ -40,18 +41,27 @@ class Plug:
             self.condition = condition
 
     def deliver(self) -> None:
-        """Deliver what waits as an operator does who knows that the API is back, without waiting for the next try."""
-        with self._turning:
-            if self._relay is not None and self._relay.poll() is None:
+        """Deliver what waits as an operator does who knows that the API is back, without waiting for the next try.
+
+        In a thread, and after what was delivered so before: that may have met the API while it was off.
+        """
+        self.delivered += 1
+        threading.Thread(target=self._deliver, name="deliver", daemon=True).start()
+
+    def _deliver(self) -> None:
+        command = [sys.executable, "-m", "t23_middleware", "relay", "--once"]
+        with self._delivering:
+            if self.condition != WELL or self._closed:
                 return
-            command = [sys.executable, "-m", "t23_middleware", "relay", "--once"]
             self._relay = subprocess.Popen(
                 command, env=self._environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
-            self.delivered += 1
+            self._relay.wait()
 
     def close(self) -> None:
         """End what :meth:`deliver` began."""
+        self._closed = True
         if self._relay is not None and self._relay.poll() is None:
             self._relay.terminate()
-            self._relay.wait()
+        with self._delivering:
+            pass  # it has ended

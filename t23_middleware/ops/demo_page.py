@@ -249,6 +249,8 @@ def _words(status: Status) -> list[str]:
     """As the operator's page puts it, but for what a newcomer can't know yet."""
     if not status.stats.captured and not status.journal_bytes:
         return ["Nothing was streamed yet: press play."]
+    if status.state == "delivering" and status.stats.waiting:
+        return [f"Delivering {text.reports(status.stats.waiting)}."]
     return told(status)
 
 
