@@ -5,6 +5,7 @@
   const EVERY = 300, RARELY = 2000; // ms between two looks; while nobody looks, or nobody answers
   const SAMPLES = 60; // seconds of the queue's depth
   const BLOCKS = 36; // reports that are drawn in the queue
+  const STRIPS = 4, STREAMS = 8; // viewings, and open streams, that are shown
   const API = {
     well: "It answers as the documentation says.",
     deny: "It answers permission_denied, as to a server that is not whitelisted. Reports wait, none is given up.",
@@ -210,12 +211,14 @@
     if (!wanted) showApi(state.api);
     showQueue(state);
     showDepth(state.figures.waiting);
-    keep(place("viewings"), state.viewings, (viewing) => viewing.id, beginViewing, showViewing);
+    keep(place("viewings"), state.viewings.slice(0, STRIPS), (viewing) => viewing.id, beginViewing, showViewing);
     const open = state.viewings.flatMap((viewing) => viewing.bars.filter((bar) => bar.open).map((bar) => [viewing, bar, state.now]));
-    keep(place("open"), open.slice(0, 12), ([, bar]) => bar.id, beginStream, showStream);
+    keep(place("open"), open.slice(0, STREAMS), ([, bar]) => bar.id, beginStream, showStream);
+    const shown = Math.min(open.length, STREAMS);
+    write(place("no-open"), shown ? `And ${exact(state.figures.open - shown)} more.` : "None now.");
     keep(place("reports"), state.reports, (report) => report.id, beginReport, showReport);
     place("no-viewings").hidden = state.viewings.length > 0;
-    place("no-open").hidden = open.length > 0;
+    place("no-open").hidden = shown > 0 && shown >= state.figures.open;
     place("no-reports").hidden = state.reports.length > 0;
     announce(state.reports);
     showHead();

@@ -146,10 +146,7 @@ class DemoPage:
             "tone": tone(status),
             "state": _words(status),
             "api": {"is": self._plug.condition, "delivered": self._plug.delivered},
-            "figures": {
-                **status.stats._asdict(),
-                "open": sum(bar.ended_ms is None for strip in self._strips for bar in strip.bars),
-            },
+            "figures": {**status.stats._asdict(), "open": self._strips.open_responses},
             "oldest": status.oldest_seconds,
             "viewings": [self._strip(strip) for strip in reversed([*self._strips])],
             "reports": self._reports(),

@@ -20,7 +20,7 @@ from ..state import StateFolder
 from ..transfer import Opening, Play, Progress, Transfer
 
 #: Viewings that are kept, and responses of each.
-MOST_STRIPS = 4
+MOST_STRIPS = 12
 MOST_BARS = 100
 
 
@@ -73,6 +73,11 @@ class Strips:
 
     def __iter__(self) -> Iterator[Strip]:
         return iter(self._strips)
+
+    @property
+    def open_responses(self) -> int:
+        """How many are under way, also on strips that are no longer kept."""
+        return sum(1 for _ in self._playback.open_responses())
 
     def follow(self) -> None:
         """Take in what the workers wrote."""

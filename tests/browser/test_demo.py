@@ -73,7 +73,7 @@ class DemoPage(Look):
         self.see(lambda: self.demo.state()["api"]["is"] == condition)
 
     def see(self, true: Any) -> None:
-        assert until(true), f"{self.text}\n{self.demo.state()}"
+        assert until(true), self.text
 
     def play_unseen(self, session: str, **query: str) -> None:
         """Somebody else plays the example's clip."""
@@ -282,4 +282,8 @@ def test_a_demo_that_ended_is_said_on_the_page(chromium: Chromium, artefacts: Pa
         assert page.words("#gone") == ""
     assert until(lambda: "was ended" in page.words("#gone"))
     page.picture("ended")
+    with demo(tmp_path / "again", "--port", page.address.rpartition(":")[2]):
+        assert until(lambda: "started anew" in page.words("#gone"))
+        page.player.reload()
+        page.see(lambda: page.words("#gone") == "" and "press play" in page.words("#state"))
     page.player.leave()

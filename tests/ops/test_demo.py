@@ -101,6 +101,29 @@ def test_what_waits_for_an_api_that_is_off_is_delivered_as_it_comes_back(running
     assert until(lambda: running.state()["figures"]["waiting"] == 0)
 
 
+def test_an_api_that_is_turned_off_and_on_at_once_is_delivered_to_all_the_same(running: Demo):
+    running.turn("deny")
+    running.ask(f"{MEDIA}?session_id=flickering&photo_id=7")
+    assert until(lambda: "Paused" in running.state()["state"][0]), running.state()
+    for condition in ("well", "deny", "well", "down", "well"):
+        assert running.turn(condition) == 200
+    assert until(lambda: _rows(running, "flic…", "sent")), running.state()
+
+
+def test_all_that_is_open_is_counted_also_what_is_not_drawn(running: Demo):
+    players = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(MOST_STRIPS + 2)]
+    try:
+        for number, player in enumerate(players):
+            request = f"GET {FILM_URL}?session_id=crowd-{number}&rate=20000 HTTP/1.1\r\nHost: a\r\n\r\n"
+            player.sendall(request.encode())
+        assert until(lambda: running.state()["figures"]["open"] == MOST_STRIPS + 2), running.state()
+        assert len(running.state()["viewings"]) == MOST_STRIPS
+    finally:
+        for player in players:
+            player.close()
+    assert until(lambda: running.state()["figures"]["open"] == 0), running.state()
+
+
 def test_only_the_pages_own_script_can_turn_the_api(running: Demo):
     before = running.state()["api"]["is"]
     for body, kind, status in (
