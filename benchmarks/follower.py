@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from t23_middleware.relay.proxy_line import play_id  # noqa: E402
 from t23_middleware.relay.proxy_log import ProxyLog  # noqa: E402
+from t23_middleware.transfer import play_id  # noqa: E402
 
 LINES_PER_S = 50_000
 IDLE_US = 100.0

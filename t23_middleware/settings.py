@@ -201,6 +201,16 @@ def _absolute(text: str) -> str:
     return text
 
 
+def _logs(text: str) -> tuple[str, ...]:
+    paths = tuple(dict.fromkeys(_words(text)))
+    wrong = [path for path in paths if not Path(path).is_absolute() or path.endswith("/") or "\0" in path]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]!r} is not the absolute path of a file; write for example /var/log/nginx/t23.log"
+        )
+    return paths
+
+
 def _setting(
     default: Any, read: Callable[[str], Any], help: str, *, secret: bool = False, relay: bool = False
 ) -> Any:
@@ -283,6 +293,7 @@ class Settings:
         ("video/*", "audio/*"),
         _media_types,
         "content types that are counted; segments of HLS and DASH are left out for now",
+        relay=True,
     )
     player_type: str | None = _setting(
         None, _player_type, "`user_player_type` where the request does not say"
@@ -355,6 +366,16 @@ class Settings:
     )
     exit_seconds: float = _setting(
         2.0, _seconds, "seconds in which a relay that is told to stop finishes what is in flight", relay=True
+    )
+    proxy_log: tuple[str, ...] = _setting(
+        (),
+        _logs,
+        "behind nginx: the log file(s) in which it says what it sent, comma-separated; then the app names the play, nginx"
+        " counts, and the relay joins them (`check` prints nginx's lines)",
+        relay=True,
+    )
+    proxy_wait: float = _setting(
+        21600.0, _seconds, "seconds that a play waits for its line in that log", relay=True
     )
     status_token: str | None = _setting(
         None,

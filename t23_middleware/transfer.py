@@ -7,12 +7,38 @@ single ``write(2)``; the checksum tells a line that was torn by a full disk or a
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 #: Version of this format. A relay skips the journals of a version that it does not know, and leaves them alone.
 FORMAT = 1
+#: The same, but openings may say that a proxy counts. What such a writer wrote, a relay that knows of no proxy must not
+#: take: it would drop those lines as foreign.
+PROXY_FORMAT = 2
+FORMATS = frozenset((FORMAT, PROXY_FORMAT))
+
+#: Who counts the bytes of a response: the app; the proxy, whose log confirms the app's count; or the proxy alone, since
+#: the app handed it a file's name and no bytes (``X-Accel-Redirect``).
+APP, PROXY, OFFLOADED = "app", "proxy", "offloaded"
+_COUNTERS = (APP, PROXY, OFFLOADED)
+
+#: The response header that names the play to the proxy, which writes it into its log.
+PLAY_HEADER = "X-T23-Play"
+_PLAY_ID = re.compile(r"([0-9A-Za-z-]{1,64})\.(0|[1-9][0-9]{0,17})")
+
+
+def play_id(writer: str, number: int) -> str:
+    """What :data:`PLAY_HEADER` says of the response *number* of *writer*: ``<writer>.<number>``."""
+    return f"{writer}.{number}"
+
+
+def parse_play_id(text: str) -> tuple[str, int] | None:
+    """Writer and number in *text*; ``None`` where it is not what :func:`play_id` makes."""
+    found = _PLAY_ID.fullmatch(text)
+    return (found[1], int(found[2])) if found else None
+
 
 #: Longest line that is written or believed, in bytes.
 LONGEST_LINE = 8192
@@ -59,6 +85,8 @@ class Opening(NamedTuple):
     status: int
     #: Content-Length in bytes, where the app gave one.
     length: int | None
+    #: :data:`APP`, :data:`PROXY` or :data:`OFFLOADED`; of the last, *part* and *status* are what the request asked for.
+    counted_by: str = APP
 
 
 class Transfer(NamedTuple):
@@ -137,12 +165,15 @@ def progress_line(opening: str, at_ns: int, at_ms: int, sent: int) -> bytes:
 
 def opening_text(opening: Opening) -> str:
     """An opening as JSON, which its open line and its close line share: encoding costs more than writing."""
-    number, started_ns, started_ms, play, part, status, length = opening
+    number, started_ns, started_ms, play, part, status, length, counted_by = opening
     session_id, photo_id, host, skip, *player = play
     who = f"{_string(session_id)},{_string(photo_id)},{_string(host)},{_number(skip)}"
     player_text = ",".join(["null" if text is None else _string(text) for text in player])
     what = ",".join([_number(offset) for offset in part])
-    return f"[{number},{started_ns},{started_ms},[{who},{player_text}],[{what}],{status},{_number(length)}]"
+    by = "" if counted_by == APP else f',"{counted_by}"'
+    return (
+        f"[{number},{started_ns},{started_ms},[{who},{player_text}],[{what}],{status},{_number(length)}{by}]"
+    )
 
 
 def open_line(opening: str) -> bytes:
@@ -202,13 +233,16 @@ _read_part = _plain(Part, _INT, _INT, _INT)
 
 
 def _opening(fields: list[Any]) -> Opening:
-    number, started_ns, started_ms, play, part, status, length = fields
-    parts = (number, started_ns, started_ms, _read_play(play), _read_part(part), status, length)
+    number, started_ns, started_ms, play, part, status, length, *by = fields
+    counted_by = by.pop() if len(by) == 1 else APP
+    if by or counted_by not in _COUNTERS:
+        raise ValueError("counted by")
+    parts = (number, started_ns, started_ms, _read_play(play), _read_part(part), status, length, counted_by)
     opening: Opening = _read_opening(parts)
     return opening
 
 
-_read_opening = _plain(Opening, int, int, int, Play, Part, int, _INT)
+_read_opening = _plain(Opening, int, int, int, Play, Part, int, _INT, str)
 
 
 def _transfer(fields: list[Any]) -> Transfer:

@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t23_middleware.transfer import (
+    APP,
     FORMAT,
     LONGEST_LINE,
+    OFFLOADED,
+    PROXY,
     Counts,
     ForeignLine,
     NotALine,
@@ -48,6 +51,7 @@ openings = st.builds(
     st.builds(Part, optional, optional, optional),
     numbers,
     optional,
+    st.sampled_from([APP, PROXY, OFFLOADED]),
 )
 lines = st.one_of(
     openings,

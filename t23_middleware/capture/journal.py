@@ -53,11 +53,11 @@ class JournalWriter:
     knows that the writer does. Never raises: what the disk refuses is kept aside, tried again, and at last counted.
     """
 
-    def __init__(self, folder: StateFolder, version: str, digest: str) -> None:
+    def __init__(self, folder: StateFolder, version: str, digest: str, format: int = FORMAT) -> None:
         self._folder = folder
         self._pid = os.getpid()
         self.name = _new_name()
-        self._header = Writer(self.name, FORMAT, version, boot_id(), time.time_ns() // 1_000_000, digest)
+        self._header = Writer(self.name, format, version, boot_id(), time.time_ns() // 1_000_000, digest)
         self._files: _Files | None = None
         self._lock_file: int | None = None
         #: The journal that was abandoned; another thread may be about to write to it.
@@ -87,7 +87,7 @@ class JournalWriter:
             return False
         written = self._append(line)
         if written and self._counts:
-            self._write_counts()
+            self.write_counts()
         return written
 
     def _append(self, line: bytes) -> bool:
@@ -129,16 +129,21 @@ class JournalWriter:
                 self._aside.appendleft(line)
                 raise
 
-    def _write_counts(self) -> None:
+    def write_counts(self) -> bool:
+        """Write what was counted now, not only with the next line; whether the disk has it."""
+        if os.getpid() != self._pid:
+            return False
         with self._counting:
             counts, self._counts = self._counts, Counter()
         if not counts:
-            return  # another thread took them
+            return True  # another thread took them
         try:
             self._write(encode(Counts(dict(counts))))
         except (OSError, StateError):
             with self._counting:
                 self._counts.update(counts)
+            return False
+        return True
 
     def _begin(self) -> _Files:
         """Take the writer's lock and open its first journal."""

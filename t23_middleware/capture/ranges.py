@@ -23,6 +23,14 @@ def part_of(status: int, length: int | None, content_range: str | None, asked: s
     return UNKNOWN if any(number is not None and number > LONGEST for number in part) else part
 
 
+def asked_part(asked: str | None) -> tuple[Part, int]:
+    """The part that the request's Range *asked* for, and the status that an answer with it has."""
+    if asked is None:
+        return Part(0, None, None), 200
+    part = _asked_part(asked)
+    return (UNKNOWN if any(number is not None and number > LONGEST for number in part) else part), 206
+
+
 def _said_part(content_range: str | None) -> Part | None:
     said = parse_content_range_header(content_range)
     if said is None or (said.units or "").lower() != "bytes" or said.start is None or said.stop is None:

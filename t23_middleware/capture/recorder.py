@@ -8,7 +8,19 @@ from itertools import count
 
 from ..settings import Settings
 from ..state import StateFolder
-from ..transfer import Opening, Part, Play, close_line, open_line, opening_text, progress_line
+from ..transfer import (
+    APP,
+    FORMAT,
+    PROXY_FORMAT,
+    Opening,
+    Part,
+    Play,
+    close_line,
+    open_line,
+    opening_text,
+    play_id,
+    progress_line,
+)
 from .journal import JournalWriter
 from .launch import RelayLauncher
 
@@ -35,30 +47,58 @@ class _Process:
 
     def __init__(self, settings: Settings, version: str) -> None:
         folder = StateFolder(settings.state_path())
-        self.journal = JournalWriter(folder, version, settings.relay_digest())
+        format = PROXY_FORMAT if settings.proxy_log else FORMAT
+        self.journal = JournalWriter(folder, version, settings.relay_digest(), format)
         self.launcher = RelayLauncher(settings, folder)
         self._numbers = count(1)
+        self._seen_proxy = False
 
-    def begin(self, play: Play, part: Part, status: int, length: int | None) -> Recording:
+    def begin(
+        self, play: Play, part: Part, status: int, length: int | None, counted_by: str = APP
+    ) -> Recording:
         """Write the open line of a response that starts now."""
-        opening = Opening(
-            next(self._numbers), time.monotonic_ns(), time.time_ns() // 1_000_000, play, part, status, length
-        )
+        now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
+        opening = Opening(next(self._numbers), now_ns, now_ms, play, part, status, length, counted_by)
         text = opening_text(opening)
         if self.journal.write(open_line(text)):
             self.launcher.begun()
         return Recording(self, opening, text)
 
+    def see_proxy(self) -> None:
+        """A counted response came through a proxy: counted once per process, with the next line."""
+        if not self._seen_proxy:
+            self._seen_proxy = True
+            self.journal.count("behind_proxy")
+
+    def tell(self, name: str) -> None:
+        """Count an event that no line may ever follow."""
+        self.journal.count(name)
+        if self.journal.write_counts():
+            self.launcher.written()
+
 
 class Recording:
     """A response that is being counted; its end is written once, whoever ends it how often."""
 
-    __slots__ = ("_process", "_text", "opening")
+    __slots__ = ("_process", "_text", "_writer", "opening")
 
     def __init__(self, process: _Process, opening: Opening, text: str) -> None:
         self._process: _Process | None = process
         self._text = text
+        # The name under which the open line was written, for that may change as it is.
+        self._writer = process.journal.name
         self.opening = opening
+
+    @property
+    def play_id(self) -> str:
+        """What names it to the proxy."""
+        return play_id(self._writer, self.opening.number)
+
+    def void(self) -> None:
+        """Something else goes out in its place, without its id: the proxy's log will have no line of it."""
+        if self.opening.counted_by != APP:
+            self.opening = self.opening._replace(counted_by=APP)
+            self._text = opening_text(self.opening)
 
     def progress(self, counted: int) -> None:
         """Write down that *counted* body bytes went out so far."""
@@ -69,10 +109,15 @@ class Recording:
     def end(self, counted: int, declared: int) -> None:
         """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""
         process, self._process = self._process, None
-        if process is None:
+        if process is None or self._is_left_to_the_proxy(process):
             return
         length = self.opening.length
         sent = counted if length is None else min(counted, length)
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
         if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared)):
             process.launcher.written()
+
+    def _is_left_to_the_proxy(self, process: _Process) -> bool:
+        """Whether the journal was begun anew since: under its new name the log has no line of this response, and under
+        the old one, which the relay most likely read, the log's line decides."""
+        return self.opening.counted_by != APP and self._writer != process.journal.name

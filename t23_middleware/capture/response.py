@@ -6,13 +6,14 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from ..media import SEGMENT_ENDINGS, MediaTypes
 from ..settings import Settings
-from ..transfer import Opening
+from ..transfer import APP, OFFLOADED, PLAY_HEADER, PROXY, Opening
 from .body import PROGRESS_EVERY, BegunLater, CountedIterable, CountedSequence
 from .files import FileWay, LentWrapper
 from .held import CountedHeld, CountedHeldSequence, Holder, holder_of
 from .identity import Identifier, NotCounted
-from .ranges import part_of
+from .ranges import asked_part, part_of
 from .recorder import Recorder, Recording
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE_WRAPPER = "wsgi.file_wrapper"
-#: Segments of HLS and DASH: a viewing is hundreds of them, and what they would report is not settled.
-SEGMENT_TYPES = frozenset(("video/mp2t", "video/iso.segment", "audio/iso.segment"))
-SEGMENT_ENDINGS = (".ts", ".m4s")
-#: Content types whose verdict is remembered; an app that makes them up can't fill the memory.
-REMEMBERED_TYPES = 1000
+#: Headers by which an app leaves a file to the proxy: nginx's, Apache's (and Flask's ``USE_X_SENDFILE``), lighttpd's,
+#: LiteSpeed's and Perlbal's.
+OFFLOADING = frozenset(
+    ("x-accel-redirect", "x-sendfile", "x-lighttpd-send-file", "x-litespeed-location", "x-reproxy-url")
+)
 
 
 class Capture:
@@ -36,20 +37,9 @@ class Capture:
         self.identifier = Identifier(settings)
         self.recorder = Recorder(settings, version)
         self.file_way = FileWay(fast=settings.fast_files, declared=settings.count == "declared")
-        self._wanted = tuple(kind.removesuffix("*") for kind in settings.media_types)
-        self._verdicts: dict[str, bool] = {}
-
-    def counts_type(self, content_type: str) -> bool:
-        """Whether a response of *content_type* is media that is counted."""
-        verdict = self._verdicts.get(content_type)
-        if verdict is None:
-            kind = content_type.partition(";")[0].strip().lower()
-            verdict = kind not in SEGMENT_TYPES and any(
-                kind.startswith(wanted) if wanted.endswith("/") else kind == wanted for wanted in self._wanted
-            )
-            if len(self._verdicts) < REMEMBERED_TYPES:
-                self._verdicts[content_type] = verdict
-        return verdict
+        self.counts_type = MediaTypes(settings.media_types).counts
+        #: Whether a proxy's log says what was sent, so that it must be told the play's name.
+        self.has_proxy_log = bool(settings.proxy_log)
 
     def count(self, name: str) -> None:
         """Count an event that is no transfer."""
@@ -68,12 +58,13 @@ class Response:
 
     __slots__ = (
         "_capture",
+        "_counted_by",
         "_decided",
         "_environ",
         "_headers",
         "_holder",
         "_lent",
-        "_media",
+        "_named",
         "_path",
         "_recording",
         "_start",
@@ -89,7 +80,10 @@ class Response:
         self._capture = capture
         self._status: str | None = None
         self._headers: list[tuple[str, str]] = []
-        self._media = False
+        #: Who counts it; ``None`` for what is not counted.
+        self._counted_by: str | None = None
+        #: Whether the request, as it came, may name a play.
+        self._named = False
         self._decided = False
         self._written = 0
         self._lent: LentWrapper | None = None
@@ -103,7 +97,8 @@ class Response:
         """Exchange the server's file wrapper for one that remembers what it wrapped, if the request may name a play."""
         original = self._environ.get(FILE_WRAPPER)
         way = self._capture.file_way
-        if (original is not None or way.fast) and self._missing() is None:
+        self._named = self._missing() is None
+        if self._named and (original is not None or way.fast):
             self._lent = self._environ[FILE_WRAPPER] = LentWrapper(original, way)
 
     def take_wrapper_back(self) -> None:
@@ -120,18 +115,37 @@ class Response:
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], object]:
         """``start_response`` as the app sees it (PEP 3333)."""
-        write = self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
+        former = self._status, self._headers, self._counted_by
         self._status, self._headers = status, headers
-        self._media = self._is_media()
-        if not self._media:
+        self._counted_by = self._who_counts()
+        told = self._with_play_id(headers) if self._capture.has_proxy_log else headers
+        try:
+            write = self._start(status, told) if exc_info is None else self._start(status, told, exc_info)
+        except BaseException:
+            self._status, self._headers, self._counted_by = former
+            raise
+        if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
-            self._void = self._recording is not None
+            self._set_void()
             return write
         # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
         return write if write is None else self._counting(write)
 
+    def _with_play_id(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """*headers*, and the play's name for the proxy where this response is counted."""
+        if self._counted_by is None or not self._begin() or self._recording is None:
+            return headers
+        return [*headers, (PLAY_HEADER, self._recording.play_id)]
+
+    def _set_void(self) -> None:
+        self._void = self._recording is not None
+        if self._recording is not None:
+            self._recording.void()
+
     def abandon(self) -> None:
         """The app raised: what ``write()`` sent before is all there was."""
+        if not self._written:
+            self._set_void()
         if self._holder is not None:
             self._holder.finish(0, self)
         else:
@@ -144,8 +158,11 @@ class Response:
         if self._status is None:
             # The app may call start_response as late as its first chunk (PEP 3333, "The start_response() Callable").
             return BegunLater(self._iterated(body), self._begin) if self._missing() is None else body
-        if not self._media or not self._begin() or self._recording is None:
-            return body if self._lent is None else self._lent.as_the_server_has_it(body)
+        if self._counted_by is None or not self._begin() or self._recording is None:
+            return self._untouched(body)
+        if self._counted_by == OFFLOADED:
+            self.end(0)  # the file is the proxy's to send, and to count
+            return self._untouched(body)
         if self._lent is not None:
             opening = self._recording.opening
             if opening.length is None and "mod_wsgi.version" in self._environ:
@@ -160,6 +177,9 @@ class Response:
             self.end(sum(map(len, body)))
             return body
         return self._iterated(body)
+
+    def _untouched(self, body: Iterable[bytes]) -> Iterable[bytes]:
+        return body if self._lent is None else self._lent.as_the_server_has_it(body)
 
     def _iterated(self, body: Iterable[bytes]) -> CountedIterable:
         has_length = hasattr(body, "__len__")
@@ -218,7 +238,7 @@ class Response:
         return self._capture.identifier.missing(self._environ, self._path)
 
     def _record(self, said: str) -> Recording | None:
-        if not self._media or self._environ.get("t23.ignore"):
+        if self._counted_by is None or self._environ.get("t23.ignore"):
             return None
         missing = self._missing()
         if missing is not None:
@@ -229,10 +249,38 @@ class Response:
         except NotCounted as reason:
             self._capture.count(str(reason))
             return None
+        process = self._capture.recorder.this_process()
+        if self._counted_by == OFFLOADED:
+            if not self._capture.has_proxy_log:
+                process.tell("offloaded")
+                return None
+            return process.begin(play, *asked_part(self._environ.get("HTTP_RANGE")), None, OFFLOADED)
+        if "HTTP_X_FORWARDED_FOR" in self._environ or "HTTP_VIA" in self._environ:
+            process.see_proxy()
         status = int(said[:3])
         length = _whole_number(self._header("content-length"))
         part = part_of(status, length, self._header("content-range"), self._environ.get("HTTP_RANGE"))
-        return self._capture.recorder.this_process().begin(play, part, status, length)
+        return process.begin(play, part, status, length, self._counted_by)
+
+    def _who_counts(self) -> str | None:
+        if self._offloads():
+            return OFFLOADED
+        if not self._is_media():
+            return None
+        return PROXY if self._capture.has_proxy_log else APP
+
+    def _offloads(self) -> bool:
+        """Whether the app leaves the file of a play to the proxy, which alone then knows what it is."""
+        environ = self._environ
+        if not (self._named or "t23.session_id" in environ or "t23.photo_id" in environ):
+            return False
+        try:
+            for name, _ in self._headers:
+                if name.lower() in OFFLOADING:
+                    return not self._path.endswith(SEGMENT_ENDINGS)
+        except (AttributeError, TypeError, ValueError):
+            pass  # no list of pairs of strings
+        return False
 
     def _is_media(self) -> bool:
         if self._status is None or self._status[:3] not in ("200", "206"):

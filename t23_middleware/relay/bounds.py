@@ -311,6 +311,11 @@ class Bounds:
 
 
 def taken_as_lost(counts: Counter[str]) -> list[GivenUp]:
-    """Take out of *counts* what workers could neither write down nor keep, which counts as reports."""
+    """Take out of *counts* what counts as reports: what workers could neither write down nor keep, and what a proxy
+    sent without a word of how much."""
     reports, size = counts.pop("capture_lost", 0), counts.pop("capture_lost_bytes", 0)
-    return [GivenUp("capture_lost", reports, size)] if reports > 0 else []
+    losses = [
+        GivenUp("capture_lost", reports, size),
+        GivenUp("no_proxy_line", counts.pop("no_proxy_line", 0), 0),
+    ]
+    return [loss for loss in losses if loss.reports > 0]

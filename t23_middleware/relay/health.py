@@ -13,6 +13,9 @@ from typing import NamedTuple
 WELL, FAILING, PAUSED = "well", "failing", "paused"
 #: Name of the note that says how many counted responses are under way.
 OPEN_RESPONSES = "open_responses"
+#: Names of the notes on plays that wait for their line in the proxy's log: how many, since when the oldest does, and
+#: when the latest line ended; times are ms since the epoch.
+AWAITED, AWAITED_SINCE, LAST_LINE = "awaited", "awaited_since_ms", "proxy_line_ms"
 
 _PREFIX = "api:"
 #: Milliseconds for which a later answer is not worth a note.

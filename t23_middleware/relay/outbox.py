@@ -85,6 +85,10 @@ CREATE TRIGGER IF NOT EXISTS dead_in AFTER INSERT ON dead
 CREATE TRIGGER IF NOT EXISTS dead_out AFTER DELETE ON dead
     BEGIN UPDATE sizes SET value = value - 1 WHERE name = 'dead'; END;
 """
+#: What the relay knows of the proxy's logs, see :mod:`~t23_middleware.relay.proxy_join`. Likewise.
+_FOR_PROXY = "CREATE TABLE IF NOT EXISTS proxy (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;"
+#: Tables that came later, each of which an outbox may lack.
+_LATER = ("sizes", "proxy")
 #: Each host that has reports, by a jump through the index: DISTINCT would read all of it.
 _HOSTS = """
 WITH RECURSIVE found (host) AS (
@@ -179,6 +183,8 @@ class Ingest(NamedTuple):
     notes: Mapping[str, str] = {}
     #: What was lost before it could become a report.
     losses: Sequence[GivenUp] = ()
+    #: Changed rows of what is known of the proxy's logs, ``None`` for one that is dropped.
+    proxy: Sequence[tuple[str, str | None]] = ()
     #: Reason for which its reports are lost at once instead of kept; ``""`` for none.
     lost_as: str = ""
     #: Time of the look, in ms since the epoch; only losses need it.
@@ -293,6 +299,9 @@ class Outbox(Protocol):
     def viewings(self) -> Iterator[tuple[Key, str]]:
         """The playback state that was kept."""
 
+    def proxy_rows(self) -> dict[str, str]:
+        """What was kept of the proxy's logs."""
+
     def ingest(self, batch: Ingest) -> None:
         """Keep *batch*, whole or not at all."""
 
@@ -368,6 +377,10 @@ class SQLiteOutbox:
             for host, session_id, photo_id, state in self._db.execute("SELECT * FROM viewings"):
                 yield (host, session_id, photo_id), state
 
+    def proxy_rows(self) -> dict[str, str]:
+        with _translated():
+            return dict(self._db.execute("SELECT name, value FROM proxy"))
+
     def ingest(self, batch: Ingest) -> None:
         with self._transaction():
             losses = list(batch.losses)
@@ -378,6 +391,7 @@ class SQLiteOutbox:
                 self._db.executemany(f"INSERT INTO reports ({_REPORT}) VALUES ({_MARKS})", batch.reports)
             _give_up(self._db, losses, batch.at_ms)
             self._keep_viewings(batch.viewings)
+            self._keep_proxy_rows(batch.proxy)
             self._db.executemany("INSERT OR REPLACE INTO journals VALUES (?, ?)", batch.places.items())
             captured = len(batch.reports) + sum(loss.reports for loss in batch.losses)
             _count(self._db, {**batch.counts, "captured": captured})
@@ -586,6 +600,13 @@ class SQLiteOutbox:
                 self._db.execute("DELETE FROM viewings WHERE (host, session_id, photo_id) = (?, ?, ?)", key)
             else:
                 self._db.execute("INSERT OR REPLACE INTO viewings VALUES (?, ?, ?, ?)", (*key, state))
+
+    def _keep_proxy_rows(self, rows: Iterable[tuple[str, str | None]]) -> None:
+        for name, value in rows:
+            if value is None:
+                self._db.execute("DELETE FROM proxy WHERE name = ?", (name,))
+            else:
+                self._db.execute("INSERT OR REPLACE INTO proxy VALUES (?, ?)", (name, value))
 
     def _watched(self, reports: Iterable[Report]) -> None:
         self._db.executemany(
@@ -951,9 +972,9 @@ def _open(path: Path) -> sqlite3.Connection:
                 f"{path} is of a newer version of t23_middleware; run that one, or move the file"
             )
         if version == 0:
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {_FOR_PAGES} {_SET_VERSION} COMMIT;")
-        elif not db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'sizes'").fetchone()[0]:
-            db.executescript(f"BEGIN IMMEDIATE; {_FOR_PAGES} COMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} {_FOR_PAGES} {_FOR_PROXY} {_SET_VERSION} COMMIT;")
+        elif _lacks_tables(db):
+            db.executescript(f"BEGIN IMMEDIATE; {_FOR_PAGES} {_FOR_PROXY} COMMIT;")
         db.text_factory = _text
         _check(db)
         _mend(db)
@@ -983,6 +1004,11 @@ def _version(db: sqlite3.Connection) -> int:
     if said in (0, SCHEMA_VERSION):
         return int(said)
     raise sqlite3.DatabaseError("its version is damaged")
+
+
+def _lacks_tables(db: sqlite3.Connection) -> bool:
+    query = "SELECT count(*) FROM sqlite_master WHERE name IN (?, ?)"
+    return bool(db.execute(query, _LATER).fetchone()[0] < len(_LATER))
 
 
 def _check(db: sqlite3.Connection) -> None:
@@ -1035,7 +1061,7 @@ def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
 def _what_is_strange() -> list[tuple[str, str]]:
     """Each table of ours, and what is true of a row with a value that is not of its column's type."""
     with closing(sqlite3.connect(":memory:")) as ours:
-        ours.executescript(_SCHEMA + _FOR_PAGES)
+        ours.executescript(_SCHEMA + _FOR_PAGES + _FOR_PROXY)
         names = ours.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         return [(table, _strange(ours, table)) for (table,) in names if not table.startswith("sqlite_")]
 

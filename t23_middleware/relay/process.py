@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple
 
+from ..media import MediaTypes
 from ..settings import Settings
 from ..state import Holder, StateFolder, boot_id, hold_lock
 from ..transfer import Opening, Progress
@@ -21,11 +23,12 @@ from .bounds import Bounds, Reserve, taken_as_lost
 from .client import AnalyticsClient
 from .crash import crash_point
 from .delivery import Delivery
-from .health import OPEN_RESPONSES
+from .health import AWAITED, AWAITED_SINCE, LAST_LINE, OPEN_RESPONSES
 from .history import MINUTE_MS
-from .journals import Journals, Reading
+from .journals import Fact, Journals, Reading
 from .outbox import Ingest, OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
 from .playback import Playback
+from .proxy_join import Logged, ProxyJoin
 from .report import Report
 from .stored import Axis
 from .watchdog import Watchdog
@@ -36,6 +39,9 @@ log = logging.getLogger(__name__)
 POLL = 0.1
 #: How late a line may be, in ns: a worker that was put to sleep between taking the time and writing it.
 LATE_NS = 250_000_000
+MS = 1_000_000
+#: How many lines of the proxy's log are odd changes all the time, and is not worth a line of ours.
+_WITHOUT_FIGURES = re.compile(r"\d+")
 #: Seconds between two tries while the outbox can't be written.
 TRY_STORE_AGAIN = 1.0
 #: Seconds between two lines of the log that say so.
@@ -44,6 +50,9 @@ SAY_AGAIN_EVERY = 60.0
 LOOK_FOR_DEAD_EVERY = 1.0
 #: Seconds without anything to do before an automatic relay leaves.
 LEAVE_AFTER = 1.0
+#: The same while plays wait for the proxy's log. What the proxy still sends may take hours, so nobody stays for that:
+#: the plays and the log's place are kept, and the relay that the app's next request starts reads on.
+LEAVE_AWAITED_AFTER = 10.0
 
 
 class AnotherRelay(Exception):
@@ -81,6 +90,7 @@ class Relay:
         self._gone: list[str] = []
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
         self.watchdog = Watchdog()
+        self._log_problems: dict[str, str | None] = {}
         folder.create()
         self._lock = self._take_lock()
 
@@ -155,20 +165,25 @@ class Relay:
                 self._begin_reading()  # read and judged again: less at once may find room
             return TRY_STORE_AGAIN
         self._store_fails = False
-        return 0.0 if look.reading.more else POLL
+        return 0.0 if look.reading.more or self._join.has_more else POLL
 
     def _look(self) -> _Look:
         wall_ns, piece = time.time_ns(), self._bounds.piece
-        return _Look(wall_ns, piece, self._journals.read(time.monotonic_ns() - LATE_NS, piece))
+        self._join.look(time.monotonic_ns(), _wall_ms())
+        self._say_log_problems()
+        until_ns = self._join.until(time.monotonic_ns() - LATE_NS)
+        return _Look(wall_ns, piece, self._journals.read(until_ns, piece))
 
     def _keep(self, look: _Look) -> None:
         """Judge it and take it into the outbox; what that refuses stays in hand, for nothing is judged twice."""
         batch = look.batch or self._batch(look.reading)
-        if batch.reports or batch.viewings or batch.places or batch.counts:
+        if batch.reports or batch.viewings or batch.places or batch.counts or batch.losses or batch.proxy:
             self._in_hand = look._replace(batch=batch)
             self._bounds.ingest(batch)
             crash_point("after_ingest_commit")
             self._journals.taken(look.reading)
+            self._join.taken()
+        if batch.reports or batch.viewings or batch.places:
             self._moved = time.monotonic()
         self._in_hand = None
 
@@ -182,6 +197,7 @@ class Relay:
             counts,
             self._notes(),
             losses=taken_as_lost(counts),
+            proxy=self._join.changed(),
             at_ms=_wall_ms(),
         )
 
@@ -198,15 +214,23 @@ class Relay:
 
     def _say_delivered(self, until_ns: int) -> None:
         """Workers that end look at this file's time, and go when all that they wrote is delivered."""
-        if self._journals.all_read() and not self._delivery.in_flight and not self._outbox.hosts():
+        if not self._all_read() or self._playback.awaited:
+            return
+        if not self._delivery.in_flight and not self._outbox.hosts():
             self._folder.delivered.touch(mode=0o600)
             os.utime(self._folder.delivered, ns=(until_ns, until_ns))
+
+    def _all_read(self) -> bool:
+        return self._journals.all_read() and self._join.all_read
 
     def _judge(self, reading: Reading) -> list[Report]:
         """Time passes no further than *reading* tells: of a backlog's rest, nothing is known yet."""
         reports = []
-        for fact in reading.facts:
-            if isinstance(fact.what, Opening):
+        facts: list[Fact | Logged] = [*reading.facts, *self._join.due(reading.until_ns)]
+        for fact in sorted(facts, key=lambda fact: fact.at_ns):
+            if isinstance(fact, Logged):
+                reports += self._join.judge(fact)
+            elif isinstance(fact.what, Opening):
                 reports += self._playback.opened(fact.writer, fact.what)
             elif isinstance(fact.what, Progress):
                 self._playback.progressed(fact.writer, fact.what)
@@ -214,7 +238,9 @@ class Relay:
                 reports += self._playback.closed(fact.writer, fact.what)
                 reading.counts["declared"] += fact.what.declared
         reports += self._end_what_the_dead_left(reading.until_ns)
-        return reports + self._playback.advance(reading.until_ns, _wall_ms())
+        reports += self._join.hold(reading.until_ns)
+        passed_ms = (time.monotonic_ns() - reading.until_ns) // MS
+        return reports + self._playback.advance(reading.until_ns, _wall_ms() - passed_ms)
 
     def _end_what_the_dead_left(self, at_ns: int) -> list[Report]:
         if time.monotonic() - self._looked_for_dead < LOOK_FOR_DEAD_EVERY:
@@ -232,12 +258,18 @@ class Relay:
         return [(writer, number) for writer, number in open_responses if writer in dead]
 
     def _counts(self, reading: Reading) -> Counter[str]:
-        counts = reading.counts + self._playback.counts
+        counts = reading.counts + self._playback.counts + self._join.take_counts()
         self._playback.counts.clear()
         return counts
 
     def _notes(self) -> dict[str, str]:
-        return {OPEN_RESPONSES: str(len(list(self._playback.open_responses())))}
+        notes = {OPEN_RESPONSES: str(len(list(self._playback.open_responses())))}
+        if self._settings.proxy_log or self._playback.awaited:
+            notes[AWAITED] = str(self._playback.awaited)
+            notes[AWAITED_SINCE] = str(self._playback.awaited_since_ms or 0)
+        if self._join.last_line_ms:
+            notes[LAST_LINE] = str(self._join.last_line_ms)
+        return notes
 
     def _begin_minute(self) -> None:
         """The history's gauges, once a minute; pages tell by them when a relay ran."""
@@ -249,9 +281,10 @@ class Relay:
     def _should_leave(self) -> bool:
         if not self._automatic or self._in_hand:
             return False
-        if time.monotonic() - self._moved < LEAVE_AFTER or self._journals.has_live_writer():
+        stays = LEAVE_AWAITED_AFTER if self._playback.awaited else LEAVE_AFTER
+        if time.monotonic() - self._moved < stays or self._journals.has_live_writer():
             return False
-        if not self._journals.all_read() or self._left_by_the_dead() or self._delivery.can_deliver():
+        if not self._all_read() or self._left_by_the_dead() or self._delivery.can_deliver():
             return False
         return not self._conclude()
 
@@ -324,7 +357,7 @@ class Relay:
     def _say_whether_finished(self) -> None:
         """Still with the lock: the next relay's word must not be taken back."""
         try:
-            if not self._outbox.stats().waiting:
+            if not self._outbox.stats().waiting and not self._playback.awaited:
                 self._folder.unfinished.unlink(missing_ok=True)
         except OutboxError as error:
             self._say_store_fails(error)
@@ -337,11 +370,25 @@ class Relay:
             per=self._settings.report_per,
             idle_s=self._settings.stream_idle,
             min_bytes=self._settings.min_bytes,
+            proxy_wait_s=self._settings.proxy_wait,
+            counts_type=MediaTypes(self._settings.media_types).counts,
         )
         self._playback.restore(self._outbox.viewings(), self._axis(), time.monotonic_ns())
+        rows, paths = self._outbox.proxy_rows(), self._settings.proxy_log
+        self._join = ProxyJoin(paths, self._playback, rows, time.monotonic_ns(), _wall_ms())
 
     def _axis(self) -> Axis:
         return self._boot, time.time_ns() - time.monotonic_ns()
+
+    def _say_log_problems(self) -> None:
+        """Each change once."""
+        for path, problem in self._join.problems().items():
+            what = None if problem is None else _WITHOUT_FIGURES.sub("", problem)
+            former, self._log_problems[path] = self._log_problems.get(path), what
+            if problem is not None and what != former:
+                log.error("%s. Until then plays wait for their lines, for T23_PROXY_WAIT at most", problem)
+            elif problem is None and former is not None:
+                log.warning("%s can be read again", path)
 
     def _say_store_fails(self, error: OutboxError | OSError) -> None:
         new, self._store_fails = not self._store_fails, True

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any, NamedTuple
 
 from werkzeug.http import parse_content_range_header
 
-from ..transfer import Part
+from ..transfer import Part, parse_play_id
 
 #: What goes into a file of nginx's ``conf.d/``, with the path of the log for ``{path}``.
 NGINX_LINES = r"""
@@ -35,24 +34,12 @@ LARGEST = 1 << 62
 LATEST = 1e11
 
 UNKNOWN = Part(None, None, None)
-_PLAY_ID = re.compile(r"([0-9A-Za-z-]{1,64})\.(0|[1-9][0-9]{0,17})")
-
-
-def play_id(writer: str, number: int) -> str:
-    """What ``X-T23-Play`` says of the response *number* of *writer*: ``<writer>.<number>``."""
-    return f"{writer}.{number}"
-
-
-def parse_play_id(text: str) -> tuple[str, int] | None:
-    """Writer and number in *text*; ``None`` where it is not what :func:`play_id` makes."""
-    found = _PLAY_ID.fullmatch(text)
-    return (found[1], int(found[2])) if found else None
 
 
 class ProxyLine(NamedTuple):
     """A response that the proxy finished, as its log tells it."""
 
-    #: ``<writer>.<number>``, see :func:`parse_play_id`.
+    #: ``<writer>.<number>``, see :func:`~t23_middleware.transfer.parse_play_id`.
     play: str
     #: Wall clock of the proxy in ms since the epoch.
     ended_ms: int
@@ -70,6 +57,38 @@ class ProxyLine(NamedTuple):
     #: ``HIT``, ``MISS``... of nginx's ``proxy_cache``, else ``""``.
     cache: str
 
+    def to_text(self) -> str:
+        """The line as JSON, for a store."""
+        return json.dumps(self)
+
+    @classmethod
+    def from_text(cls, text: str) -> ProxyLine:
+        """The line that :meth:`to_text` wrote; raises :class:`ValueError` for anything else."""
+        try:
+            fields = cls(*json.loads(text))
+            line = fields._replace(part=Part(*fields.part))
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"not a line: {text!r}") from error
+        if [type(value) for value in line] != _KINDS and [*map(type, line)] != _KINDS_WITHOUT_LENGTH:
+            raise ValueError(f"not a line: {text!r}")
+        return line
+
+    @property
+    def writer_and_number(self) -> tuple[str, int]:
+        """Whose response it tells of."""
+        parsed = parse_play_id(self.play)
+        assert parsed is not None  # what is none makes no line
+        return parsed
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the client got the file or a part of it: nothing else is a play."""
+        return self.status in (200, 206)
+
+
+_KINDS = [str, int, float, int, int, bool, str, Part, int, str]
+_KINDS_WITHOUT_LENGTH = [*_KINDS[:8], type(None), str]
+
 
 def parse_line(text: str) -> ProxyLine | str:
     """The line in *text* (without its newline), or the counter of what is wrong with it; ``""`` for an empty one."""
@@ -82,7 +101,7 @@ def parse_line(text: str) -> ProxyLine | str:
 
 
 def _line(fields: dict[str, Any]) -> ProxyLine:
-    if type(fields) is not dict or fields["t23"] != 1 or not _PLAY_ID.fullmatch(fields["play"]):
+    if type(fields) is not dict or fields["t23"] != 1 or parse_play_id(fields["play"]) is None:
         raise ValueError
     body, complete = _body(fields)
     status, length = whole(fields["status"]), _length(fields["length"])

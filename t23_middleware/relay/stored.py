@@ -45,7 +45,9 @@ def move_times(state: Any, by_ns: int, latest_ns: int) -> None:
 def _revived(kind: Any, value: Any) -> Any:
     """*value* as the annotation *kind* has it: the database may hold what another version wrote, or nobody."""
     if isinstance(kind, type) and is_dataclass(kind):
-        return kind(*_each(_kinds(kind), value))
+        # What a version before did not have is its default, if it has one.
+        kinds = _kinds(kind)
+        return kind(*_each(kinds[: len(value)] if isinstance(value, list) else kinds, value))
     if isinstance(kind, UnionType):
         return None if value is None else _revived(get_args(kind)[0], value)
     if get_origin(kind) is tuple:

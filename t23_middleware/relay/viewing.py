@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..transfer import Opening, Part, Transfer
+from ..transfer import APP, Opening, Part, Transfer
 from .segments import Segment, Segments
 
 #: A viewing starts at most this far into the file: the container's header is there, in every player that was
@@ -81,17 +81,31 @@ class Response:
     replacing: bool = False
     #: The latest that is known of it, as its journal's line: all that is left if its writer dies.
     known: str | None = None
+    #: Who counts its bytes, see :class:`~t23_middleware.transfer.Opening`.
+    counted_by: str = APP
+    #: Since when the app is done with it and the proxy's line is missing, in ms since the epoch.
+    awaited_since_ms: int | None = None
+    #: The proxy's line, where that came before the app was done.
+    line: str | None = None
 
     @classmethod
     def of(cls, writer: str, opening: Opening) -> Response:
         """The response that *opening* tells of."""
-        first, last, total = sane(opening.part)
-        expected = opening.length
-        if expected is None or expected < 0:
-            end = total if last is None else last + 1
-            expected = None if first is None or end is None else end - first
-        to_end = last is None or (total is not None and last + 1 >= total)
-        return cls(writer, opening.number, opening.started_ns, first, total, to_end, expected)
+        counted_by = opening.counted_by
+        response = cls(
+            writer, opening.number, opening.started_ns, None, None, False, None, counted_by=counted_by
+        )
+        response.learn(opening)
+        return response
+
+    def learn(self, opening: Opening) -> None:
+        """Its place in the file is what *opening* says."""
+        self.first, last, self.total = sane(opening.part)
+        self.expected = opening.length
+        if self.expected is None or self.expected < 0:
+            end = self.total if last is None else last + 1
+            self.expected = None if self.first is None or end is None else end - self.first
+        self.to_end = last is None or (self.total is not None and last + 1 >= self.total)
 
     @property
     def may_begin(self) -> bool:

@@ -29,11 +29,9 @@ from t23_middleware.relay.proxy_line import (
     NGINX_LINES,
     ProxyLine,
     parse_line,
-    parse_play_id,
-    play_id,
 )
 from t23_middleware.relay.proxy_log import HEAD, PLACES_KEPT, Place, ProxyLog
-from t23_middleware.transfer import Part
+from t23_middleware.transfer import Part, parse_play_id, play_id
 from tests.harness import PATIENCE, free_port, need, until
 
 WRITER = "4711-0123456789abcdef"

@@ -1,0 +1,200 @@
+"""Joins what the proxy's logs say with what the journals say: in the order of time, each line once.
+
+What is read but not judged yet is kept in the outbox, in the transaction that moves the log's place on: so the relay
+may end at any time, and no line is lost or taken twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from .playback import Playback
+from .proxy_line import ProxyLine
+from .proxy_log import LogReading, Place, ProxyLog
+from .report import Report
+from .viewing import PROBE
+
+#: How long a line may be ahead of its journal, in ns.
+HOLD_NS = 5_000_000_000
+#: Lines that are held at a time; more of them are another host's, or a cache's.
+MOST_HELD = 10_000
+
+#: How rows of the outbox are named: the places in a log, the highest number of a writer, a line that is held.
+_PLACES, _WRITER, _LINE = "places ", "writer ", "line "
+
+
+class Logged(NamedTuple):
+    """A line of the log, on the time axis of this boot."""
+
+    at_ns: int
+    line: ProxyLine
+    #: From when on it may be held.
+    since_ns: int
+
+
+class ProxyJoin:
+    """Joins the lines of the logs at *paths* with the responses of *playback*; *rows* are what :meth:`changed` gave.
+
+    Call in turn :meth:`look`, :meth:`judge` for what is :meth:`due`, :meth:`hold`, :meth:`changed`, and :meth:`taken`
+    once the outbox has it. Times are *now_ns* on the axis of CLOCK_MONOTONIC and *now_ms* since the epoch.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
+    ) -> None:
+        self._playback = playback
+        self._logs = {path: ProxyLog(Path(path), _places(rows.get(_PLACES + path, "[]"))) for path in paths}
+        self._readings: dict[str, LogReading] = {}
+        #: Read, and not due yet.
+        self._ahead: list[Logged] = []
+        #: Due, and of no response that is open: by play.
+        self._held = {line.play: _on_axis(line, now_ns, now_ms) for line in _lines(rows)}
+        self._stored = set(self._held)
+        #: When the latest line ended, in ms since the epoch; 0 for never.
+        self.last_line_ms = 0
+        #: Named events since the caller last took them.
+        self.counts: Counter[str] = Counter()
+        playback.given_out.restore(_writers(rows))
+
+    @property
+    def all_read(self) -> bool:
+        """Whether the logs were read to their end, and all of it was judged."""
+        return not self._readings
+
+    def problems(self) -> dict[str, str | None]:
+        """Log -> what keeps it from being read, as of the last look."""
+        return {path: log.problem for path, log in self._logs.items()}
+
+    def look(self, now_ns: int, now_ms: int) -> None:
+        """Read on, unless what was read last is not judged yet."""
+        if self._readings:
+            return
+        for path, log in self._logs.items():
+            reading = log.read()
+            if reading.changed:
+                self._readings[path] = reading
+                self._ahead += [_on_axis(line, now_ns, now_ms) for line in reading.lines]
+        self._ahead.sort(key=lambda logged: logged.at_ns)
+
+    def until(self, time_ns: int) -> int:
+        """Up to when the logs are read: of a backlog's rest nothing is known yet."""
+        more = any(reading.more for reading in self._readings.values())
+        return min(time_ns, self._ahead[-1].at_ns) if more and self._ahead else time_ns
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a backlog is left that can be read at once."""
+        return not self._ahead and any(reading.more for reading in self._readings.values())
+
+    def due(self, until_ns: int) -> list[Logged]:
+        """The lines up to *until_ns*, which leave."""
+        due = [logged for logged in self._ahead if logged.at_ns <= until_ns]
+        self._ahead = self._ahead[len(due) :]
+        return due
+
+    def judge(self, logged: Logged) -> list[Report]:
+        """A line whose turn it is; one of no open response is held for a while."""
+        line = logged.line
+        self.last_line_ms = max(self.last_line_ms, line.ended_ms)
+        reports = self._playback.logged(line, logged.at_ns)
+        if reports is not None:
+            return reports
+        if line.play in self._held:
+            self.counts["proxy_cached"] += 1
+        elif self._playback.given_out.knows(line.writer_and_number[0]):
+            self._held[line.play] = logged
+        else:
+            # No longer than its own time tells: a backlog may be another host's.
+            self._held[line.play] = logged._replace(since_ns=logged.at_ns)
+        return []
+
+    def hold(self, until_ns: int) -> list[Report]:
+        """Try again what is held, and let go what was held long enough."""
+        reports: list[Report] = []
+        too_many = len(self._held) - MOST_HELD
+        for number, logged in enumerate(list(self._held.values())):
+            found = self._playback.logged(logged.line, logged.at_ns)
+            if found is None and number >= too_many and until_ns - logged.since_ns < HOLD_NS:
+                continue
+            del self._held[logged.line.play]
+            reports += found or []
+            if found is None:
+                self._count_unknown(logged.line)
+        return reports
+
+    def _count_unknown(self, line: ProxyLine) -> None:
+        if not self._playback.given_out.has(*line.writer_and_number):
+            self.counts["proxy_foreign"] += 1
+        elif not _is_nothing(line):
+            self.counts["proxy_cached"] += 1
+
+    def changed(self) -> list[tuple[str, str | None]]:
+        """The rows of the outbox that change with what was judged, ``None`` for one that goes."""
+        rows: list[tuple[str, str | None]] = [
+            (_WRITER + writer, None if number is None else str(number))
+            for writer, number in self._playback.given_out.changed()
+        ]
+        rows += [(_LINE + play, None) for play in self._stored - self._held.keys()]
+        if not self._ahead:
+            rows += [(_PLACES + path, _places_text(reading)) for path, reading in self._readings.items()]
+            kept = [logged for play, logged in self._held.items() if play not in self._stored]
+            rows += [(_LINE + logged.line.play, logged.line.to_text()) for logged in kept]
+        return rows
+
+    def take_counts(self) -> Counter[str]:
+        """What was counted since the last call; the lines that are none, once their places move on."""
+        counts, self.counts = self.counts, Counter()
+        if not self._ahead:
+            for reading in self._readings.values():
+                counts += reading.counts
+        return counts
+
+    def taken(self) -> None:
+        """The outbox has what :meth:`changed` told."""
+        self._stored &= self._held.keys()
+        if self._ahead:
+            return
+        self._stored |= self._held.keys()
+        for path, reading in self._readings.items():
+            self._logs[path].taken(reading)
+        self._readings = {}
+
+
+def _on_axis(line: ProxyLine, now_ns: int, now_ms: int) -> Logged:
+    """A time that has not come yet is another clock's: it would hold up all others until it comes."""
+    return Logged(now_ns - max(now_ms - line.ended_ms, 0) * 1_000_000, line, now_ns)
+
+
+def _is_nothing(line: ProxyLine) -> bool:
+    """Whether nobody played it: such a response leaves the journals without waiting for its line."""
+    return not line.is_ok or line.body <= PROBE or (line.part.size or line.body) <= PROBE
+
+
+def _places_text(reading: LogReading) -> str:
+    return json.dumps([place.to_text() for place in reading.places])
+
+
+def _places(text: str) -> list[Place]:
+    """Of a row that can't be read, the log is read from its start: its plays are known, and none is reported twice."""
+    try:
+        return [Place.from_text(place) for place in json.loads(text)]
+    except (ValueError, TypeError, RecursionError):
+        return []
+
+
+def _lines(rows: Mapping[str, str]) -> Iterator[ProxyLine]:
+    for name, text in rows.items():
+        if name.startswith(_LINE):
+            with suppress(ValueError):
+                yield ProxyLine.from_text(text)
+
+
+def _writers(rows: Mapping[str, str]) -> Iterator[tuple[str, int]]:
+    for name, text in rows.items():
+        if name.startswith(_WRITER) and text.isascii() and text.isdigit():
+            yield name.removeprefix(_WRITER), int(text)
