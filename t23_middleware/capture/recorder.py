@@ -62,7 +62,7 @@ class _Process:
         text = opening_text(opening)
         if self.journal.write(open_line(text)):
             self.launcher.begun()
-        return Recording(self, opening, text)
+        return Recording(self, opening, text) if counted_by == APP else NamedRecording(self, opening, text)
 
     def see_proxy(self) -> None:
         """A counted response came through a proxy: counted once per process, with the next line."""
@@ -80,25 +80,12 @@ class _Process:
 class Recording:
     """A response that is being counted; its end is written once, whoever ends it how often."""
 
-    __slots__ = ("_process", "_text", "_writer", "opening")
+    __slots__ = ("_process", "_text", "opening")
 
     def __init__(self, process: _Process, opening: Opening, text: str) -> None:
         self._process: _Process | None = process
         self._text = text
-        # The name under which the open line was written, for that may change as it is.
-        self._writer = process.journal.name
         self.opening = opening
-
-    @property
-    def play_id(self) -> str:
-        """What names it to the proxy."""
-        return play_id(self._writer, self.opening.number)
-
-    def void(self) -> None:
-        """Something else goes out in its place, without its id: the proxy's log will have no line of it."""
-        if self.opening.counted_by != APP:
-            self.opening = self.opening._replace(counted_by=APP)
-            self._text = opening_text(self.opening)
 
     def progress(self, counted: int) -> None:
         """Write down that *counted* body bytes went out so far."""
@@ -109,7 +96,7 @@ class Recording:
     def end(self, counted: int, declared: int) -> None:
         """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""
         process, self._process = self._process, None
-        if process is None or self._is_left_to_the_proxy(process):
+        if process is None:
             return
         length = self.opening.length
         sent = counted if length is None else min(counted, length)
@@ -117,7 +104,29 @@ class Recording:
         if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared)):
             process.launcher.written()
 
-    def _is_left_to_the_proxy(self, process: _Process) -> bool:
-        """Whether the journal was begun anew since: under its new name the log has no line of this response, and under
-        the old one, which the relay most likely read, the log's line decides."""
-        return self.opening.counted_by != APP and self._writer != process.journal.name
+
+class NamedRecording(Recording):
+    """The same of a response that is named to the proxy, which counts it."""
+
+    __slots__ = ("_writer",)
+
+    def __init__(self, process: _Process, opening: Opening, text: str) -> None:
+        super().__init__(process, opening, text)
+        # Once the open line is written, for the journal may begin anew under another name with it.
+        self._writer = process.journal.name
+
+    @property
+    def play_id(self) -> str:
+        """What names it to the proxy."""
+        return play_id(self._writer, self.opening.number)
+
+    def void(self) -> None:
+        """Something else goes out in its place, without its id: the proxy's log will have no line of it."""
+        self.opening = self.opening._replace(counted_by=APP)
+        self._text = opening_text(self.opening)
+
+    def end(self, counted: int, declared: int) -> None:
+        """As for others, but not where the journal began anew: under its new name the log has no line of this response,
+        and under the old one, which the relay most likely read, the log's line decides."""
+        if self._process is not None and self._writer == self._process.journal.name:
+            super().end(counted, declared)

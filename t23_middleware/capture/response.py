@@ -14,7 +14,7 @@ from .files import FileWay, LentWrapper
 from .held import CountedHeld, CountedHeldSequence, Holder, holder_of
 from .identity import Identifier, NotCounted
 from .ranges import asked_part, part_of
-from .recorder import Recorder, Recording
+from .recorder import NamedRecording, Recorder, Recording
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -40,6 +40,7 @@ class Capture:
         self.counts_type = MediaTypes(settings.media_types).counts
         #: Whether a proxy's log says what was sent, so that it must be told the play's name.
         self.has_proxy_log = bool(settings.proxy_log)
+        self.counted_by = PROXY if settings.proxy_log else APP
 
     def count(self, name: str) -> None:
         """Count an event that is no transfer."""
@@ -82,8 +83,6 @@ class Response:
         self._headers: list[tuple[str, str]] = []
         #: Who counts it; ``None`` for what is not counted.
         self._counted_by: str | None = None
-        #: Whether the request, as it came, may name a play.
-        self._named = False
         self._decided = False
         self._written = 0
         self._lent: LentWrapper | None = None
@@ -97,6 +96,7 @@ class Response:
         """Exchange the server's file wrapper for one that remembers what it wrapped, if the request may name a play."""
         original = self._environ.get(FILE_WRAPPER)
         way = self._capture.file_way
+        #: Whether the request, as it came, may name a play.
         self._named = self._missing() is None
         if self._named and (original is not None or way.fast):
             self._lent = self._environ[FILE_WRAPPER] = LentWrapper(original, way)
@@ -115,15 +115,14 @@ class Response:
         self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], object]:
         """``start_response`` as the app sees it (PEP 3333)."""
-        former = self._status, self._headers, self._counted_by
-        self._status, self._headers = status, headers
-        self._counted_by = self._who_counts()
-        told = self._with_play_id(headers) if self._capture.has_proxy_log else headers
-        try:
-            write = self._start(status, told) if exc_info is None else self._start(status, told, exc_info)
-        except BaseException:
-            self._status, self._headers, self._counted_by = former
-            raise
+        if self._capture.has_proxy_log:
+            write = self._start_named(status, headers, exc_info)
+        else:
+            write = (
+                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
+            )
+            self._status, self._headers = status, headers
+            self._counted_by = self._who_counts()
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
             self._set_void()
@@ -131,15 +130,26 @@ class Response:
         # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
         return write if write is None else self._counting(write)
 
-    def _with_play_id(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """*headers*, and the play's name for the proxy where this response is counted."""
-        if self._counted_by is None or not self._begin() or self._recording is None:
-            return headers
-        return [*headers, (PLAY_HEADER, self._recording.play_id)]
+    def _start_named(
+        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None
+    ) -> Callable[[bytes], object]:
+        """The same with the play's name for the proxy: so it is decided before the server has the headers."""
+        former = self._status, self._headers, self._counted_by
+        self._status, self._headers = status, headers
+        self._counted_by = self._who_counts()
+        if self._counted_by is not None and self._begin() and isinstance(self._recording, NamedRecording):
+            headers = [*headers, (PLAY_HEADER, self._recording.play_id)]
+        try:
+            return (
+                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
+            )
+        except BaseException:
+            self._status, self._headers, self._counted_by = former
+            raise
 
     def _set_void(self) -> None:
         self._void = self._recording is not None
-        if self._recording is not None:
+        if isinstance(self._recording, NamedRecording):
             self._recording.void()
 
     def abandon(self) -> None:
@@ -263,17 +273,21 @@ class Response:
         return process.begin(play, part, status, length, self._counted_by)
 
     def _who_counts(self) -> str | None:
-        if self._offloads():
+        """Who counts this response; ``None`` where nobody does, since it is no media."""
+        if (self._named or (self._capture.has_proxy_log and self._missing() is None)) and self._offloads():
             return OFFLOADED
-        if not self._is_media():
+        if self._status is None or self._status[:3] not in ("200", "206"):
             return None
-        return PROXY if self._capture.has_proxy_log else APP
+        try:
+            content_type = self._header("content-type")
+        except (AttributeError, TypeError, ValueError):
+            return None  # no list of pairs of strings: for the server to judge, and it took them
+        if content_type is None or not self._capture.counts_type(content_type):
+            return None
+        return None if self._path.endswith(SEGMENT_ENDINGS) else self._capture.counted_by
 
     def _offloads(self) -> bool:
         """Whether the app leaves the file of a play to the proxy, which alone then knows what it is."""
-        environ = self._environ
-        if not (self._named or "t23.session_id" in environ or "t23.photo_id" in environ):
-            return False
         try:
             for name, _ in self._headers:
                 if name.lower() in OFFLOADING:
@@ -281,19 +295,6 @@ class Response:
         except (AttributeError, TypeError, ValueError):
             pass  # no list of pairs of strings
         return False
-
-    def _is_media(self) -> bool:
-        if self._status is None or self._status[:3] not in ("200", "206"):
-            return False
-        try:
-            content_type = self._header("content-type")
-        except (AttributeError, TypeError, ValueError):
-            return False  # no list of pairs of strings: for the server to judge, and it took them
-        return (
-            content_type is not None
-            and self._capture.counts_type(content_type)
-            and not self._path.endswith(SEGMENT_ENDINGS)
-        )
 
     def _header(self, wanted: str) -> str | None:
         for name, value in self._headers:
