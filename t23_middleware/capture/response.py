@@ -125,7 +125,8 @@ class Response:
             self._counted_by = self._who_counts()
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
-            self._set_void()
+            if self._recording is not None:
+                self._set_void(self._recording)
             return write
         # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
         return write if write is None else self._counting(write)
@@ -147,15 +148,17 @@ class Response:
             self._status, self._headers, self._counted_by = former
             raise
 
-    def _set_void(self) -> None:
-        self._void = self._recording is not None
-        if isinstance(self._recording, NamedRecording):
-            self._recording.void()
+    def _set_void(self, recording: Recording) -> None:
+        """What was opened is not what goes out, so that nobody need wait for its end."""
+        self._void = True
+        if isinstance(recording, NamedRecording):
+            recording.void()
+        self.end(0)
 
     def abandon(self) -> None:
         """The app raised: what ``write()`` sent before is all there was."""
-        if not self._written:
-            self._set_void()
+        if self._recording is not None and not self._written:
+            self._set_void(self._recording)
         if self._holder is not None:
             self._holder.finish(0, self)
         else:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import (
     ConfigurationError,
@@ -24,16 +23,16 @@ from ..errors import (
 )
 from ..relay.answer import Answer
 from ..relay.client import AnalyticsClient, Probe
-from ..relay.outbox import NoOutbox, OutboxView, Stats
+from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats
 from ..relay.report import Report
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
 from ..version import VERSION
 from . import text
+from .check_proxy import proxy_items
+from .item import OK, WARN, WRONG, Item
 from .owner import act_as_owner_of
-
-#: How an item is: as it should be; worth a look; so that plays are not reported.
-OK, WARN, WRONG = "ok", "warn", "WRONG"
+from .status import NOTHING
 
 #: Free bytes below which one should look, and below which SQLite and journals soon fail.
 LITTLE_SPACE, NO_SPACE = 64 << 20, 8 << 20
@@ -55,15 +54,6 @@ _FLEETING = {
     "overlay": "belongs to this container, so what waits is gone with it",
 }
 _IMPORT = "import sys; sys.path.insert(0, ''); from t23_middleware import apps; apps.find(sys.argv[1])"
-
-
-class Item(NamedTuple):
-    """One thing that was looked at."""
-
-    level: str
-    name: str
-    #: What is so; where it is not :data:`OK`, with its remedy.
-    text: str
 
 
 @dataclass(frozen=True)
@@ -93,6 +83,8 @@ def run_check(trial: Trial | None = None) -> int:
 
 def _print(item: Item) -> None:
     print(text.wrapped(item.text, text.width(), " " * 17, f"{item.level:5}  {item.name:8}  "), flush=True)
+    for line in item.lines.splitlines():
+        print(f"    {line}", flush=True)
 
 
 def _verdict(wrong: int, trial: Trial | None) -> str:
@@ -108,7 +100,9 @@ def _items(settings: Settings, trial: Trial | None) -> Iterator[Item]:
     folder = StateFolder(settings.state_path())
     yield from _folder(folder)
     yield from _disk(folder.path, settings.ephemeral)
-    yield from _outbox(folder)
+    known: list[Snapshot] = []
+    yield from _outbox(folder, known)
+    yield from proxy_items(settings, known[0] if known else NOTHING)
     yield _relay(settings, folder)
     client = AnalyticsClient(settings)
     try:
@@ -260,15 +254,17 @@ def file_system(path: Path, mounts: str) -> str:
     return kind
 
 
-def _outbox(folder: StateFolder) -> Iterator[Item]:
+def _outbox(folder: StateFolder, known: list[Snapshot]) -> Iterator[Item]:
+    """Adds what is in it to *known*."""
     try:
         with OutboxView(folder.outbox) as view:
-            stats = view.snapshot().stats
+            known.append(view.snapshot())
     except NoOutbox:
         return
     except StateError as error:
         yield Item(WRONG, "outbox", str(error))
         return
+    stats = known[0].stats
     yield Item(OK, "outbox", _outbox_words(stats))
     if stats.dead:
         yield Item(

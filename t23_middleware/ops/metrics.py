@@ -103,6 +103,11 @@ class _Collector:
         status = self._status
         yield _gauge("t23_streams_open", "Counted responses that are under way.", status.open_responses)
         yield _gauge(
+            "t23_plays_awaited",
+            "Plays that wait for their line in the proxy's log.",
+            status.awaited.number,
+        )
+        yield _gauge(
             "t23_journal_unread_bytes", "Bytes in journals that no relay took in yet.", status.journal_bytes
         )
         yield _gauge("t23_relay_up", "Whether a relay runs.", status.relay is not None)

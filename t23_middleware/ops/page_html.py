@@ -157,6 +157,9 @@ def _links(links: Links, again: bool) -> Markup:
 def _figures(status: Status, history: History) -> Iterator[tuple[str, str, object]]:
     stats, oldest, day = status.stats, status.oldest_seconds, history.day
     yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in a day"
+    if plays := status.awaited.number:
+        age = text.duration((status.now_ms - status.awaited.since_ms) / 1000)
+        yield "Waiting for the proxy", f"{plays:,}", f"for their lines in its log, the oldest for {age}"
     yield "Captured", f"{stats.captured:,}", f"{text.size(day.total(BYTES))} streamed in a day"
     yield "Waiting", f"{stats.waiting:,}", "to be delivered"
     yield "Oldest waiting", "–" if oldest is None else text.duration(oldest), "since its stream ended"

@@ -14,10 +14,19 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UsageError
-from ..relay.health import FAILING, OPEN_RESPONSES, PAUSED, Health, healths
+from ..relay.health import (
+    AWAITED,
+    AWAITED_SINCE,
+    FAILING,
+    LAST_LINE,
+    OPEN_RESPONSES,
+    PAUSED,
+    Health,
+    healths,
+)
 from ..relay.outbox import UNCOUNTED, NoOutbox, OutboxView, Snapshot, Stats
 from ..settings import Settings
 from ..state import Holder, StateFolder, lock_is_held
@@ -27,7 +36,27 @@ from . import text
 REFRESH = 2.0
 #: Counters that are shown by themselves.
 _FIGURES = ("captured", "sent")
-_NOTHING = Snapshot(Stats(0, 0, 0, 0, 0), [], None, {}, [], {}, {})
+#: What is known where no relay ever ran.
+NOTHING = Snapshot(Stats(0, 0, 0, 0, 0), [], None, {}, [], {}, {})
+
+
+class Awaited(NamedTuple):
+    """Plays that only their line in the proxy's log is missing of, as the relay knew last."""
+
+    number: int
+    #: Since when the oldest does, and when the latest line ended; in ms since the epoch, 0 for never.
+    since_ms: int
+    last_line_ms: int
+
+
+def awaited(outbox: Snapshot) -> Awaited:
+    """What the relay noted of the proxy."""
+    return Awaited(*(_noted(outbox, name) for name in (AWAITED, AWAITED_SINCE, LAST_LINE)))
+
+
+def _noted(outbox: Snapshot, name: str) -> int:
+    noted = outbox.notes.get(name, "")
+    return int(noted) if noted.isascii() and noted.isdigit() else 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +75,8 @@ class Status:
     relay: Holder | None
     #: Who is to run it, as ``T23_RELAY`` says.
     relay_mode: str
+    #: Whether a proxy's log is followed, as ``T23_PROXY_LOG`` says.
+    follows_log: bool = False
 
     @property
     def stats(self) -> Stats:
@@ -60,8 +91,12 @@ class Status:
     @property
     def open_responses(self) -> int:
         """Counted responses that are under way, as the relay knew last."""
-        noted = self.outbox.notes.get(OPEN_RESPONSES, "")
-        return int(noted) if noted.isascii() and noted.isdigit() else 0
+        return _noted(self.outbox, OPEN_RESPONSES)
+
+    @property
+    def awaited(self) -> Awaited:
+        """Plays that wait for the proxy."""
+        return awaited(self.outbox)
 
     @property
     def lost_by_reason(self) -> dict[str, int]:
@@ -118,6 +153,7 @@ def look(settings: Settings) -> Status:
         journal_bytes=_not_taken_in(folder.journals, outbox),
         relay=(folder.relay_holder() or Holder(0, "", "", False)) if held else None,
         relay_mode=settings.relay,
+        follows_log=bool(settings.proxy_log),
     )
 
 
@@ -136,7 +172,7 @@ def _snapshot(path: Path) -> Snapshot:
         with OutboxView(path) as view:
             return view.snapshot()
     except NoOutbox:
-        return _NOTHING
+        return NOTHING
 
 
 def _not_taken_in(folder: Path, outbox: Snapshot) -> int:
@@ -161,6 +197,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "text": " ".join(sentences(status)),
         "oldest_waiting_seconds": status.oldest_seconds,
         "open_responses": status.open_responses,
+        "waiting_for_proxy": status.awaited.number,
         "journal_bytes": status.journal_bytes,
         "lost_by_reason": status.lost_by_reason,
         "losses": [loss._asdict() for loss in status.outbox.losses],
@@ -186,8 +223,8 @@ def _api(health: Health) -> dict[str, Any]:
 
 
 def sentences(status: Status) -> list[str]:
-    """How delivery goes, in words: what matters first."""
-    return [*_delivery(status), *_unknown(status)]
+    """How it goes, in words: what matters first."""
+    return [*_of_delivery(status), *_of_the_proxy(status), *_unknown(status)]
 
 
 def _unknown(status: Status) -> Iterator[str]:
@@ -195,7 +232,17 @@ def _unknown(status: Status) -> Iterator[str]:
         yield "What a corrupt outbox held could not all be counted; relay.log names the file, which is set aside."
 
 
-def _delivery(status: Status) -> list[str]:
+def _of_the_proxy(status: Status) -> list[str]:
+    offloaded = status.ignored.get("offloaded", 0)
+    if not offloaded or status.follows_log:
+        return []
+    return [
+        f"{offloaded:,} plays were left to the proxy (X-Accel-Redirect or the like) and are not reported: set"
+        " T23_PROXY_LOG; 't23-middleware check' prints what to add to nginx's configuration."
+    ]
+
+
+def _of_delivery(status: Status) -> list[str]:
     match status.state:
         case "idle":
             return [_idle(status)]
@@ -224,6 +271,8 @@ def _of(host: str, api: Health, status: Status) -> str:
 
 
 def _idle(status: Status) -> str:
+    if status.awaited.number:
+        return "Nothing waits to be delivered, but plays wait for their lines in the proxy's log."
     if not status.exists:
         return "Nothing was captured: there is no state folder yet. Is it the one of the workers' user?"
     if not status.stats.captured:
@@ -271,6 +320,10 @@ def _figures(status: Status) -> Iterator[tuple[str, int, str]]:
 
 def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
     yield "open responses", f"{status.open_responses:,}"
+    plays = status.awaited
+    if plays.number:
+        age = text.duration((status.now_ms - plays.since_ms) / 1000)
+        yield "proxy", f"{plays.number:,} plays wait for their lines in its log, the oldest for {age}"
     yield "journals", f"{text.size(status.journal_bytes)} not taken in yet"
     yield "relay", relay_words(status.relay)
     answered_ms = max((api.answered_ms for api in status.apis.values()), default=0)

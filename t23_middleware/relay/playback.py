@@ -27,8 +27,8 @@ OPEN_MOST_NS = 24 * 3600 * 1_000_000_000
 BEFORE_ALL_NS = -(1 << 63)
 #: Sessions at a video that are kept, at 1 to 2 KB each; the one that was silent longest makes room.
 MOST_VIEWERS = 200_000
-#: How far the proxy's clock may be off before the app's is believed instead, in ms.
-CLOCK_OFF_MS = 1000
+#: How far the proxy's clock may be off before the app's is believed instead, in ms. Apache tells whole seconds.
+CLOCK_OFF_MS = 2000
 
 #: Writer and number of a response.
 _Id = tuple[str, int]
@@ -128,7 +128,7 @@ class Playback:
             return None
         self._pass(at_ns)
         response = found[1]
-        if response.counted_by == OFFLOADED or response.awaited_since_ms is not None:
+        if response.awaited_since_ms is not None:
             return self._decide(viewer, *found, line, at_ns)
         if response.line is not None:
             self.counts["proxy_cached"] += 1
@@ -353,7 +353,8 @@ class Playback:
         """Nothing more comes from the app: decide by the proxy's line, or wait for it."""
         if response.line is not None:
             line = ProxyLine.from_text(response.line)
-            return self._decide(viewer, viewing, response, line, self._clock_ns)
+            ago_ns = max(since_ms - line.ended_ms, 0) * 1_000_000
+            return self._decide(viewer, viewing, response, line, self._clock_ns - ago_ns)
         if response.awaited_since_ms is None:
             response.awaited_since_ms = since_ms
             self._awaited[response.writer, response.number] = since_ms

@@ -90,6 +90,7 @@ class Relay:
         self._gone: list[str] = []
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
         self.watchdog = Watchdog()
+        self._told_awaited = False
         self._log_problems: dict[str, str | None] = {}
         folder.create()
         self._lock = self._take_lock()
@@ -264,7 +265,8 @@ class Relay:
 
     def _notes(self) -> dict[str, str]:
         notes = {OPEN_RESPONSES: str(len(list(self._playback.open_responses())))}
-        if self._settings.proxy_log or self._playback.awaited:
+        if self._settings.proxy_log or self._playback.awaited or self._told_awaited:
+            self._told_awaited = self._playback.awaited > 0
             notes[AWAITED] = str(self._playback.awaited)
             notes[AWAITED_SINCE] = str(self._playback.awaited_since_ms or 0)
         if self._join.last_line_ms:

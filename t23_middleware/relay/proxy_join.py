@@ -50,6 +50,7 @@ class ProxyJoin:
         self._playback = playback
         self._logs = {path: ProxyLog(Path(path), _places(rows.get(_PLACES + path, "[]"))) for path in paths}
         self._readings: dict[str, LogReading] = {}
+        self._more = False
         #: Read, and not due yet.
         self._ahead: list[Logged] = []
         #: Due, and of no response that is open: by play.
@@ -64,7 +65,7 @@ class ProxyJoin:
     @property
     def all_read(self) -> bool:
         """Whether the logs were read to their end, and all of it was judged."""
-        return not self._readings
+        return not self._readings and not self._more
 
     def problems(self) -> dict[str, str | None]:
         """Log -> what keeps it from being read, as of the last look."""
@@ -80,16 +81,16 @@ class ProxyJoin:
                 self._readings[path] = reading
                 self._ahead += [_on_axis(line, now_ns, now_ms) for line in reading.lines]
         self._ahead.sort(key=lambda logged: logged.at_ns)
+        self._more = any(reading.more for reading in self._readings.values())
 
     def until(self, time_ns: int) -> int:
         """Up to when the logs are read: of a backlog's rest nothing is known yet."""
-        more = any(reading.more for reading in self._readings.values())
-        return min(time_ns, self._ahead[-1].at_ns) if more and self._ahead else time_ns
+        return min(time_ns, self._ahead[-1].at_ns) if self._more and self._ahead else time_ns
 
     @property
     def has_more(self) -> bool:
         """Whether a backlog is left that can be read at once."""
-        return not self._ahead and any(reading.more for reading in self._readings.values())
+        return self._more and not self._readings
 
     def due(self, until_ns: int) -> list[Logged]:
         """The lines up to *until_ns*, which leave."""

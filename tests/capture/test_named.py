@@ -1,0 +1,281 @@
+"""Behind a proxy whose log counts: what the app's side says to the proxy and to the relay."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t23_middleware.transfer import APP, FORMAT, OFFLOADED, PROXY, PROXY_FORMAT, Part, play_id
+
+from .servers import Answer, ask, media, request
+
+LOG = "/var/log/nginx/t23.log"
+OFFLOADS = [
+    "X-Accel-Redirect",
+    "x-accel-redirect",
+    "X-Sendfile",
+    "X-Lighttpd-Send-File",
+    "X-LiteSpeed-Location",
+    "X-Reproxy-URL",
+]
+
+
+def ids(answer: Answer) -> list[str]:
+    return [value for name, value in answer.headers if name.lower() == "x-t23-play"]
+
+
+def offloading(header: str = "X-Accel-Redirect", status: str = "200 OK", kind: str = "text/html") -> Any:
+    """An app that leaves the file to the proxy."""
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response(status, [("Content-Type", kind), (header, "/protected/film.mp4")])
+        return [b""]
+
+    return app
+
+
+def test_a_counted_response_is_named_to_the_proxy_by_the_journals_own_id(wrap, journals):
+    site = wrap(media(b"film"), proxy_log=LOG)
+    answers = [ask(site) for _ in range(2)]
+    (writer,) = journals.writers()
+    assert writer.format == PROXY_FORMAT
+    assert [ids(answer) for answer in answers] == [[play_id(writer.name, 1)], [play_id(writer.name, 2)]]
+    assert [opening.counted_by for opening in journals.opened()] == [PROXY, PROXY]
+    assert [(transfer.opening.counted_by, transfer.sent) for transfer in journals.closed()] == [
+        (PROXY, 4)
+    ] * 2
+
+
+def test_but_for_that_header_the_answer_is_the_same(wrap):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "video/mp4"), ("X-Own", "1"), ("Content-Length", "4")])
+        return [b"film"]
+
+    bare, named = ask(app), ask(wrap(app, proxy_log=LOG))
+    assert named.headers[:-1] == bare.headers
+    assert (named.status, named.body) == (bare.status, bare.body)
+
+
+def test_without_a_log_nothing_is_added_and_any_relay_may_read_the_journal(wrap, journals):
+    given: list[Any] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        given.append([("Content-Type", "video/mp4")])
+        start_response("200 OK", given[-1])
+        return [b"film"]
+
+    got: list[Any] = []
+    body = wrap(app)(request(), lambda status, headers, exc_info=None: got.append(headers))
+    body.close()
+    assert got[0] is given[0]
+    assert [writer.format for writer in journals.writers()] == [FORMAT]
+    assert [opening.counted_by for opening in journals.opened()] == [APP]
+
+
+@pytest.mark.parametrize(
+    "app, query",
+    [
+        (media(b"film"), "photo_id=7"),
+        (media(b"film"), "session_id=s1"),
+        (media(b"film"), "session_id=s1&photo_id=none"),
+        (media(b"image", kind="image/jpeg"), "session_id=s1&photo_id=7"),
+        (media(b"lost", status="404 Not Found"), "session_id=s1&photo_id=7"),
+        (offloading(), "photo_id=7"),
+        (offloading(), "session_id=s1"),
+    ],
+)
+def test_what_is_not_counted_is_not_named(wrap, journals, app, query):
+    answer = ask(wrap(app, proxy_log=LOG), request(query=query))
+    assert ids(answer) == []
+    assert journals.opened() == []
+
+
+@pytest.mark.parametrize("header", OFFLOADS)
+def test_a_file_that_is_left_to_the_proxy_is_named_and_counted_by_it_alone(wrap, journals, header):
+    answer = ask(wrap(offloading(header), proxy_log=LOG))
+    (transfer,) = journals.closed()
+    assert ids(answer) == [play_id(journals.writers()[0].name, 1)]
+    assert (transfer.opening.counted_by, transfer.sent) == (OFFLOADED, 0)
+    assert (transfer.opening.status, transfer.opening.part) == (200, Part(0, None, None))
+
+
+@pytest.mark.parametrize(
+    "asked, status, part",
+    [
+        ("bytes=1000-", 206, Part(1000, None, None)),
+        ("bytes=1000-1999", 206, Part(1000, 1999, None)),
+        ("bytes=-500", 206, Part(None, None, None)),
+        ("bytes=99999999999999999999-", 206, Part(None, None, None)),
+        ("furlongs=1-2", 206, Part(None, None, None)),
+    ],
+)
+def test_of_such_a_file_only_what_was_asked_for_is_known(wrap, journals, asked, status, part):
+    ask(wrap(offloading(status="204 No Content"), proxy_log=LOG), request(HTTP_RANGE=asked))
+    (opening,) = journals.opened()
+    assert (opening.status, opening.part, opening.length) == (status, part, None)
+
+
+def test_the_body_beside_such_a_header_is_the_apps_very_own(wrap):
+    own = [b"nothing"]
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "video/mp4"), ("X-Accel-Redirect", "/protected/film.mp4")])
+        return own
+
+    assert wrap(app, proxy_log=LOG)(request(), lambda *given: None) is own
+
+
+@pytest.mark.parametrize("header", OFFLOADS)
+def test_without_a_log_such_a_play_is_counted_as_offloaded_at_once(wrap, journals, header):
+    answer = ask(wrap(offloading(header, kind="video/mp4")))
+    assert ids(answer) == []
+    assert journals.counts() == {"offloaded": 1}, "no line may ever follow that this could ride with"
+    assert journals.opened() == []
+
+
+@pytest.mark.parametrize("query", ["photo_id=7", "session_id=s1", "session_id=s1&photo_id=none", ""])
+def test_an_offload_that_names_no_play_is_not_counted_as_such(wrap, journals, query):
+    site = wrap(offloading())
+    ask(site, request(query=query))
+    ask(wrap(media(b"film")))
+    assert journals.counts()["offloaded"] == 0
+
+
+def test_a_segment_or_what_the_app_wants_ignored_is_not_offloaded_to_us(wrap, journals):
+    site = wrap(offloading())
+    ask(site, request(path="/part.ts"))
+    ask(site, request(**{"t23.ignore": True}))
+    assert journals.lines() == []
+
+
+def test_what_the_app_says_of_the_play_counts_for_an_offloaded_file_too(wrap, journals):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        environ.update({"t23.session_id": "own", "t23.photo_id": "9"})
+        return offloading()(environ, start_response)  # type: ignore[no-any-return]
+
+    ask(wrap(app, proxy_log=LOG), request(query=""))
+    assert journals.opened()[0].play[:2] == ("own", "9")
+
+
+# What goes out in its place.
+
+
+def test_an_error_page_in_place_of_media_has_no_id_and_the_relay_need_not_wait(wrap, journals):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "video/mp4")])
+        try:
+            raise OSError("the disk")
+        except OSError:
+            start_response("500 Oh", [("Content-Type", "text/html")], sys.exc_info())
+        return [b"sorry"]
+
+    answer = ask(wrap(app, proxy_log=LOG))
+    assert (answer.status, ids(answer)) == ("500 Oh", [])
+    (transfer,) = journals.closed()
+    assert (transfer.opening.counted_by, transfer.sent) == (APP, 0)
+
+
+def test_media_in_place_of_an_error_page_is_named(wrap, journals):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("500 Oh", [("Content-Type", "text/html")])
+        try:
+            raise OSError("the disk")
+        except OSError:
+            start_response("200 OK", [("Content-Type", "video/mp4")], sys.exc_info())
+        return [b"film"]
+
+    answer = ask(wrap(app, proxy_log=LOG))
+    assert ids(answer) == [play_id(journals.writers()[0].name, 1)]
+    assert journals.sent() == [4]
+
+
+def test_an_app_that_raises_before_anything_went_out_leaves_nothing_to_wait_for(wrap, journals):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "video/mp4")])
+        raise ValueError("the app's own")
+
+    with pytest.raises(ValueError, match="the app's own"):
+        wrap(app, proxy_log=LOG)(request(), lambda *given: None)
+    (transfer,) = journals.closed()
+    assert (transfer.opening.counted_by, transfer.sent) == (APP, 0)
+
+
+def test_an_app_that_raises_after_it_wrote_is_the_proxys_to_count(wrap, journals):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        write = start_response("200 OK", [("Content-Type", "video/mp4")])
+        write(b"film")
+        raise ValueError("the app's own")
+
+    with pytest.raises(ValueError, match="the app's own"):
+        wrap(app, proxy_log=LOG)(request(), lambda *given: lambda data: None)
+    (transfer,) = journals.closed()
+    assert (transfer.opening.counted_by, transfer.sent) == (PROXY, 4)
+
+
+def test_a_server_that_refuses_the_headers_is_heard_by_the_app(wrap, journals):
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        try:
+            start_response("200 OK", [("Content-Type", "video/mp4"), ("Bad", "\n")])
+        except ValueError:
+            start_response("500 Oh", [("Content-Type", "text/plain")])
+        return [b"sorry"]
+
+    told: list[tuple[str, list[str]]] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+        if any("\n" in value for _, value in headers):
+            raise ValueError("a header that is none")
+        told.append((status, [name for name, _ in headers]))
+
+    body = wrap(app, proxy_log=LOG)(request(), start_response)
+    assert list(body) == [b"sorry"]
+    assert told == [("500 Oh", ["Content-Type"])]
+
+
+def test_a_generator_that_starts_late_is_named(wrap, journals):
+    def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Type", "video/mp4")])
+        yield b"fi"
+        yield b"lm"
+
+    answer = ask(wrap(app, proxy_log=LOG))
+    assert answer.body == b"film"
+    assert ids(answer) == [play_id(journals.writers()[0].name, 1)]
+    assert [(each.opening.counted_by, each.sent) for each in journals.closed()] == [(PROXY, 4)]
+
+
+def test_a_response_whose_journal_was_removed_meanwhile_is_left_to_its_first_line(
+    wrap: Callable[..., Any], journals, monkeypatch
+):
+    monkeypatch.setattr("t23_middleware.capture.journal.LOOK_EVERY", 0.0)
+    site = wrap(media(b"film"), proxy_log=LOG)
+    body = site(request(), lambda *given: None)
+    (former,) = journals.files()
+    former.unlink()
+    ask(site)  # begins anew, under another name
+    assert list(body) == [b"film"]
+    body.close()
+    assert [transfer.opening.number for transfer in journals.closed()] == [2]
+
+
+# The proxy that is seen.
+
+
+@pytest.mark.parametrize("header", ["HTTP_X_FORWARDED_FOR", "HTTP_VIA"])
+def test_that_requests_come_through_a_proxy_is_counted_once_per_process(wrap, journals, header):
+    site = wrap(media(b"film"))
+    ask(site)
+    assert journals.counts() == {}
+    for _ in range(3):
+        ask(site, request(**{header: "192.0.2.1"}))
+    assert journals.counts() == {"behind_proxy": 1}
+
+
+def test_it_never_asks_the_proxy_to_stop_buffering(wrap, tmp_path: Path):
+    for app in (media(b"film"), offloading()):
+        answer = ask(wrap(app, proxy_log=LOG))
+        assert "x-accel-buffering" not in [name.lower() for name, _ in answer.headers]
