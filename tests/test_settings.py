@@ -415,3 +415,28 @@ def test_every_default_reads_as_itself() -> None:
         if item.default is not None:
             assert item.metadata["read"](as_text(item.default)) == item.default or item.default == ()
         assert variable(item) == "T23_" + item.name.upper()
+
+
+# The proxy's log.
+
+
+def test_logs_are_absolute_paths_each_once_and_need_not_exist():
+    given = Settings(environ={"T23_API_URL": URL, "T23_PROXY_LOG": "/none/a.log, /none/b.log,/none/a.log"})
+    assert given.proxy_log == ("/none/a.log", "/none/b.log")
+    assert Settings(environ={"T23_API_URL": URL}).proxy_log == ()
+
+
+@pytest.mark.parametrize("text", ["t23.log", "/var/log/nginx/", "/var/log/t23.log,other.log"])
+def test_a_log_that_is_no_absolute_path_of_a_file_is_told_with_one_that_is(text):
+    with pytest.raises(ConfigurationError, match="T23_PROXY_LOG .* write for example /var/log/nginx/t23.log"):
+        Settings(environ={"T23_API_URL": URL, "T23_PROXY_LOG": text})
+
+
+@pytest.mark.parametrize("name", ["T23_PROXY_LOG", "T23_PROXY_WAIT", "T23_MEDIA_TYPES"])
+def test_what_is_said_of_the_proxy_is_the_relays_too(name, tmp_path):
+    value = {"T23_PROXY_LOG": "/var/log/t23.log", "T23_PROXY_WAIT": "60", "T23_MEDIA_TYPES": "video/mp4"}[
+        name
+    ]
+    given = Settings(environ={"T23_API_URL": URL, name: value})
+    assert given.relay_environment(tmp_path)[name] == value
+    assert given.relay_digest() != Settings(environ={"T23_API_URL": URL}).relay_digest()

@@ -105,9 +105,14 @@ class ProxyJoin:
         reports = self._playback.logged(line, logged.at_ns)
         if reports is not None:
             return reports
+        known = self._playback.given_out
         if line.play in self._held:
             self.counts["proxy_cached"] += 1
-        elif self._playback.given_out.knows(line.writer_and_number[0]):
+        elif known.has(*line.writer_and_number):
+            # It was open, for that is written down before the proxy hears of it, and has ended.
+            if not _is_nothing(line):
+                self.counts["proxy_cached"] += 1
+        elif known.knows(line.writer_and_number[0]):
             self._held[line.play] = logged
         else:
             # No longer than its own time tells: a backlog may be another host's.
@@ -125,14 +130,8 @@ class ProxyJoin:
             del self._held[logged.line.play]
             reports += found or []
             if found is None:
-                self._count_unknown(logged.line)
+                self.counts["proxy_foreign"] += 1
         return reports
-
-    def _count_unknown(self, line: ProxyLine) -> None:
-        if not self._playback.given_out.has(*line.writer_and_number):
-            self.counts["proxy_foreign"] += 1
-        elif not _is_nothing(line):
-            self.counts["proxy_cached"] += 1
 
     def changed(self) -> list[tuple[str, str | None]]:
         """The rows of the outbox that change with what was judged, ``None`` for one that goes."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import random
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from t23_middleware.ops import standin
 from t23_middleware.ops.standin import StandInServer
-from t23_middleware.relay.outbox import SQLiteOutbox, Stats
+from t23_middleware.relay import journals, process
+from t23_middleware.relay.outbox import OutboxView, SQLiteOutbox, Stats
 from t23_middleware.relay.process import Relay
 from t23_middleware.state import StateFolder
 from t23_middleware.transfer import (
@@ -22,12 +28,13 @@ from t23_middleware.transfer import (
     Opening,
     Part,
     Play,
+    Progress,
     Transfer,
     encode,
 )
 
 from ..harness import PATIENCE, until
-from .test_process import made, relaying, stats
+from .test_process import Killed, at_point, made, relaying, stats
 from .writers import MS, alive, header
 
 WRITER = "1-0123456789abcdef"
@@ -119,6 +126,28 @@ def told(api: StandInServer) -> dict[str, list[int]]:
     return found
 
 
+def notes(folder: StateFolder) -> dict[str, str]:
+    outbox = SQLiteOutbox(folder.outbox)
+    try:
+        return outbox.notes()
+    finally:
+        outbox.close()
+
+
+def held(folder: StateFolder) -> list[str]:
+    """The lines that the outbox keeps for a while."""
+    outbox = SQLiteOutbox(folder.outbox)
+    try:
+        return [name.removeprefix("line ") for name in outbox.proxy_rows() if name.startswith("line ")]
+    finally:
+        outbox.close()
+
+
+def losses(folder: StateFolder) -> dict[str, int]:
+    with OutboxView(folder.outbox) as view:
+        return {loss.reason: loss.reports for loss in view.snapshot().losses}
+
+
 def counters(folder: StateFolder) -> dict[str, int]:
     outbox = SQLiteOutbox(folder.outbox)
     try:
@@ -152,19 +181,239 @@ def test_of_a_play_that_the_app_offloads_the_log_knows_all(api, folder, log):
     )
     relay(api, folder, log).run()
     assert told(api) == {"s1": [3_000_000], "s2": [5_000_000]}
-    assert [(report["session_id"], report["skip"]) for report in api.recorded()] == [("s1", "0"), ("s2", "1")]
+    assert {report["session_id"]: report["skip"] for report in api.recorded()} == {"s1": "0", "s2": "1"}
     assert counters(folder)["proxy_not_played"] == 2
     assert stats(folder) == Stats(2, 0, 2, 0, 0)
 
 
 def test_a_play_stays_open_until_its_line_comes(api, folder, log):
     log.touch()
+    play = opening(1, ago=0.2)
+    journal(folder, play, closed(play))
     with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
-        play = opening(1, ago=0.2)
-        journal(folder, play, closed(play))
-        assert until(lambda: not any(path.stat().st_size == 0 for path in folder.journals.glob("*.journal")))
-        time.sleep(1)
+        assert until(lambda: notes(folder).get("awaited") == "1")
         assert told(api) == {}
         append(log, says(1, 4_000_000, ago=0))
         api.wait_for(1, PATIENCE)
+        assert until(lambda: notes(folder)["awaited"] == "0")
     assert told(api) == {"s1": [4_000_000]}
+    assert int(notes(folder)["proxy_line_ms"]) > now_ms() - 60_000
+
+
+def test_a_line_that_comes_before_its_journal_is_joined(api, folder, log):
+    append(log, says(1, 5_000_000, ago=0))
+    with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
+        assert until(lambda: held(folder) == [f"{WRITER}.1"])
+        play = opening(1, ago=1)
+        journal(folder, play, closed(play))
+        api.wait_for(1, PATIENCE)
+        assert until(lambda: held(folder) == [])
+    assert told(api) == {"s1": [5_000_000]}
+
+
+def test_lines_that_are_foreign_broken_or_repeated_are_counted_and_the_next_is_read(api, folder, log):
+    plays = [opening(number, ago=20) for number in (1, 2)]
+    journal(folder, *(line for each in plays for line in (each, closed(each))))
+    log.write_text(
+        "192.0.2.1 - - [24/Nov/2026] GET\n"
+        + says(1, 600_000, ago=15)[:80]
+        + "\n\x00\xff\n"
+        + says(9, 600_000, ago=15, writer="2-other")
+        + says(1, 700_000, ago=14)
+        + says(1, 800_000, ago=13)
+        + '{"t23":1,"play":"'
+        + "x" * 1_000_000
+        + '"}\n'
+        + says(2, 900_000, ago=12)
+    )
+    relay(api, folder, log).run()
+    assert told(api) == {"s1": [700_000], "s2": [900_000]}
+    found = counters(folder)
+    assert found["proxy_foreign"] == 3
+    assert found["proxy_bad"] == 2
+    assert found["proxy_cached"] == 1
+
+
+def test_a_second_line_is_known_as_such_after_a_restart_and_long_after_the_play(api, folder, log):
+    play = opening(1, ago=20)
+    journal(folder, play, closed(play))
+    log.write_text(says(1, 700_000, ago=19))
+    relay(api, folder, log).run()
+    append(log, says(1, 700_000, ago=10), says(1, 700_000, ago=9))
+    relay(api, folder, log).run()
+    assert told(api) == {"s1": [700_000]}
+    assert counters(folder)["proxy_cached"] == 2
+
+
+def test_without_a_line_the_apps_count_is_reported_and_an_offloaded_play_is_lost(api, folder, log):
+    log.touch()
+    mine, other = opening(1, ago=5), offloaded(2, ago=5)
+    journal(folder, mine, closed(mine, 600_000), other, closed(other, 0))
+    relay(api, folder, log, T23_PROXY_WAIT="2").run()
+    assert told(api) == {"s1": [600_000]}
+    assert counters(folder)["unconfirmed"] == 1
+    assert stats(folder) == Stats(2, 0, 1, 0, 1)
+    assert losses(folder) == {"no_proxy_line": 1}
+    append(log, says(1, 500_000), says(2, 500_000))
+    relay(api, folder, log, T23_PROXY_WAIT="2").run()
+    assert told(api) == {"s1": [600_000]}, "one report per id, however late its line"
+
+
+def test_the_line_of_a_play_whose_worker_died_decides(api, folder, log):
+    mine, other = opening(1, ago=5), offloaded(2, ago=5)
+    journal(folder, mine, Progress(mine, now() - 4 * 10**9, now_ms() - 4000, 8 << 20), other)
+    log.write_text(says(1, 9_000_000) + says(2, 3_000_000))
+    relay(api, folder, log).run()
+    assert told(api) == {"s1": [9_000_000], "s2": [3_000_000]}
+    assert "interrupted" not in counters(folder)
+
+
+# Relays that come and go.
+
+
+def test_an_automatic_relay_does_not_stay_for_what_the_proxy_may_send_for_hours(
+    api, folder, log, monkeypatch
+):
+    """Its successor, which the app's next request starts, reads on in the log as it was renamed meanwhile."""
+    monkeypatch.setattr(process, "LEAVE_AWAITED_AFTER", 1.0)
+    log.write_text(says(7, 600_000, writer="2-other"))
+    mine, other = opening(1), offloaded(2)
+    journal(folder, mine, closed(mine), other, closed(other, 0))
+    relay(api, folder, log).run()
+    assert told(api) == {}
+    assert folder.holds_work(), "so that the app's next request starts a relay"
+    append(log, says(1, 3_000_000, ago=0))
+    log.rename(log.with_name("t23.log.1"))
+    append(log, says(2, 4_000_000, ago=0))
+    relay(api, folder, log).run()
+    assert told(api) == {"s1": [3_000_000], "s2": [4_000_000]}
+    assert not folder.holds_work()
+    assert stats(folder) == Stats(2, 0, 2, 0, 0)
+
+
+def test_a_relay_that_was_away_for_longer_than_the_wait_reads_the_log_first(api, folder, log):
+    mine, other = opening(1, ago=20_000), offloaded(2, ago=20_000)
+    journal(folder, mine, closed(mine, 600_000), other, closed(other, 0))
+    filler = "".join(says(number, 600_000, ago=19_990, writer="2-other") for number in range(20_000))
+    log.write_text(filler + says(1, 500_000, ago=10_000) + says(2, 400_000, ago=9_000))
+    relay(api, folder, log, T23_PROXY_WAIT="1000000").run()
+    assert told(api) == {"s1": [500_000], "s2": [400_000]}
+    assert counters(folder)["proxy_foreign"] == 20_000
+
+
+POINTS = ["ingest", "forget_journals"]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_loses_no_line_and_takes_none_twice(api, folder, log, monkeypatch, point, after):
+    monkeypatch.setattr(standin, "CACHE_SECONDS", 0)
+    plays = [opening(number, ago=3) if number % 2 else offloaded(number, ago=3) for number in range(1, 41)]
+    journal(
+        folder, *(line for each in plays for line in (each, closed(each, FILM if each.number % 2 else 0)))
+    )
+    log.write_text("".join(says(number, 100_000 + number, ago=2) for number in range(1, 41)))
+    with monkeypatch.context() as patch:
+        at_point(patch, SQLiteOutbox, point, after=after)
+        killed = relay(api, folder, log)
+        with pytest.raises(Killed):
+            killed.run()
+        time.sleep(0.2)
+        os.close(killed._lock)
+    relay(api, folder, log).run()
+    assert told(api) == {f"s{number}": [100_000 + number] for number in range(1, 41)}
+    assert stats(folder) == Stats(40, 0, 40, 0, 0)
+
+
+def test_rotations_under_load_and_relays_that_are_killed_at_random_lose_none_and_double_none(
+    api, folder, log, monkeypatch
+):
+    monkeypatch.setattr(standin, "CACHE_SECONDS", 0)
+    monkeypatch.setattr(process, "LEAVE_AWAITED_AFTER", 0.5)
+    dice, count = random.Random(8), 0
+    for step in range(8):
+        plays = [offloaded(count + n, ago=2, session=f"p{count + n}") for n in range(1, 26)]
+        journal(folder, *(line for each in plays for line in (each, closed(each, 0))), name=f"{step}-w")
+        append(log, *(says(each.number, 100_000, ago=1, writer=f"{step}-w") for each in plays))
+        count += len(plays)
+        if step % 2:
+            log.rename(log.with_name("t23.log.1"))
+        with monkeypatch.context() as patch:
+            at_point(patch, SQLiteOutbox, "ingest", after=dice.random() < 0.5)
+            killed = relay(api, folder, log)
+            with pytest.raises(Killed):
+                killed.run()
+            time.sleep(0.1)
+            os.close(killed._lock)
+    relay(api, folder, log).run()
+    assert told(api) == {f"p{number}": [100_000] for number in range(1, count + 1)}
+
+
+def test_an_older_relay_leaves_such_journals_to_its_successor(api, folder, log, monkeypatch):
+    play = opening(1)
+    path = journal(folder, play, closed(play))
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "FORMATS", frozenset((1,)))
+        made(api, folder).run()
+    assert path.exists()
+    log.write_text(says(1, 500_000))
+    relay(api, folder, log).run()
+    assert told(api) == {"s1": [500_000]}
+
+
+def test_an_outbox_of_a_version_before_gets_its_table(api, folder, log):
+    SQLiteOutbox(folder.outbox).close()
+    db = sqlite3.connect(folder.outbox)
+    db.execute("DROP TABLE proxy")
+    db.commit()
+    db.close()
+    play = opening(1)
+    journal(folder, play, closed(play))
+    log.write_text(says(1, 500_000))
+    relay(api, folder, log).run()
+    assert told(api) == {"s1": [500_000]}
+
+
+# What is wrong with the log.
+
+
+def test_a_log_that_is_missing_and_comes_back_is_told_once_each(api, folder, log, caplog, monkeypatch):
+    with caplog.at_level(logging.WARNING), alive(folder, WRITER):
+        play = opening(1, ago=0.2)
+        journal(folder, play, closed(play))
+        with relaying(api, folder, T23_PROXY_LOG=str(log)):
+            assert until(lambda: any("does not exist" in each.message for each in caplog.records))
+            time.sleep(0.5)
+            append(log, says(1, 500_000, ago=0))
+            api.wait_for(1, PATIENCE)
+    told_of = [each.message for each in caplog.records if str(log) in each.message]
+    assert len(told_of) == 2, told_of
+    assert "can be read again" in told_of[1]
+
+
+def test_a_log_in_another_format_is_told_once_however_it_grows(api, folder, log, caplog):
+    with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
+        for _ in range(5):
+            append(log, "192.0.2.1 - - [24/Nov/2026] GET\n" * 10)
+            time.sleep(0.3)
+        assert until(lambda: counters(folder).get("proxy_foreign") == 50)
+    assert len([each for each in caplog.records if "in the format t23" in each.message]) == 1
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "FIFO"])
+def test_a_folder_or_a_fifo_in_its_place_stops_nothing(api, folder, log, make):
+    make(log)
+    play = opening(1, ago=5)
+    journal(folder, play, closed(play, 600_000))
+    relay(api, folder, log, T23_PROXY_WAIT="2").run()
+    assert told(api) == {"s1": [600_000]}
+
+
+def test_two_logs_are_followed_as_one(api, folder, log):
+    other = log.with_name("other.log")
+    plays = [opening(number) for number in (1, 2)]
+    journal(folder, *(line for each in plays for line in (each, closed(each))))
+    log.write_text(says(1, 500_000))
+    other.write_text(says(2, 600_000))
+    made(api, folder, T23_PROXY_LOG=f"{log},{other}").run()
+    assert told(api) == {"s1": [500_000], "s2": [600_000]}
