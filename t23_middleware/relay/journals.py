@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import BinaryIO, NamedTuple
 
 from ..state import StateFolder, boot_id, hold_lock, lock_is_held
 from ..transfer import (
@@ -19,13 +19,11 @@ from ..transfer import (
     Counts,
     ForeignLine,
     Line,
-    Opening,
-    Progress,
     TornLine,
-    Transfer,
     Writer,
     decode,
 )
+from .axis import Event, placed_by_wall_clock, time_of
 from .crash import crash_point
 
 log = logging.getLogger(__name__)
@@ -44,10 +42,6 @@ ANY_TIME = -(1 << 63)
 _NAME = re.compile(r"([^.]+)\.(\d+)\.journal")
 #: What a line must hold to be one that can't be stored: a long number, or the escape of half a surrogate pair.
 _SUSPECT = re.compile(rb"[\[,:] ?-?\d{19}|\\u[dD]")
-
-
-#: What a response does.
-Event: TypeAlias = Opening | Progress | Transfer
 
 
 class Fact(NamedTuple):
@@ -133,6 +127,8 @@ class Journals:
         self._followed: dict[str, _Journal] = {}
         self._newest: dict[str, int] = {}
         self._boot = boot_id()
+        # Taken once: two clocks that are asked one after the other are never as far apart twice.
+        self._ahead_ns = time.time_ns() - time.monotonic_ns()
         self._living: set[str] = set()
         self._looked = 0.0
 
@@ -321,8 +317,8 @@ class Journals:
         """Lines of another boot are placed by their wall clock: the monotonic one began anew."""
         header, now_ns = journal.header, time.monotonic_ns()
         if header is not None and header.boot != self._boot:
-            what = _placed_by_wall_clock(what, now_ns - time.time_ns())
-        at_ns = _time_of(what)
+            what = placed_by_wall_clock(what, self._ahead_ns)
+        at_ns = time_of(what)
         # A time that has not come yet is another clock's: it would hold up the journal until it comes.
         return what, at_ns if at_ns <= now_ns else until_ns
 
@@ -377,18 +373,3 @@ def _can_be_stored(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(_can_be_stored, (*value, *value.values())))
     return not isinstance(value, tuple) or all(map(_can_be_stored, value))
-
-
-def _time_of(what: Event) -> int:
-    if isinstance(what, Opening):
-        return what.started_ns
-    return what.at_ns if isinstance(what, Progress) else what.ended_ns
-
-
-def _placed_by_wall_clock(what: Event, shift_ns: int) -> Event:
-    if isinstance(what, Opening):
-        return what._replace(started_ns=what.started_ms * 1_000_000 + shift_ns)
-    opening = what.opening._replace(started_ns=what.opening.started_ms * 1_000_000 + shift_ns)
-    if isinstance(what, Progress):
-        return what._replace(opening=opening, at_ns=what.at_ms * 1_000_000 + shift_ns)
-    return what._replace(opening=opening, ended_ns=what.ended_ms * 1_000_000 + shift_ns)

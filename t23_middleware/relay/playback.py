@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from ..transfer import APP, OFFLOADED, Opening, Progress, Transfer, decode, encode
+from .axis import NO_AXIS, Axis
 from .given_out import GivenOut
 from .proxy_line import ProxyLine
 from .report import Report
 from .segments import player_of
-from .stored import NO_AXIS, Axis
 from .viewer import CLOCK_FELL_NS, Key, Viewer, Viewers, key_of
 from .viewing import MOST_OPEN, PROBE, Response, Viewing, is_probe
 
@@ -511,7 +511,7 @@ class Playback:
 
 
 def _known(response: Response) -> Opening | Progress | Transfer:
-    """The latest that is known of *response*, which a proxy counts; raises ValueError where that is not its line."""
+    """The latest that is known of *response*; raises ValueError where that is not its line."""
     known = decode((response.known or "").encode())
     if not isinstance(known, (Opening, Progress, Transfer)):
         raise ValueError("not the line of a response")
@@ -521,7 +521,7 @@ def _known(response: Response) -> Opening | Progress | Transfer:
 def _check(viewer: Viewer) -> None:
     """Raises ValueError where a line in the state of *viewer* can't be read."""
     for response in [each for viewing in viewer.viewings for each in viewing.open]:
-        if response.counted_by != APP:
+        if response.counted_by != APP or response.known is not None:
             _known(response)
         if response.line is not None:
             ProxyLine.from_text(response.line)

@@ -19,6 +19,7 @@ from ..settings import Settings
 from ..state import Holder, StateFolder, boot_id, hold_lock
 from ..transfer import Opening, Progress
 from ..version import VERSION
+from .axis import Axis
 from .bounds import Bounds, Reserve, taken_as_lost
 from .client import AnalyticsClient
 from .crash import crash_point
@@ -30,7 +31,6 @@ from .outbox import Ingest, OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox
 from .playback import Playback
 from .proxy_join import Logged, ProxyJoin
 from .report import Report
-from .stored import Axis
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)

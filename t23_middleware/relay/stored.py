@@ -6,13 +6,9 @@ import json
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import UnionType
-from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
-
-#: A boot, and how far its wall clock was ahead of CLOCK_MONOTONIC, in ns: where that boot's times lie on any other's.
-Axis: TypeAlias = tuple[str, int]
-NO_AXIS: Axis = ("", 0)
 
 
 def _fields(value: Any) -> list[Any]:

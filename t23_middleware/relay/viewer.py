@@ -11,9 +11,10 @@ from sys import intern
 from typing import TypeAlias
 
 from ..transfer import Play
+from .axis import NO_AXIS, Axis
 from .report import Report
 from .segments import Player
-from .stored import NO_AXIS, Axis, dumps, loads, move_times
+from .stored import dumps, loads, move_times
 from .viewing import Response, Viewing
 
 #: Host, session and photo.
@@ -114,6 +115,9 @@ class Viewer:
         """Where its times are another boot's, place them by the wall clock; none is later than *now_ns*."""
         if self.axis[0] != axis[0]:
             move_times(self, self.axis[1] - axis[1], now_ns)
+            for viewing in self.viewings:
+                for response in viewing.open:
+                    response.move_to(axis)
 
     def dump(self, axis: Axis) -> str:
         """Its state as compact JSON; its times are on *axis*."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..transfer import APP, Opening, Part, Transfer
+from ..transfer import APP, Opening, Part, Transfer, decode, encode
+from .axis import Axis, Event, placed_by_wall_clock
 from .segments import Segment, Segments
 
 #: A viewing starts at most this far into the file: the container's header is there, in every player that was
@@ -106,6 +107,13 @@ class Response:
             end = self.total if last is None else last + 1
             self.expected = None if self.first is None or end is None else end - self.first
         self.to_end = last is None or (self.total is not None and last + 1 >= self.total)
+
+    def move_to(self, axis: Axis) -> None:
+        """Its line is of another boot: place what that tells by the wall clock."""
+        if self.known is not None:
+            what = decode(self.known.encode())
+            if isinstance(what, Event):
+                self.known = encode(placed_by_wall_clock(what, axis[1])).decode().rstrip()
 
     @property
     def may_begin(self) -> bool:

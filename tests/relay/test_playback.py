@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from t23_middleware.relay import playback as playback_module
 from t23_middleware.relay.playback import Playback
 from t23_middleware.relay.report import Report
-from t23_middleware.relay.viewing import BEGINNING, MOST_OPEN, MOST_RUNS
-from t23_middleware.transfer import Opening, Part, Play, Transfer
+from t23_middleware.relay.viewing import BEGINNING, MOST_OPEN, MOST_RUNS, Response
+from t23_middleware.transfer import Opening, Part, Play, Progress, Transfer, decode, encode
 
 S = 1_000_000_000
 #: A file of 33 MB, so that 512 KiB is what plays.
@@ -483,6 +483,26 @@ class TestAfterARestartOfTheHost:
         assert playback.lost("w", 1, 60 * S, 0) == []
         playback.advance(60 * S + 30 * 60 * S, 0)
         assert dict(playback.changed()) == {("", *PLAY[:2]): None}
+
+    def test_what_is_known_of_an_open_response_is_placed_by_the_wall_clock_too(self) -> None:
+        opening = response(1, self.UPTIME, self.UPTIME + 1, 0, 1).opening._replace(started_ms=2_000)
+        open_response = Response.of("w", opening)
+        open_response.known = encode(Progress(opening, self.UPTIME * S, 3_000, 5)).decode().rstrip()
+        open_response.move_to(("boot b", S // 2))
+        moved = Progress(opening._replace(started_ns=3 * S // 2), 5 * S // 2, 3_000, 5)
+        assert decode(open_response.known.encode()) == moved
+
+    def test_the_line_of_an_open_response_that_was_damaged_is_counted(self) -> None:
+        playback = Playback()
+        opening = response(1, 0, 1, 0, 1).opening
+        playback.opened("w", opening)
+        playback.progressed("w", Progress(opening, S, 1_000, 5))
+        ((key, text),) = playback.changed()
+        assert text is not None
+        successor = Playback()
+        successor.restore([(key, text.replace("progress", "progrezz"))])
+        assert successor.counts == Counter(state_unreadable=1)
+        assert not list(successor.open_responses())
 
     def test_a_wall_clock_that_was_set_back_makes_nothing_happen_in_the_future(self) -> None:
         playback = self.rebooted(self.played(), pause=-(10**6))
