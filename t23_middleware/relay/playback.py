@@ -206,6 +206,11 @@ class Playback:
         return self._open.keys() - self._awaited.keys()
 
     @property
+    def latest_ns(self) -> int:
+        """Time of the latest fact of all that are kept."""
+        return max((viewer.last_ns for viewer in self._viewers), default=0)
+
+    @property
     def awaited(self) -> int:
         """Responses that only the proxy's line is missing of."""
         return len(self._awaited)

@@ -51,6 +51,8 @@ class ProxyJoin:
         self._logs = {path: ProxyLog(Path(path), _places(rows.get(_PLACES + path, "[]"))) for path in paths}
         self._readings: dict[str, LogReading] = {}
         self._more = False
+        # Time goes on from what is known already, or yesterday's log would make all viewings look forgotten.
+        self._until_ns = min(playback.latest_ns, now_ns)
         #: Read, and not due yet.
         self._ahead: list[Logged] = []
         #: Due, and of no response that is open: by play.
@@ -84,8 +86,11 @@ class ProxyJoin:
         self._more = any(reading.more for reading in self._readings.values())
 
     def until(self, time_ns: int) -> int:
-        """Up to when the logs are read: of a backlog's rest nothing is known yet."""
-        return min(time_ns, self._ahead[-1].at_ns) if self._more and self._ahead else time_ns
+        """Up to when the logs are read: of a backlog's rest nothing is known yet. It never goes back."""
+        if self._more and self._ahead:
+            time_ns = min(time_ns, max(self._ahead[-1].at_ns, self._until_ns))
+        self._until_ns = max(self._until_ns, time_ns)
+        return time_ns
 
     @property
     def has_more(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from typing import Any
 
@@ -26,6 +27,8 @@ from t23_middleware.transfer import (
     Transfer,
     play_id,
 )
+
+from .test_proxied import says
 
 S = 1_000_000_000
 TOTAL = 33_000_000
@@ -385,6 +388,20 @@ def test_what_is_held_is_bounded():
     say(joined, *(line(number, 10, 600_000) for number in range(MOST_HELD + 5)))
     joined.hold(11 * S)
     assert joined.counts == {"proxy_foreign": 5}
+
+
+def test_a_backlog_of_yesterday_takes_no_viewing_back_in_time(tmp_path):
+    """Those that are under way would then look forgotten as soon as it is read."""
+    log = tmp_path / "t23.log"
+    log.write_text("".join(says(number, 600_000, ago=86_400) for number in range(10_000)))
+    playback = machine()
+    now_ns, now_ms = 10**5 * S, time.time_ns() // 10**6
+    playback.opened(WRITER, opening(1, 10**5 - 50))
+    joined = ProxyJoin([str(log)], playback, {}, now_ns, now_ms)
+    joined.look(now_ns, now_ms)
+    assert not joined.all_read
+    assert joined.until(now_ns) == (10**5 - 50) * S
+    assert len(joined.due(joined.until(now_ns))) > 1000
 
 
 @pytest.mark.parametrize("rows", [{"line a": "[]"}, {"line a": "no"}, {"writer a": "x"}, {"places /x": "{}"}])
