@@ -12,10 +12,12 @@ import os
 import stat
 import struct
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import StateError
+from .transfer import FORMAT
 
 
 class Holder(NamedTuple):
@@ -45,6 +47,8 @@ class StateFolder:
         self.delivered = path / "delivered"
         #: Exists while the outbox may hold something to deliver: a look that needs no SQL.
         self.unfinished = path / "unfinished"
+        #: The journals that are another version's: a line with format and name for each.
+        self.foreign = path / "foreign"
         #: Room that is given up when the disk is full, so that what was sent can be ticked off.
         self.reserve = path / "reserve"
 
@@ -84,11 +88,34 @@ class StateFolder:
         )
 
     def holds_work(self) -> bool:
-        """Whether something waits here for a relay."""
+        """Whether something waits here for a relay of this version."""
         try:
-            return self.unfinished.exists() or any(self.journals.glob("*.journal"))
+            return self.unfinished.exists() or any(self.readable_journals())
         except OSError:
             return False
+
+    def readable_journals(self) -> Iterator[Path]:
+        """The journals, but for those of which a relay has found that only another version can read them."""
+        journals = self.journals.glob("*.journal")
+        first = next(journals, None)
+        if first is None:
+            return
+        foreign = self.foreign_journals()
+        yield from (path for path in (first, *journals) if foreign.get(path.name, str(FORMAT)) == str(FORMAT))
+
+    def foreign_journals(self) -> dict[str, str]:
+        """Name -> format of the journals that a relay could not read."""
+        try:
+            lines = [line.partition(" ") for line in self.foreign.read_text(errors="replace").splitlines()]
+        except OSError:
+            return {}
+        return {name: number for number, _, name in lines}
+
+    def keep_foreign_journals(self, formats: Mapping[str, str]) -> None:
+        """Write down what :meth:`foreign_journals` tells. Raises :class:`OSError`."""
+        new = self.foreign.with_suffix(".new")
+        new.write_text("".join(f"{number} {name}\n" for name, number in formats.items()))
+        new.replace(self.foreign)
 
 
 def _make_folders(path: Path) -> None:

@@ -270,8 +270,23 @@ def _counts(fields: list[Any]) -> Counts:
     return Counts(counts)
 
 
+def _writer(fields: list[Any]) -> Writer:
+    """One of another format may say more, or other things: its journal is left alone, not taken for damaged."""
+    name, format = fields[:2]
+    foreign = type(name) is str and type(format) is int and format != FORMAT
+    try:
+        writer: Writer = _read_writer(fields[: len(Writer._fields)] if foreign else fields)
+    except (TypeError, ValueError):
+        if not foreign:
+            raise
+        writer = Writer(name, format, "", "", 0, "")
+    return writer
+
+
+_read_writer = _plain(Writer, str, int, str, str, int, str)
+
 _READERS: dict[str, Callable[[list[Any]], Line]] = {
-    "writer": _plain(Writer, str, int, str, str, int, str),
+    "writer": _writer,
     "open": _opening,
     "progress": _progress,
     "close": _transfer,

@@ -13,6 +13,7 @@ import pytest
 
 from t23_middleware import StateError
 from t23_middleware.state import StateFolder, hold_lock, lock_is_held
+from t23_middleware.transfer import FORMAT
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
@@ -119,6 +120,28 @@ def test_only_a_journal_or_unfinished_deliveries_are_work(tmp_path: Path) -> Non
     assert folder.holds_work()
     folder.unfinished.unlink()
     (folder.journals / "1-a.000000.journal").touch()
+    assert folder.holds_work()
+
+
+def test_a_journal_that_only_another_version_can_read_is_none_of_our_work(tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "state")
+    folder.create()
+    (folder.journals / "1-a.000000.journal").touch()
+    folder.keep_foreign_journals({"1-a.000000.journal": str(FORMAT + 1)})
+    assert not folder.holds_work()
+    (folder.journals / "2-b.000000.journal").touch()
+    assert folder.holds_work()
+    # As the other version sees it, which a relay of this one has told so.
+    folder.keep_foreign_journals({"1-a.000000.journal": str(FORMAT), "2-b.000000.journal": str(FORMAT + 1)})
+    assert [path.name for path in folder.readable_journals()] == ["1-a.000000.journal"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\n\n", b"9" * 5000 + b" x\n1"])
+def test_a_damaged_list_of_those_hides_nothing(content: bytes, tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path / "state")
+    folder.create()
+    (folder.journals / "1-a.000000.journal").touch()
+    folder.foreign.write_bytes(content)
     assert folder.holds_work()
 
 

@@ -105,6 +105,21 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.parametrize(
+    ("more", "known"),
+    [
+        ([], ("", "", 0, "")),
+        ([None], ("", "", 0, "")),
+        (["1.0", "boot", 5, "digest", "later"], ("1.0", "boot", 5, "digest")),
+    ],
+    ids=repr,
+)
+def test_the_writer_of_another_format_is_known_as_one_whatever_else_it_says(
+    more: list[Any], known: tuple[Any, ...]
+) -> None:
+    assert decode(sealed(["writer", "7-ab", FORMAT + 1, *more])) == Writer("7-ab", FORMAT + 1, *known)
+
+
 @given(st.sampled_from(["writer", "open", "close", "counts", "later"]), st.lists(json_values, max_size=8))
 def test_whole_lines_of_any_content_are_known_or_foreign(word: str, fields: list[Any]) -> None:
     try:

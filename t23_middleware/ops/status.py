@@ -71,6 +71,8 @@ class Status:
     outbox: Snapshot
     #: Bytes in journals that no relay has taken in yet.
     journal_bytes: int
+    #: Journals that only another version's relay can read.
+    foreign_journals: int
     #: The relay that runs, if one does.
     relay: Holder | None
     #: Who is to run it, as ``T23_RELAY`` says.
@@ -150,7 +152,8 @@ def look(settings: Settings) -> Status:
         exists=folder.path.is_dir(),
         now_ms=time.time_ns() // 1_000_000,
         outbox=outbox,
-        journal_bytes=_not_taken_in(folder.journals, outbox),
+        foreign_journals=len(folder.foreign_journals()),
+        journal_bytes=_not_taken_in(folder, outbox),
         relay=(folder.relay_holder() or Holder(0, "", "", False)) if held else None,
         relay_mode=settings.relay,
         follows_log=bool(settings.proxy_log),
@@ -175,10 +178,10 @@ def _snapshot(path: Path) -> Snapshot:
         return NOTHING
 
 
-def _not_taken_in(folder: Path, outbox: Snapshot) -> int:
+def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
     """Looked at after the outbox: what was taken in and removed since is no longer there to be counted."""
     total = 0
-    for path in folder.glob("*.journal"):
+    for path in folder.readable_journals():
         try:
             total += max(path.stat().st_size - outbox.places.get(path.name, 0), 0)
         except FileNotFoundError:
@@ -199,6 +202,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "open_responses": status.open_responses,
         "waiting_for_proxy": status.awaited.number,
         "journal_bytes": status.journal_bytes,
+        "foreign_journals": status.foreign_journals,
         "lost_by_reason": status.lost_by_reason,
         "losses": [loss._asdict() for loss in status.outbox.losses],
         "counters": status.ignored,
@@ -325,6 +329,11 @@ def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
         age = text.duration((status.now_ms - plays.since_ms) / 1000)
         yield "proxy", f"{plays.number:,} plays wait for their lines in its log, the oldest for {age}"
     yield "journals", f"{text.size(status.journal_bytes)} not taken in yet"
+    if status.foreign_journals:
+        yield (
+            "",
+            f"{status.foreign_journals:,} of another version of t23_middleware, whose relay can read them",
+        )
     yield "relay", relay_words(status.relay)
     answered_ms = max((api.answered_ms for api in status.apis.values()), default=0)
     if answered_ms:

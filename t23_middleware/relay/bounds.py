@@ -304,7 +304,7 @@ class Bounds:
     def _unread(self) -> int:
         """Bytes in the journals that the outbox does not have."""
         places, total = self._outbox.places(), 0
-        for path in self._folder.journals.glob("*.journal"):
+        for path in self._folder.readable_journals():
             with suppress(FileNotFoundError):
                 total += max(path.stat().st_size - places.get(path.name, 0), 0)
         return total

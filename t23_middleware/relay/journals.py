@@ -25,6 +25,7 @@ from ..transfer import (
 )
 from .axis import Event, placed_by_wall_clock, time_of
 from .crash import crash_point
+from .report import CLOCK_SET_MS
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +196,25 @@ class Journals:
         forgotten, self._places = list(self._places), {}
         return finished + forgotten
 
+    def foreign(self) -> dict[str, str]:
+        """Name -> format of the journals that only another version's relay can read."""
+        return {
+            name: str(journal.header.format)
+            for name, journal in self._followed.items()
+            if journal.header and journal.is_foreign()
+        }
+
+    def give_up_foreign(self, before_s: float) -> list[str]:
+        """Unlink those of :meth:`foreign` that nobody writes and wrote since *before_s*, in s since the epoch."""
+        gone = []
+        for name in self.foreign():
+            journal = self._followed[name]
+            if journal.writer not in self._living and _is_older(journal.path, before_s):
+                journal.path.unlink(missing_ok=True)
+                del self._followed[name]
+                gone.append(name)
+        return gone
+
     def all_read(self) -> bool:
         """Whether no journal holds a line that was not taken."""
         return all(journal.at_end for journal in self._followed.values())
@@ -343,6 +363,13 @@ class Journals:
             if descriptor is not None:
                 lock.unlink(missing_ok=True)
                 os.close(descriptor)
+
+
+def _is_older(path: Path, before_s: float) -> bool:
+    try:
+        return CLOCK_SET_MS / 1000 <= path.stat().st_mtime < before_s
+    except FileNotFoundError:
+        return True
 
 
 def _next_ns(journal: _Journal) -> int:

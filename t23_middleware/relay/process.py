@@ -88,6 +88,7 @@ class Relay:
         #: What the outbox did not take yet, and the journals that are gone and that it still names.
         self._in_hand: _Look | None = None
         self._gone: list[str] = []
+        self._foreign: dict[str, str] = {}
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
         self.watchdog = Watchdog()
         self._told_awaited = False
@@ -157,6 +158,7 @@ class Relay:
             self._gone += self._journals.remove_finished()
             self._outbox.forget_journals(self._gone)
             self._gone = []
+            self._note_foreign()
             self._begin_minute()
             if self._settings.ephemeral:
                 self._say_delivered(look.wall_ns)
@@ -273,6 +275,21 @@ class Relay:
             notes[LAST_LINE] = str(self._join.last_line_ms)
         return notes
 
+    def _note_foreign(self) -> None:
+        """Journals of another version wait for its relay, for as long as reports may wait; each is told once."""
+        if foreign := self._journals.foreign():
+            before_s = time.time() - self._settings.max_age
+            if gone := self._journals.give_up_foreign(before_s):
+                log.error("%s are given up: no relay of their version came for T23_MAX_AGE", ", ".join(gone))
+                self._outbox.ingest(Ingest([], [], {}, {"journals_given_up": len(gone)}))
+                foreign = self._journals.foreign()
+        if foreign == self._foreign:
+            return
+        for name in foreign.keys() - self._foreign.keys():
+            log.warning("%s is of another version (format %s); it waits for that one", name, foreign[name])
+        self._folder.keep_foreign_journals(foreign)
+        self._foreign = foreign
+
     def _begin_minute(self) -> None:
         """The history's gauges, once a minute; pages tell by them when a relay ran."""
         now_ms = _wall_ms()
@@ -367,6 +384,7 @@ class Relay:
     def _begin_reading(self) -> None:
         """Journals and playback as the outbox knows them."""
         self._in_hand, self._gone = None, []
+        self._foreign = self._folder.foreign_journals()
         self._journals = Journals(self._folder, self._outbox.places())
         self._playback = Playback(
             per=self._settings.report_per,

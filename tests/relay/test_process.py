@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +29,10 @@ from t23_middleware.relay.outbox import OutboxCorrupt, OutboxError, SQLiteOutbox
 from t23_middleware.relay.process import Relay
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder, lock_is_held
-from t23_middleware.transfer import Opening, Part, Play, Transfer, encode
+from t23_middleware.transfer import FORMAT, Opening, Part, Play, Transfer, encode
 
 from ..harness import PATIENCE, ROOT, free_port, until
-from .writers import MS, end, journal, living, opening, start, transfer
+from .writers import MS, alive, end, journal, living, opening, start, transfer
 
 
 @pytest.fixture
@@ -116,6 +118,53 @@ def test_what_the_living_and_the_dead_wrote_arrives_once(api, folder):
 def test_an_automatic_relay_with_nothing_to_do_leaves(api, folder):
     made(api, folder).run()
     assert not folder.holds_work()
+
+
+def foreign_journal(folder: StateFolder, name: str = "9-later") -> Path:
+    """One of a later version, which says more in its first line than this one knows."""
+    path = journal(folder, name, b"what that version writes\n")
+    fields = json.dumps(["writer", name, FORMAT + 1, "9.0", "boot", 1, "digest", {"more": True}]).encode()
+    path.write_bytes(b"%08x %b\nwhat that version writes\n" % (zlib.crc32(fields), fields))
+    return path
+
+
+def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, folder, caplog):
+    theirs = foreign_journal(folder)
+    written = theirs.read_bytes()
+    assert folder.holds_work(), "nobody has looked at it yet"
+    made(api, folder).run()
+    assert not folder.holds_work()
+    made(api, folder).run()
+    assert theirs.read_bytes() == written
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{theirs.name} is of another version (format {FORMAT + 1}); it waits for that one"
+    ]
+    foreign_journal(folder, "9-more")
+    assert folder.holds_work()
+    made(api, folder).run()
+    assert not folder.holds_work()
+    assert counters(folder) == {}
+
+
+def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_counted(api, folder, caplog):
+    theirs, recent = foreign_journal(folder), foreign_journal(folder, "9-recent")
+    made(api, folder, T23_MAX_AGE="3600").run()
+    old = time.time() - 3601
+    os.utime(theirs, (old, old))
+    made(api, folder, T23_MAX_AGE="3600").run()
+    assert (theirs.exists(), recent.exists()) == (False, True)
+    assert counters(folder) == {"journals_given_up": 1}
+    assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
+    assert not folder.holds_work()
+
+
+def test_the_journal_of_another_version_that_lives_is_not_given_up(api, folder):
+    theirs = foreign_journal(folder)
+    old = time.time() - 3601
+    os.utime(theirs, (old, old))
+    with alive(folder, "9-later"), relaying(api, folder, T23_MAX_AGE="3600"):
+        assert until(folder.foreign_journals)
+    assert theirs.exists()
 
 
 def test_responses_that_the_dead_left_open_are_ended_before_the_relay_leaves(api, folder):
