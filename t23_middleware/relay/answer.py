@@ -258,10 +258,11 @@ def clean(text: str, session_id: str) -> str:
 
 
 def _scrubbed(text: str, session_id: str) -> str:
-    if not session_id:
+    if not session_id or not text:
         return text
     forms = (session_id, quote(session_id, "", errors="replace"), quote_plus(session_id, errors="replace"))
-    for secret in (*forms, html.escape(session_id), one_line(session_id)):
+    # Most sessions have one form, and each costs a pattern of its own.
+    for secret in dict.fromkeys((*forms, html.escape(session_id), one_line(session_id))):
         if secret:
             text = re.sub(re.escape(secret), "…", text, flags=re.IGNORECASE)
     return text

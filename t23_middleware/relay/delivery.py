@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 MOST_SENDERS = 16
 #: Reports that are claimed per sender: one under way and one at hand.
 CLAIMED_PER_SENDER = 2
+#: Reports that are claimed in all at most, from an API that answers faster than a step takes to write that down.
+MOST_CLAIMED = 256
 #: Failures in a row after which an API is left alone but for a probe.
 FAILURES_TO_OPEN = 5
 #: Seconds to the first probe; each one that fails doubles it, up to the longest.
@@ -155,6 +157,7 @@ class Delivery:
         self._tasks: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
         self._came = threading.Event()
+        self._at_hand = MOST_SENDERS * CLAIMED_PER_SENDER
         self._senders: list[threading.Thread] = []
         self._breakers: dict[str, Breaker] = {}
         self._unsettled: list[Settlement] = []
@@ -290,8 +293,20 @@ class Delivery:
             self._start_sender()
 
     def _claim(self) -> list[Entry]:
-        room = MOST_SENDERS * CLAIMED_PER_SENDER - self.in_flight
+        self._set_at_hand()
+        room = self._at_hand - self.in_flight
         return self._claim_allowed(room) if room > 0 else []
+
+    def _set_at_hand(self) -> None:
+        """Twice what was taken during the last step, or the senders of a fast API would wait for each step.
+
+        It shrinks as fast as that does: with an API that fails, nothing was taken. What is at hand when the relay
+        is killed may have been sent; where that is given up, there is no more of it than must be.
+        """
+        least = MOST_SENDERS * CLAIMED_PER_SENDER
+        taken = sum(isinstance(item, Acked) for item in self._unsettled)
+        wanted = max(2 * taken, self._at_hand * 3 // 4, least)
+        self._at_hand = min(wanted, MOST_CLAIMED) if self._retry_ambiguous else least
 
     def _claim_allowed(self, room: int) -> list[Entry]:
         now = self._monotonic()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ..harness import MEDIA, PATIENCE
 
 #: Reports that a relay may have with the API at once; so many may arrive twice for each kill of relay or API.
-IN_FLIGHT = 32
+IN_FLIGHT = 256
 #: Bytes of each play.
 PLAYED = 100_000
 #: Seconds between two plays of one client.

@@ -20,6 +20,7 @@ from t23_middleware.relay.delivery import (
     FAILURES_TO_OPEN,
     LONGEST_KEPT,
     LONGEST_RETRY,
+    MOST_CLAIMED,
     MOST_SENDERS,
     PROBE_WHEN_PAUSED,
     Breaker,
@@ -616,6 +617,33 @@ def test_a_store_that_cannot_be_read_keeps_the_relay_here(bench, monkeypatch):
     monkeypatch.setattr(bench.outbox, "hosts", unreadable)
     assert bench.delivery.can_deliver()
     assert bench.delivery.step() is False
+
+
+def test_the_faster_the_api_the_more_is_at_hand_up_to_a_bound(bench):
+    """Or its senders would have nothing to do whenever what they brought is written down."""
+    bench.add(2000)
+    least, held = MOST_SENDERS * CLAIMED_PER_SENDER, []
+    for _ in range(5):
+        bench.delivery.step()
+        held.append(bench.delivery.in_flight)
+        wait_for(lambda: bench.delivery._results.qsize() == bench.delivery.in_flight)
+    assert held == [least, 2 * least, 4 * least, MOST_CLAIMED, MOST_CLAIMED]
+    bench.api.says = then(*[Unreachable("down")] * 2000)
+    for _ in range(20):
+        bench.delivery.step()
+        wait_for(lambda: bench.delivery._results.qsize() == bench.delivery.in_flight)
+    assert bench.delivery._at_hand == least
+
+
+def test_no_more_is_at_hand_than_must_be_where_what_may_have_arrived_is_given_up(tmp_path):
+    bench = Bench(tmp_path / "outbox.db", retry_ambiguous=False)
+    bench.add(500)
+    for _ in range(4):
+        bench.delivery.step()
+        assert bench.delivery.in_flight == MOST_SENDERS * CLAIMED_PER_SENDER
+        wait_for(lambda: bench.delivery._results.qsize() == bench.delivery.in_flight)
+    bench.delivery.stop(0)
+    bench.outbox.close()
 
 
 #: A wait that is interrupted, by a handler that takes longer than the wait: what a busy machine makes of any wait.
