@@ -508,29 +508,51 @@ def memory_of(kind: str, variables: dict[str, str], *requests: int) -> list[floa
 
 
 def worker_exit(size: Size, folder: Path) -> Iterator[Figure]:
-    """gunicorn with one gthread worker, from SIGTERM right after a play to its end; the API hangs."""
-    _need("flask")
-    _need("gunicorn")
-    took: dict[str, list[float]] = {"bare": [], "t23": []}
-    with Hanging() as api:
-        for number in range(size.exits):
-            for kind, found in took.items():
-                found.append(exit_seconds(kind, folder / f"{kind}-{number}", api))
-    yield plain("worker exit, gunicorn gthread", "s", took["bare"], took["t23"], EXIT_S)
+    """A server of one process, from its own signal for a clean end right after a play to that end; the API hangs."""
+    for name, server in SERVERS.items():
+        _need("flask")
+        _need(server.module)
+        took: dict[str, list[float]] = {"bare": [], "t23": []}
+        with Hanging() as api:
+            for number in range(size.exits):
+                for kind, found in took.items():
+                    found.append(exit_seconds(server, kind, folder / f"{server.module}-{kind}-{number}", api))
+        yield plain(f"worker exit, {name}", "s", took["bare"], took["t23"], EXIT_S)
 
 
-def exit_seconds(kind: str, state: Path, api: Hanging) -> float:
-    """Seconds from SIGTERM to the end of a server that has just answered."""
+class Server(NamedTuple):
+    """How a server is started and told to end; DOOR stands for its socket, KIND for the app."""
+
+    module: str
+    arguments: str
+    end: signal.Signals
+
+
+SERVERS = {
+    "gunicorn gthread": Server(
+        "gunicorn",
+        "-k gthread -w 1 --threads 4 -b unix:DOOR --log-level error overhead_apps:KIND()",
+        signal.SIGTERM,
+    ),
+    # waitress knows no SIGTERM: it would die of it, and nothing of ours could hold that up.
+    "waitress": Server("waitress", "--unix-socket=DOOR --call overhead_apps:KIND", signal.SIGINT),
+}
+
+
+def exit_seconds(kind_of: Server, kind: str, state: Path, api: Hanging) -> float:
+    """Seconds from its signal to the end of a server that has just answered."""
     state.mkdir()
     door = state / "socket"
-    server = start_gunicorn(kind, state, door, api.url)
+    words = kind_of.arguments.replace("DOOR", str(door)).replace("KIND", kind).split()
+    command = [sys.executable, "-m", kind_of.module, *words]
+    server = subprocess.Popen(command, cwd=HERE, env=environment(state, api.url))
     try:
         play(door, patience=30)
         if kind == "t23":
             api.wait(30)  # the relay now hangs in the API, and the next report will wait behind it
         play(door, patience=1)
         begin = time.monotonic()
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(kind_of.end)
         server.wait(60)
         return time.monotonic() - begin
     finally:
@@ -539,12 +561,6 @@ def exit_seconds(kind: str, state: Path, api: Hanging) -> float:
             server.wait(10)
         if kind == "t23":
             end_relay(state)
-
-
-def start_gunicorn(kind: str, state: Path, door: Path, api_url: str) -> subprocess.Popen[bytes]:
-    options = ["-k", "gthread", "-w", "1", "--threads", "4", "-b", f"unix:{door}", "--log-level", "error"]
-    command = [sys.executable, "-m", "gunicorn", *options, f'overhead_apps:create("{kind}")']
-    return subprocess.Popen(command, cwd=HERE, env=environment(state, api_url))
 
 
 def play(door: Path, patience: float) -> None:
@@ -560,7 +576,7 @@ def play(door: Path, patience: float) -> None:
                 answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
         except (FileNotFoundError, ConnectionRefusedError):
             if time.monotonic() > deadline:
-                raise Cannot("gunicorn did not start; its own words stand above") from None
+                raise Cannot("the server did not start; its own words stand above") from None
             time.sleep(0.05)
         else:
             if not answer.startswith(b"HTTP/1.1 200"):

@@ -28,6 +28,16 @@ def create(kind: str) -> flask.Flask:
     return app
 
 
+def bare() -> flask.Flask:
+    """The app without the middleware, for servers that take no arguments of a factory."""
+    return create("bare")
+
+
+def t23() -> flask.Flask:
+    """The app with it."""
+    return create("t23")
+
+
 def video() -> flask.Response:
     def chunks() -> Iterator[bytes]:
         for _ in range(4):
