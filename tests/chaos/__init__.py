@@ -2,5 +2,5 @@
 
 ``pytest tests/chaos`` takes about two minutes on two cores; ``pytest tests/chaos --kills 200`` is the long version:
 so many kills, and outages of 20 s in place of 10. Orders and places are drawn by ``--seed``, which a failing test
-names. ``pytest -m "not chaos"`` leaves all of this out.
+names. ``pytest tests/relay/test_disk_full.py --disk-full 60`` keeps a disk full for a minute. ``pytest -m "not chaos"`` leaves all of this out.
 """

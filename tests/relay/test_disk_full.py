@@ -149,9 +149,15 @@ def play(server: Server, session: str) -> None:
     assert (status, len(body)) == (206, PLAYED), server.log()
 
 
-def play_all(server: Server, names: list[str]) -> None:
-    with ThreadPoolExecutor(4) as clients:
-        list(clients.map(lambda name: play(server, name), names))
+def play_all(server: Server, names: list[str], seconds: float = 0.0) -> None:
+    """All at once, or evenly over so many *seconds*."""
+    if not seconds:
+        with ThreadPoolExecutor(4) as clients:
+            list(clients.map(lambda name: play(server, name), names))
+    ends = time.monotonic() + seconds
+    for left, name in zip(range(len(names), 0, -1), names, strict=True) if seconds else ():
+        play(server, name)
+        time.sleep(max(ends - time.monotonic(), 0) / left)
 
 
 _SITE = """
@@ -215,8 +221,9 @@ class Site:
 # The disk is full.
 
 
-def test_while_the_disk_is_full_the_app_answers_and_what_waits_is_delivered_once(disk, api):
-    before, meanwhile, after = named("before", 240), named("meanwhile", 100), named("after", 20)
+def test_while_the_disk_is_full_the_app_answers_and_what_waits_is_delivered_once(disk, api, full_seconds):
+    before, after = named("before", 240), named("after", 20)
+    meanwhile = named("meanwhile", 100 + int(5 * full_seconds))  # two workers keep 500 plays each in memory
     api.fault("latency", seconds=0.4)
     with running(GUNICORN, disk.path, api.url) as server:
         play_all(server, before)
@@ -225,7 +232,7 @@ def test_while_the_disk_is_full_the_app_answers_and_what_waits_is_delivered_once
         assert disk.state.reserve.exists()
         disk.fill()
         waited = stats(disk.state).waiting
-        play_all(server, meanwhile)
+        play_all(server, meanwhile, full_seconds)
         assert until(lambda: stats(disk.state).sent >= len(before)), "acknowledgements go on"
         assert waited > 10
         assert os.statvfs(disk.path).f_bfree * 4096 < 1 << 20
