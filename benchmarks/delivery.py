@@ -167,10 +167,13 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
 def relay(folder: StateFolder, url: str) -> Iterator[None]:
     """One relay, once it works."""
     command = [sys.executable, "-m", "t23_middleware", "relay"]
-    with ended(subprocess.Popen(command, env=environment(folder.path, url))):
-        wait_for(
-            lambda: lock_is_held(folder.relay_lock), "the relay did not start; its own words stand above"
-        )
+    words = folder.path / "words"
+    with words.open("wb") as log:
+        process = subprocess.Popen(command, env=environment(folder.path, url), stderr=log)
+    with ended(process):
+        wait_for(lambda: lock_is_held(folder.relay_lock) or process.poll() is not None, "no relay starts")
+        if process.poll() is not None:
+            raise Cannot(f"the relay ended: {words.read_text(errors='replace').strip()}")
         yield
 
 

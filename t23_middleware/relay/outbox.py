@@ -28,6 +28,7 @@ Key = tuple[str, str, str]
 #: Version of the file's format. It stands in the file twice, as ``user_version`` and as a seal in
 #: ``application_id``: one flipped bit is not another version.
 SCHEMA_VERSION = 1
+#: Latest version whose seal is known, so that the file of a later one than this is told from damage.
 NEWEST_KNOWN = 255
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS reports (
@@ -991,6 +992,7 @@ def _seal(version: int) -> int:
     return zlib.crc32(b"t23_middleware outbox %d" % version) & 0x7FFFFFFF
 
 
+_SEALS = {_seal(version): version for version in range(1, NEWEST_KNOWN + 1)}
 _SET_VERSION = f"PRAGMA user_version = {SCHEMA_VERSION}; PRAGMA application_id = {_seal(SCHEMA_VERSION)};"
 
 
@@ -998,9 +1000,8 @@ def _version(db: sqlite3.Connection) -> int:
     """The file's format, 0 where it is only being made. Raises :class:`sqlite3.DatabaseError` where that is damaged."""
     (sealed,) = db.execute("PRAGMA application_id").fetchone()
     (said,) = db.execute("PRAGMA user_version").fetchone()
-    for version in range(1, NEWEST_KNOWN + 1):
-        if _seal(version) == sealed:
-            return version
+    if sealed in _SEALS:
+        return _SEALS[sealed]
     if said in (0, SCHEMA_VERSION):
         return int(said)
     raise sqlite3.DatabaseError("its version is damaged")

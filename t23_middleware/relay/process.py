@@ -90,7 +90,7 @@ class Relay:
         self._gone: list[str] = []
         self._foreign: dict[str, str] = {}
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
-        self.watchdog = Watchdog()
+        self.watchdog = Watchdog(settings.exit_seconds)
         self._told_awaited = False
         self._log_problems: dict[str, str | None] = {}
         folder.create()
@@ -287,7 +287,8 @@ class Relay:
             return
         for name in foreign.keys() - self._foreign.keys():
             log.warning("%s is of another version (format %s); it waits for that one", name, foreign[name])
-        self._folder.keep_foreign_journals(foreign)
+        with suppress(OSError):  # workers then start a relay for nothing, and that is all
+            self._folder.keep_foreign_journals(foreign)
         self._foreign = foreign
 
     def _begin_minute(self) -> None:

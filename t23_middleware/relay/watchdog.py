@@ -23,9 +23,10 @@ SHARE = 1 / 6
 
 
 class Watchdog:
-    """Looks after one loop of this process; does nothing until :meth:`watching`."""
+    """Looks after one loop of this process, whose end may take *ending* seconds; does nothing until :meth:`watching`."""
 
-    def __init__(self) -> None:
+    def __init__(self, ending: float) -> None:
+        self._patience = HANGS_AFTER + ending
         self._round: float | None = None
 
     @contextmanager
@@ -49,11 +50,11 @@ class Watchdog:
             return
         now = time.monotonic()
         took = now - self._round
-        if took > HANGS_AFTER:
+        if took > self._patience:
             log.error("the relay stood still for %.0f s; the stacks above say where", took)
-        if took > HANGS_AFTER * SHARE:
+        if took > self._patience * SHARE:
             self._begin(now)
 
     def _begin(self, now: float) -> None:
         self._round = now
-        faulthandler.dump_traceback_later(HANGS_AFTER, file=sys.stderr)
+        faulthandler.dump_traceback_later(self._patience, file=sys.stderr)

@@ -48,7 +48,7 @@ def start(folder: StateFolder, tmp_path: Path) -> Iterator[Callable[[], Started]
     with StandInServer() as api:
 
         def begin() -> Started:
-            environ = {"T23_API_URL": api.url, "T23_STATE_DIR": str(folder.path)}
+            environ = {"T23_API_URL": api.url, "T23_STATE_DIR": str(folder.path), "T23_EXIT_SECONDS": "0.5"}
             with (tmp_path / "relay.log").open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-c", SCRIPT], env=os.environ | environ, cwd=ROOT, stdout=log, stderr=log
@@ -67,7 +67,7 @@ def test_a_relay_that_hangs_writes_where_and_goes_on_when_it_can(folder, start):
     pipe = folder.journals / "1-hangs.000000.journal"
     os.mkfifo(pipe)  # opening it blocks until somebody opens its other end
     relay = start()
-    assert until(lambda: "Timeout (0:00:01)!" in relay.log()), relay.log()
+    assert until(lambda: "Timeout (0:00:0" in relay.log()), relay.log()
     assert until(lambda: "journals.py" in relay.log())
     writer = os.open(pipe, os.O_WRONLY)
     pipe.unlink()
