@@ -18,11 +18,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from .errors import ConfigurationError
+from .settings import Settings
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 FORMS = "write for example T23_APP=video:app, T23_APP='video:create_app()' or T23_APP=site/video.py:app"
+#: The same for who wrote it behind ``t23-middleware run``.
+_FORMS_OF_RUN = "write for example video:app, 'video:create_app()' or site/video.py:app"
 
 #: Where the app is, then what it is there; a path may hold colons and parentheses before its ``.py``.
 _TARGET = re.compile(r"(?P<where>[^:(]*/.*?\.py|[^:(]+)(?::(?P<what>.+))?", re.DOTALL)
@@ -69,6 +72,9 @@ def _split(target: str) -> tuple[str, str | None]:
 def _refuse(target: str, wrong: str, remedy: str) -> NoReturn:
     # A factory's arguments may hold a password.
     shown = re.sub(r"\(.+", "(…)", target, flags=re.DOTALL)
+    if target == Settings.named_by_run():
+        remedy = _FORMS_OF_RUN if remedy == FORMS else remedy.replace("T23_APP=", "")
+        raise ConfigurationError([f"the app {shown} {wrong}; {remedy}"]) from None
     raise ConfigurationError([f"T23_APP={shown} {wrong}; {remedy}"]) from None
 
 

@@ -21,6 +21,8 @@ from .errors import ConfigurationError
 PREFIX = "T23_"
 #: Set by a worker for the relay that it starts: such a relay leaves when there is nothing to do.
 STARTED_BY_WORKER = "_T23_STARTED_BY_WORKER"
+#: Set by ``t23-middleware run``: the app that its command named, which then is in ``T23_APP`` too.
+NAMED_BY_RUN = "_T23_NAMED_BY_RUN"
 #: Smallest ``T23_MAX_BYTES``: what the outbox takes with nothing in it.
 LEAST_BOUND = 65536
 #: Set by tests: the point at which the relay dies, see ``relay/crash.py``.
@@ -412,6 +414,11 @@ class Settings:
         return (os.environ if environ is None else environ).get("T23_APP", "").strip() or None
 
     @staticmethod
+    def named_by_run() -> str | None:
+        """The app that ``t23-middleware run`` was given, where it started this server."""
+        return os.environ.get(NAMED_BY_RUN)
+
+    @staticmethod
     def is_enabled(environ: Mapping[str, str] | None = None) -> bool:
         """``T23_ENABLED`` alone; a text that is neither yes nor no counts as yes, and is told with the rest."""
         try:
@@ -442,7 +449,15 @@ class Settings:
     @property
     def per_host(self) -> bool:
         """Whether reports go to the host that each request named."""
-        return "{host}" in self.api_url
+        return "{host}" in (self.api_url or "")
+
+    def refuse_without_site(self) -> None:
+        """Raise :class:`~t23_middleware.errors.ConfigurationError` where no site is named.
+
+        That is so with ``T23_ENABLED=0`` alone, where nothing is counted.
+        """
+        if self.api_url is None:
+            raise ConfigurationError([_NO_SITE])
 
     def report_url(self, host: str, path: str | None = None) -> str:
         """The address that reports of *host* go to; *host* matters only where the URL holds ``{host}``.
@@ -482,6 +497,9 @@ class Settings:
         return {**inherited, **told, "T23_STATE_DIR": str(state), STARTED_BY_WORKER: "1"}
 
 
+_NO_SITE = "T23_API_URL is not set; write the site that reports go to, for example https://video.example.com"
+
+
 class _Reader:
     """Reads one setting after the other and gathers what is wrong with them."""
 
@@ -517,10 +535,9 @@ class _Reader:
 def _contradictions(values: Mapping[str, Any], found: list[str]) -> list[str]:
     """Problems that no single setting shows, and what is missing."""
     problems = []
-    if values["api_url"] is None and not any(problem.startswith("T23_API_URL") for problem in found):
-        problems.append(
-            "T23_API_URL is not set; write the site that reports go to, for example https://video.example.com"
-        )
+    told = any(problem.startswith("T23_API_URL") for problem in found)
+    if values["api_url"] is None and values["enabled"] and not told:
+        problems.append(_NO_SITE)
     if (
         "{host}" in (values["api_url"] or "")
         and not values["hosts"]

@@ -220,6 +220,22 @@ def test_what_can_not_be_found_is_told_in_one_sentence_with_its_remedy(
     assert "; " in problem
 
 
+@pytest.mark.parametrize("target", ["nowhere:app", "video:nothing", "video..other", "empty"])
+def test_an_app_that_run_was_given_is_not_blamed_on_a_variable_that_nobody_set(
+    write: Write, entrance: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    write("video.py", VIDEO)
+    write("empty.py", "")
+    monkeypatch.setenv("_T23_NAMED_BY_RUN", target)
+
+    with pytest.raises(ConfigurationError) as told:
+        entrance(target)
+
+    (problem,) = told.value.problems
+    assert problem.startswith(f"the app {target} ")
+    assert "T23_APP" not in problem
+
+
 def test_a_factorys_arguments_are_not_told(write: Write, entrance: Callable[..., ModuleType]) -> None:
     write("video.py", VIDEO)
 

@@ -68,6 +68,7 @@ def run_check(trial: Trial | None = None) -> int:
     """Print each item; 0 if plays would be reported, 1 if not, 2 if the settings are wrong."""
     try:
         settings = Settings()
+        settings.refuse_without_site()
     except ConfigurationError as error:
         for problem in error.problems:
             _print(Item(WRONG, "settings", problem))

@@ -15,10 +15,13 @@ from ..version import VERSION
 DONE, NOT_SO, WRONG = 0, 1, 2
 
 _EXAMPLES = """\
+The commands read the app's settings, which are variables (T23_...): run them
+with the same environment.
+
 examples:
   t23-middleware demo
-  T23_API_URL=https://video.example.com t23-middleware run gunicorn -w 4 video:app
-  T23_API_URL=https://video.example.com t23-middleware config
+  export T23_API_URL=https://video.example.com
+  t23-middleware run gunicorn -w 4 video:app
   t23-middleware check
   t23-middleware status --watch
 """
@@ -56,28 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"t23-middleware {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
-    config = _add(commands, "config", "show every setting, its value and where it came from", _config)
-    config.add_argument(
-        "--markdown", action="store_true", help="the settings' meaning, as the README's table"
-    )
+    _add_config(commands)
     _add_check(commands)
-    relay = _add(commands, "relay", "deliver reports in the foreground, as a service does", _relay)
-    relay.add_argument(
-        "--once",
-        action="store_true",
-        help="deliver what waits now, within 30 s, and end: 0 if nothing is left, 1 if the API refuses",
-    )
+    _add_relay(commands)
     _add_status(commands)
     _add_dead(commands)
-    standin = _add(commands, "standin", "a local API that behaves as the documentation says", _standin)
-    standin.add_argument(
-        "--port", type=int, default=None, help="port on 127.0.0.1 (default: 8023; 0: a free one)"
-    )
-    demo = _add(commands, "demo", "everything on this machine: play, and watch the reports arrive", _demo)
-    demo.add_argument(
-        "--port", type=int, default=0, help="port of the page on 127.0.0.1 (default: a free one)"
-    )
-    demo.add_argument("--open", action="store_true", help="open the page in the browser")
+    _add_trials(commands)
     return parser
 
 
@@ -86,43 +73,148 @@ def _add(
     name: str,
     help: str,
     command: Callable[[argparse.Namespace], int],
+    *examples: str,
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ("" if help.endswith("?") else "."),
+        epilog="\n  ".join(["example:" if len(examples) == 1 else "examples:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(command=command)
     return parser
 
 
 def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    run = _add(commands, "run", "start a WSGI server's own command with the app wrapped", _run)
-    run.epilog = "example: t23-middleware run gunicorn -w 4 video:app"
-    run.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND …", help="the server's command")
+    run = _add(
+        commands,
+        "run",
+        "start a WSGI server's own command with the app wrapped",
+        _run,
+        "t23-middleware run gunicorn -w 4 video:app",
+        "t23-middleware run waitress-serve --listen=127.0.0.1:8000 video:app",
+        "t23-middleware run uwsgi --http-socket :8000 --module video:app",
+        "t23-middleware run flask --app video run",
+    )
+    run.usage = "%(prog)s [-h] SERVER ..."
+    run.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="SERVER ...", help="gunicorn, waitress-serve, uwsgi, flask"
+    )
+
+
+def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    config = _add(
+        commands,
+        "config",
+        "show every setting, its value and where it came from",
+        _config,
+        "t23-middleware config",
+        "T23_STATE_DIR=/var/lib/t23 t23-middleware config",
+    )
+    config.add_argument("--markdown", action="store_true", help="what each means, as the README's table")
 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    check = _add(commands, "check", "would plays be reported? what is wrong, and how to mend it", _check)
+    check = _add(
+        commands,
+        "check",
+        "would plays be reported? If not: what is wrong, and how to mend it",
+        _check,
+        "t23-middleware check",
+        "t23-middleware check --send --photo 7190971 --session me",
+    )
     check.add_argument("--send", action="store_true", help="send one real report, which TwentyThree counts")
     check.add_argument("--photo", metavar="ID", help="with --send: the video that it is of")
     check.add_argument("--session", metavar="ID", help="with --send: a session that TwentyThree knows")
-    check.epilog = "example: t23-middleware check --send --photo 7190971 --session me"
+
+
+def _add_relay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    relay = _add(
+        commands,
+        "relay",
+        "deliver reports in the foreground, as a service does",
+        _relay,
+        "t23-middleware relay",
+        "t23-middleware relay --once",
+    )
+    relay.add_argument(
+        "--once",
+        action="store_true",
+        help="deliver what waits now, within 30 s, and end: 0 if nothing is left, 1 if the API refuses",
+    )
+    relay.add_argument("--json", action="store_true", help="log lines as JSON, for programs")
 
 
 def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    status = _add(commands, "status", "what was captured, waits, was sent, was lost, and why", _status)
+    status = _add(
+        commands,
+        "status",
+        "what was captured, waits, was sent, was lost, and why",
+        _status,
+        "t23-middleware status",
+        "t23-middleware status --watch",
+        "t23-middleware status --json | jq .waiting",
+    )
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--watch", action="store_true", help="again each 2 seconds, until Ctrl-C")
 
 
 def _add_dead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    dead = _add(commands, "dead", "the reports that the API refused for good, with its answer", _dead_list)
-    dead.epilog = "example: t23-middleware dead retry 17 18"
+    dead = _add(
+        commands,
+        "dead",
+        "the reports that the API refused for good, with its answer",
+        _dead_list,
+        "t23-middleware dead list",
+        "t23-middleware dead retry 17 18",
+        "t23-middleware dead purge --all",
+    )
     actions = dead.add_subparsers(title="actions", metavar="ACTION", required=True)
-    listing = _add(actions, "list", "show them", _dead_list)
+    listing = _add(actions, "list", "show them, the oldest first", _dead_list, "t23-middleware dead list")
     listing.add_argument("--json", action="store_true", help="for programs")
-    retry = _add(actions, "retry", "send them again, once what was refused is mended", _dead_retry)
-    purge = _add(actions, "purge", "throw them away; they count as lost", _dead_purge)
+    retry = _add(
+        actions,
+        "retry",
+        "send them again, once what was refused is mended",
+        _dead_retry,
+        "t23-middleware dead retry 17 18",
+    )
+    purge = _add(
+        actions,
+        "purge",
+        "throw them away; they count as lost",
+        _dead_purge,
+        "t23-middleware dead purge 17 18",
+    )
     for action in (retry, purge):
         action.add_argument("ids", nargs="*", type=int, metavar="ID", help="as 'dead list' shows them")
         action.add_argument("--all", action="store_true", help="all of them")
+
+
+def _add_trials(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    standin = _add(
+        commands,
+        "standin",
+        "a local API that behaves as the documentation says",
+        _standin,
+        "t23-middleware standin",
+        "curl http://127.0.0.1:8023/_recorded",
+    )
+    standin.add_argument(
+        "--port", type=int, default=None, help="port on 127.0.0.1 (default: 8023; 0: a free one)"
+    )
+    demo = _add(
+        commands,
+        "demo",
+        "everything on this machine: play, and watch the reports arrive",
+        _demo,
+        "t23-middleware demo --open",
+    )
+    demo.add_argument(
+        "--port", type=int, default=0, help="port of the page on 127.0.0.1 (default: a free one)"
+    )
+    demo.add_argument("--open", action="store_true", help="open the page in the browser")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -146,14 +238,17 @@ def _config(arguments: argparse.Namespace) -> int:
 
 def _relay(arguments: argparse.Namespace) -> int:
     from ..relay.process import AnotherRelay, run_relay
+    from .logs import log_to_stderr
     from .owner import act_as_owner_of
 
-    settings = Settings()
+    if arguments.once and arguments.json:
+        raise UsageError("--json is for a relay that stays; --once shows its progress to people")
+    settings = _with_site()
     act_as_owner_of(settings.state_path())
     if arguments.once:
         return _relay_once(settings)
     automatic = Settings.started_by_worker()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(machine=arguments.json)
     try:
         run_relay(settings, automatic=automatic)
     except AnotherRelay:
@@ -214,8 +309,15 @@ def _as_owner() -> Settings:
     """The settings, and this process as the owner of their state folder."""
     from .owner import act_as_owner_of
 
-    settings = Settings()
+    settings = _with_site()
     act_as_owner_of(settings.state_path())
+    return settings
+
+
+def _with_site() -> Settings:
+    """The settings; with ``T23_ENABLED=0`` they may name no site, and these commands need it all the same."""
+    settings = Settings()
+    settings.refuse_without_site()
     return settings
 
 

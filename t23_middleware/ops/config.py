@@ -16,7 +16,15 @@ def lines(settings: Settings) -> Iterator[str]:
         if item.metadata["secret"] and shown:
             shown = "(set, not shown)"
         yield f"{variable(item):{width}}  {shown or '(none)'}  [{source}]"
-    yield f"\nThe state folder of this user is {settings.state_path()}"
+    if not settings.enabled:
+        yield "\nT23_ENABLED=0: nothing is counted."
+    yield f"\n{_place(settings)}"
+
+
+def _place(settings: Settings) -> str:
+    if settings.api_url is None and settings.state_dir is None:
+        return "The state folder is named after the site in T23_API_URL, which is not set."
+    return f"The state folder of this user is {settings.state_path()}"
 
 
 def markdown() -> str:

@@ -72,7 +72,7 @@ def run(command: Sequence[str]) -> NoReturn:
     environ = settings.process_environment()
     placement = place(command, environ, Path.cwd())
     if placement.target is not None:
-        environ["T23_APP"] = placement.target
+        environ["T23_APP"] = environ[settings.NAMED_BY_RUN] = placement.target
     program = _program(placement.argv[0], environ)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -349,14 +349,16 @@ _SERVERS: dict[str, Callable[[_Command], Placement]] = {
 _STARTER = re.compile(
     "env|exec|nice|nohup|sudo|setsid|uv|poetry|pipenv|pdm|hatch|rye|conda|doppler|dotenv|honcho"
 )
-#: Servers that take a WSGI app with the words that they need for it.
+#: Servers that take a WSGI app, with the options that they need for it and how they write it.
 _OTHER_SERVERS = {
-    "granian": "granian --interface wsgi t23_middleware.wsgi:application",
-    "hypercorn": "hypercorn wsgi:t23_middleware.wsgi:application",
-    "uvicorn": "uvicorn --interface wsgi t23_middleware.wsgi:application",
-    "mod_wsgi-express": "mod_wsgi-express start-server --application-type module t23_middleware.wsgi",
-    "cheroot": "cheroot t23_middleware.wsgi:application",
+    "granian": (["--interface", "wsgi"], OURS),
+    "hypercorn": ([], f"wsgi:{OURS}"),
+    "uvicorn": (["--interface", "wsgi"], OURS),
+    "mod_wsgi-express": (["--application-type", "module"], "t23_middleware.wsgi"),
+    "cheroot": ([], OURS),
 }
+#: What an app looks like among the words of a command: ``video:app``, ``site/video.py``; no ``host:port``.
+_APP = re.compile(r"(wsgi:)?[A-Za-z_][\w./]*:[A-Za-z_][\w.]*(\(.*\))?|[\w./-]+\.(py|wsgi)(:[A-Za-z_][\w.]*)?")
 
 
 def _advice(words: list[str]) -> str:
@@ -370,7 +372,7 @@ def _advice(words: list[str]) -> str:
     if _STARTER.fullmatch(name):
         return f"put 't23-middleware run' right before the server: {name} … t23-middleware run gunicorn video:app"
     if name in _OTHER_SERVERS:
-        return f"run can't place {name}; write: T23_APP=video:app {_OTHER_SERVERS[name]}"
+        return f"run can't place {name}; if the app is WSGI, write: {_line_for(words, *_OTHER_SERVERS[name])}"
     if name.startswith(("python", "pypy")) or name.endswith(".py"):
         return (
             f"run can't see which app {shlex.join(words)!r} serves; wrap it in code: "
@@ -382,5 +384,21 @@ def _advice(words: list[str]) -> str:
         )
     return (
         f"run knows gunicorn, waitress-serve, uwsgi and flask, not {name!r}; give the server "
-        f"t23_middleware.wsgi:application and set T23_APP: T23_APP=video:app {name} {OURS}"
+        f"{OURS} and set T23_APP: {_line_for(words, [], OURS)}"
     )
+
+
+def _line_for(words: list[str], options: list[str], ours: str) -> str:
+    """The command in *words* with our entrance as its app, and its own app in ``T23_APP``."""
+    at = next((at for at in range(len(words) - 1, 0, -1) if _APP.fullmatch(words[at])), None)
+    app = "video:app" if at is None else _as_target(words[at].removeprefix("wsgi:"))
+    rest = words[1:] if at is None else [*words[1:at], *words[at + 1 :]]
+    kept = [] if options[:1] and options[0] in rest else options
+    return f"T23_APP={shlex.quote(app)} {shlex.join([words[0], *rest, *kept, ours])}"
+
+
+def _as_target(app: str) -> str:
+    """A script of mod_wsgi's as ``T23_APP`` takes it: ``video.wsgi`` would be an attribute of a module there."""
+    if not app.endswith(".wsgi"):
+        return app
+    return f"{'' if '/' in app else './'}{app}:application"

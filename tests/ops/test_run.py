@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -173,21 +174,30 @@ def test_the_app_in_a_servers_command_is_exchanged_for_ours(
             "granian --interface wsgi video:app",
             "T23_APP=video:app granian --interface wsgi t23_middleware.wsgi:app",
         ),
-        ("hypercorn video:app", "hypercorn wsgi:t23_middleware.wsgi:application"),
-        ("mod_wsgi-express start-server video.wsgi", "--application-type module t23_middleware.wsgi"),
+        (
+            "uvicorn --port 80 --host localhost:8000 site.late:app",
+            f"T23_APP=site.late:app uvicorn --port 80 --host localhost:8000 --interface wsgi {OURS}",
+        ),
+        ("hypercorn -b :80 wsgi:shop:app", f"T23_APP=shop:app hypercorn -b :80 wsgi:{OURS}"),
+        ("hypercorn shop:app -w 2", f"T23_APP=shop:app hypercorn -w 2 wsgi:{OURS}"),
+        ("cheroot", f"T23_APP=video:app cheroot {OURS}"),
+        (
+            "mod_wsgi-express start-server shop.wsgi",
+            "T23_APP=./shop.wsgi:application mod_wsgi-express start-server --application-type module t23_middleware.wsgi",
+        ),
         ("python manage.py runserver", "WSGI_APPLICATION = 't23_middleware.wsgi.application'"),
         ("./manage.py runserver", "WSGI_APPLICATION = 't23_middleware.wsgi.application'"),
         ("python video.py", "app.wsgi_app = T23Middleware(app.wsgi_app)"),
         ("uv run gunicorn video:app", "right before the server: uv … t23-middleware run gunicorn"),
         ("video:app", "t23-middleware run gunicorn video:app"),
-        ("bjoern video:app", f"T23_APP=video:app bjoern {OURS}"),
+        ("bjoern --fast 'shop:make(1)'", f"T23_APP='shop:make(1)' bjoern --fast {OURS}"),
     ],
 )
 def test_what_can_not_be_placed_is_refused_with_the_line_to_write(
     configured: Path, command: str, words: str
 ) -> None:
     with pytest.raises(UsageError) as told:
-        place(command.split(), {}, configured)
+        place(shlex.split(command), {}, configured)
 
     assert words in str(told.value)
     assert "\n" not in str(told.value)

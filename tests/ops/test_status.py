@@ -190,6 +190,19 @@ def test_a_corrupt_outbox_of_which_not_all_can_be_counted_is_said(site: Site):
     assert found["counters"] == {"outbox_corrupt": 1, "outbox_uncounted": 1}
 
 
+def test_switched_off_without_a_site_the_settings_are_shown_and_the_rest_says_what_it_lacks(site: Site):
+    off = {"T23_ENABLED": "0", "T23_API_URL": ""}
+    shown = site.run("config", **off)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "T23_ENABLED=0: nothing is counted." in shown.stdout
+    unplaced = site.run("config", **off, T23_STATE_DIR="")
+    assert "named after the site in T23_API_URL, which is not set" in unplaced.stdout
+    for words in (["status"], ["dead", "list"], ["relay", "--once"], ["check"]):
+        done = site.run(*words, **off)
+        assert done.returncode == 2, words
+        assert "T23_API_URL is not set; write the site" in done.stdout + done.stderr
+
+
 def need_root() -> None:
     if os.geteuid() != 0:
         lacking("only root can be two users")
