@@ -61,7 +61,8 @@ class T23Middleware:
         if not self._told_of_two:
             self._told_of_two = True
             log.warning(
-                "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away"
+                "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away",
+                extra={"t23_event": "wrapped_twice"},
             )
         return True
 
@@ -100,10 +101,14 @@ def _settled(settings: Settings | None, arguments: dict[str, Any]) -> Settings |
     except ConfigurationError as error:
         if settings is None and _is_off(arguments):
             return None
-        log.error("t23_middleware counts nothing, the app runs on bare: %s", "; ".join(error.problems))
+        log.error(
+            "t23_middleware counts nothing, the app runs on bare: %s",
+            "; ".join(error.problems),
+            extra={"t23_event": "runs_bare", "t23_count": len(error.problems)},
+        )
         return None
     for warning in settings.warnings:
-        log.warning("%s", warning)
+        log.warning("%s", warning, extra={"t23_event": "setting_unknown"})
     return settings if settings.enabled else None
 
 

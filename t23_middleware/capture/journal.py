@@ -201,8 +201,10 @@ class JournalWriter:
     def _abandon(self, files: _Files) -> None:
         """Under a new name, or a relay would go on behind what it read of the old one."""
         log.error(
-            "%s was removed or moved while the app runs: plays that no relay had read are lost; a new one begins",
+            "%s was removed or moved while the app runs: plays that no relay had read are lost; a new one begins."
+            " Leave the state folder alone while app or relay run",
             self._path(files.sequence),
+            extra={"t23_event": "journal_removed", "t23_path": str(self._path(files.sequence))},
         )
         for descriptor in (files.previous, self._lock_file):
             if descriptor is not None:
@@ -226,7 +228,11 @@ class JournalWriter:
             if files.previous is not None:
                 os.close(files.previous)
         except OSError as error:
-            log.warning("the journal can't be rotated and grows on: %s", error)
+            log.warning(
+                "the journal can't be rotated and grows on, until that is mended: %s",
+                error,
+                extra={"t23_event": "journal_not_rotated", "t23_reason": str(error)},
+            )
             self._size = 0
         finally:
             self._changing.release()
@@ -256,6 +262,7 @@ class JournalWriter:
                 "t23_middleware can't write plays down; they are kept in memory (at most %d): %s",
                 KEPT_ASIDE,
                 error,
+                extra={"t23_event": "journal_unwritable", "t23_reason": str(error)},
             )
 
     def _lose(self, line: bytes) -> None:
@@ -270,7 +277,7 @@ class JournalWriter:
     def _went_well(self) -> None:
         if self._failing:
             self._failing = False
-            log.warning("plays can be written down again")
+            log.warning("plays can be written down again", extra={"t23_event": "journal_writable"})
 
 
 def _new_name() -> str:

@@ -124,6 +124,11 @@ class RelayLauncher:
                 why,
                 self._folder.path,
                 self._folder.path,
+                extra={
+                    "t23_event": "relay_not_started",
+                    "t23_reason": str(why),
+                    "t23_path": str(self._folder.path),
+                },
             )
 
 

@@ -51,7 +51,10 @@ class Capture:
         try:
             self.recorder.this_process().launcher.wake()
         except Exception:
-            log.exception("the state folder could not be looked at; the app's answer is not touched")
+            log.exception(
+                "the state folder could not be looked at; the app's answer is not touched",
+                extra={"t23_event": "look_failed"},
+            )
 
 
 class Response:
@@ -207,7 +210,7 @@ class Response:
             try:
                 self._recording.progress(self._written + counted)
             except Exception:
-                log.exception("a response could not be recorded; the app's answer is not touched")
+                _say_not_recorded()
 
     def end(self, counted: int, *, declared: int = 0) -> None:
         """The body is over, and *counted* bytes of it went out beside what ``write()`` sent."""
@@ -216,7 +219,7 @@ class Response:
         try:
             self._recording.end(0 if self._void else max(self._written + counted, 0), declared)
         except Exception:
-            log.exception("a response could not be recorded; the app's answer is not touched")
+            _say_not_recorded()
 
     def _counting(self, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
         def counted_write(data: bytes) -> object:
@@ -244,7 +247,7 @@ class Response:
             try:
                 self._recording = self._record(self._status)
             except Exception:
-                log.exception("a response could not be recorded; the app's answer is not touched")
+                _say_not_recorded()
         return self._recording is not None
 
     def _missing(self) -> str | None:
@@ -319,3 +322,11 @@ def _by_the_servers_way(lent: LentWrapper, body: Iterable[bytes], opening: Openi
 def _whole_number(text: str | None) -> int | None:
     digits = (text or "").strip()
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
+
+
+def _say_not_recorded() -> None:
+    """With the traceback of the error of ours that is being handled."""
+    log.exception(
+        "a response could not be recorded; the app's answer is not touched",
+        extra={"t23_event": "not_recorded"},
+    )

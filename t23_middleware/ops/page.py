@@ -123,7 +123,10 @@ class Pages:
         except (StateError, UsageError, OSError) as error:
             return _failed(str(error), as_data, page)
         except Exception:
-            log.exception("the operator's page could not be made; the app is not touched")
+            log.exception(
+                "the operator's page could not be made; the app is not touched",
+                extra={"t23_event": "page_failed"},
+            )
             return _failed("This page could not be made; the app's log says why.", as_data, page)
 
     def _history(self, now_ms: int) -> _Look:

@@ -111,7 +111,11 @@ class Reserve:
         except OSError:
             return False
         self._given_up = True
-        log.error("the disk is full: the reserve %s is given up for acknowledgements; make room", self._path)
+        log.error(
+            "the disk is full: the reserve %s is given up for acknowledgements; make room",
+            self._path,
+            extra={"t23_event": "disk_full", "t23_path": str(self._path)},
+        )
         return True
 
     def keep(self, space: Space) -> None:
@@ -126,7 +130,7 @@ class Reserve:
             return
         if self._given_up:
             self._given_up = False
-            log.warning("there is room on the disk again")
+            log.warning("there is room on the disk again", extra={"t23_event": "disk_free"})
 
     def _is_there(self) -> bool:
         try:
@@ -293,7 +297,12 @@ class Bounds:
         now = self._monotonic()
         if dropped and now >= self._told.get(reason, float("-inf")) + TELL_EVERY:
             self._told[reason] = now
-            log.error("reports are given up, and counted as lost (%s): %s", reason, _WHY[reason])
+            log.error(
+                "reports are given up, and counted as lost (%s): %s",
+                reason,
+                _WHY[reason],
+                extra={"t23_event": "reports_lost", "t23_reason": reason, "t23_count": dropped},
+            )
 
     def _space(self) -> Space:
         try:

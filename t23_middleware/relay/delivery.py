@@ -43,6 +43,10 @@ RETRY_AFTER, LONGEST_RETRY = 1.0, 300.0
 SETTLE_AGAIN = 0.1
 #: Seconds before each further try of a report that the API refuses with a code nobody documents: over an hour in all.
 UNEXPLAINED_DELAYS = (60.0, 300.0, 900.0, 2700.0)
+#: Seconds between two log lines of reports that the same API refused with the same code.
+SAY_REFUSED_EVERY = 3600.0
+#: Codes of refusals that are remembered for that; an API that makes up new ones is told of more often.
+MOST_CODES = 100
 #: Longest answer that is kept with a dead letter, in characters.
 LONGEST_KEPT = 500
 
@@ -86,7 +90,7 @@ class Breaker:
     def worked(self) -> None:
         """The API answered as it should."""
         if self.is_open:
-            log.warning("reports are delivered again%s", self._where())
+            log.warning("reports are delivered again%s", self._where(), extra=self._told("api_back"))
         self._failures, self._probes, self._closed_until, self.probe, self.paused = 0, 0, 0.0, None, None
         self.successes += 1
 
@@ -97,7 +101,12 @@ class Breaker:
         self.failure = str(error)
         wait = min(error.retry_after or 0.0, LONGEST_RETRY_AFTER)
         if self.is_open and not was_open:
-            log.error("the API takes no reports%s (%s); they wait here until it does", self._where(), error)
+            log.error(
+                "the API takes no reports%s (%s); they wait here until it does",
+                self._where(),
+                error,
+                extra=self._told("api_down", error),
+            )
         if self.is_open and (probed or not was_open):
             # Only a probe lengthens the wait: what was under way when the API failed tells nothing new.
             longest = min(FIRST_PROBE * 2**self._probes, LONGEST_PROBE)
@@ -114,6 +123,7 @@ class Breaker:
                 "delivery pauses%s: %s. Reports wait here, and one is tried each 5 minutes",
                 self._where(),
                 error,
+                extra=self._told("api_paused", error),
             )
         self.paused = str(error)
 
@@ -126,6 +136,10 @@ class Breaker:
 
     def _where(self) -> str:
         return f" for {self._host}" if self._host else ""
+
+    def _told(self, event: str, error: DeliveryError | None = None) -> dict[str, str]:
+        """Fields of a log line, for formatters that write them."""
+        return {"t23_event": event, "t23_host": self._host, "t23_reason": "" if error is None else str(error)}
 
 
 class _Result(NamedTuple):
@@ -166,6 +180,8 @@ class Delivery:
         self._health = healths(notes)
         self._troubles = troubles_of(notes)
         self._answered_ms: dict[str, int] = {}
+        #: (Host, code) -> when a refusal was told last, and how many were not told since.
+        self._told_refused: dict[tuple[str, str], tuple[float, int]] = {}
         #: How the last report failed, for whatever reason.
         self.last_failure = ""
         #: Whether the outbox could not be written at the last try.
@@ -341,7 +357,10 @@ class Delivery:
             except DeliveryError as error:
                 outcome = error
             except Exception as error:
-                log.exception("sending a report failed in a way that is our own fault")
+                log.exception(
+                    "sending a report failed in a way that is our own fault; it is tried again",
+                    extra={"t23_event": "sending_failed", "t23_reason": type(error).__name__},
+                )
                 outcome = NoAnswer(type(error).__name__)
             self._results.put(_Result(entry, outcome))
             self._came.set()
@@ -402,13 +421,43 @@ class Delivery:
         if isinstance(error, Unexplained) and entry.attempts < len(UNEXPLAINED_DELAYS):
             due = self._wall_ms() + int(UNEXPLAINED_DELAYS[entry.attempts] * 1000)
             return Again(entry.id, due, entry.tries, entry.attempts + 1)
-        log.warning("a report was refused (%s); see 't23-middleware dead list'", error)
+        self._say_refused(entry.report, code, error)
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])
+
+    def _say_refused(self, report: Report, code: str, error: DeliveryError) -> None:
+        """Once an hour for each code: a site whose videos are all unknown would fill the log, and tell nothing new."""
+        key, now = (report.host, code), self._monotonic()
+        told_at, number = self._told_refused.get(key, (float("-inf"), 0))
+        if now < told_at + SAY_REFUSED_EVERY:
+            self._told_refused[key] = told_at, number + 1
+            return
+        if len(self._told_refused) >= MOST_CODES:
+            self._told_refused.clear()
+        self._told_refused[key] = now, 0
+        log.warning(
+            "a report of video %s was refused%s (%s); more of that kind are told once an hour,"
+            " see 't23-middleware dead list'",
+            report.photo_id,
+            f" for {report.host}" if report.host else "",
+            error,
+            extra={
+                "t23_event": "report_refused",
+                "t23_host": report.host,
+                "t23_photo_id": report.photo_id,
+                "t23_code": code,
+                "t23_reason": str(error),
+                "t23_count": number + 1,
+            },
+        )
 
     def _say_store_fails(self, error: OutboxError) -> None:
         if not self.store_fails:
             self.store_fails = True
-            log.error("%s; nothing is sent until it can be written again, and captures go on", error)
+            log.error(
+                "%s; nothing is sent until it can be written again, and captures go on: look after the disk",
+                error,
+                extra={"t23_event": "outbox_unwritable", "t23_reason": str(error)},
+            )
 
 
 def _said(outcome: Answer | DeliveryError) -> str:

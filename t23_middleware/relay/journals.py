@@ -314,7 +314,16 @@ class Journals:
         except OSError as error:
             journal.unreadable = True
             if not unreadable:
-                log.error("%s can't be read (%s); it waits until it can", journal.path, error.strerror)
+                log.error(
+                    "%s can't be read (%s); it waits until it can: look after the disk, and whose file it is",
+                    journal.path,
+                    error.strerror,
+                    extra={
+                        "t23_event": "journal_unreadable",
+                        "t23_reason": error.strerror,
+                        "t23_path": str(journal.path),
+                    },
+                )
             return b""
 
     def _read_from(self, file: BinaryIO, journal: _Journal, size: int) -> bytes:

@@ -901,11 +901,17 @@ def set_aside(path: Path, why: Exception) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     log.error(
         "the outbox was corrupt (%s); it is set aside as %s, and a new one begins; %d reports that it held count as"
-        " lost%s",
+        " lost%s. Look after the disk",
         why,
         aside,
         left.loss.reports,
         "" if left.all else ", and what else it held is not known",
+        extra={
+            "t23_event": "outbox_set_aside",
+            "t23_reason": str(why),
+            "t23_path": str(aside),
+            "t23_count": left.loss.reports,
+        },
     )
     with suppress(sqlite3.Error, OSError):  # whoever opens it next meets that too
         _begin_with(path, left)
@@ -1051,7 +1057,12 @@ def _mend(db: sqlite3.Connection) -> None:
 
 
 def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
-    log.error("the outbox was damaged: %d rows of %s can't be read and are gone", rows, table)
+    log.error(
+        "the outbox was damaged: %d rows of %s can't be read and are gone; look after the disk",
+        rows,
+        table,
+        extra={"t23_event": "outbox_damaged", "t23_reason": table, "t23_count": rows},
+    )
     if table in ("reports", "dead"):
         db.execute(
             "INSERT INTO losses VALUES (?, 'corrupt', ?, 0) ON CONFLICT (day, reason) DO UPDATE SET reports = reports + excluded.reports",

@@ -104,7 +104,7 @@ class Relay:
                 with self._opened():
                     return self._work_while_needed()
             except OutboxCorrupt as error:
-                log.error("%s", error)
+                log.error("%s", error, extra={"t23_event": "outbox_corrupt"})
                 if mended:  # it was opened again since, and what is wrong with it was not found
                     set_aside(self._folder.outbox, error)
                 mended = not mended
@@ -325,10 +325,17 @@ class Relay:
     def _must_end(self) -> bool:
         """Whether the folder is, or should be, another relay's; looked at before anything is taken in."""
         if not self._holds_folder():
-            log.error("%s was removed or replaced; this relay ends", self._folder.relay_lock)
+            log.error(
+                "%s was removed or replaced; this relay ends. Leave the state folder alone while app or relay run",
+                self._folder.relay_lock,
+                extra={"t23_event": "relay_lock_removed", "t23_path": str(self._folder.relay_lock)},
+            )
             return True
         if self._automatic and self._is_outdated():
-            log.info("a worker wants a relay of another version or with other settings; this one ends")
+            log.info(
+                "a worker wants a relay of another version or with other settings; this one ends",
+                extra={"t23_event": "relay_outdated"},
+            )
             return True
         return False
 
@@ -416,7 +423,11 @@ class Relay:
         # On a disk that is almost full some of it can be written.
         if new and time.monotonic() >= self._say_again:
             self._say_again = time.monotonic() + SAY_AGAIN_EVERY
-            log.error("%s; until it can be written, what the workers write waits in their journals", error)
+            log.error(
+                "%s; until it can be written, what the workers write waits in their journals",
+                error,
+                extra={"t23_event": "outbox_unwritable", "t23_reason": str(error)},
+            )
 
     def _take_lock(self) -> int:
         lock = hold_lock(self._folder.relay_lock)

@@ -51,7 +51,11 @@ class Watchdog:
         now = time.monotonic()
         took = now - self._round
         if took > self._patience:
-            log.error("the relay stood still for %.0f s; the stacks above say where", took)
+            log.error(
+                "the relay stood still for %.0f s; the stacks above say where",
+                took,
+                extra={"t23_event": "relay_stood_still", "t23_count": round(took)},
+            )
         if took > self._patience * SHARE:
             self._begin(now)
 
