@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from ..errors import ConfigurationError, T23Error, UsageError
 from ..settings import Settings
 from ..version import VERSION
+from . import text
 
 #: Exit codes: done; the thing asked about is not so; used or configured wrongly.
 DONE, NOT_SO, WRONG = 0, 1, 2
@@ -35,13 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments)
     except ConfigurationError as error:
         for problem in error.problems:
-            print(f"t23-middleware: {problem}", file=sys.stderr)
+            _complain(problem)
         return WRONG
     except UsageError as error:
-        print(f"t23-middleware: {error}", file=sys.stderr)
+        _complain(error)
         return WRONG
     except T23Error as error:
-        print(f"t23-middleware: {error}", file=sys.stderr)
+        _complain(error)
         return NOT_SO
     except BrokenPipeError:
         return DONE  # whoever read the output has seen enough
@@ -49,8 +53,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _complain(message: object) -> None:
+    print(text.error(str(message), text.width() if sys.stderr.isatty() else None), file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as the commands do, with a remedy; where the command is missing it shows them all."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print *message*, and exit with 2."""
+        if message.startswith("the following arguments are required: ") and self._subparsers is not None:
+            self.print_help(sys.stderr)
+            self.exit(WRONG)
+        if (unknown := _UNKNOWN.match(message)) is not None:
+            nearest = difflib.get_close_matches(unknown["given"], _choices(self), n=1)
+            message = f"there is no {unknown['what'].lower()} {unknown['given']!r}"
+            message += f"; did you mean {nearest[0]!r}?" if nearest else ""
+        _complain(f"{message}{' See' if message.endswith('?') else '; see'} '{self.prog} --help'")
+        self.exit(WRONG)
+
+
+_UNKNOWN = re.compile(r"argument (?P<what>COMMAND|ACTION): invalid choice: '(?P<given>[^']*)'")
+
+
+def _choices(parser: argparse.ArgumentParser) -> list[str]:
+    return [name for action in parser._actions for name in action.choices or () if isinstance(name, str)]
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="t23-middleware",
         description="Reports the video that a WSGI app streams to TwentyThree's analytics.",
         epilog=_EXAMPLES,
@@ -69,12 +100,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: argparse._SubParsersAction[_Parser],
     name: str,
     help: str,
     command: Callable[[argparse.Namespace], int],
     *examples: str,
-) -> argparse.ArgumentParser:
+) -> _Parser:
     parser = commands.add_parser(
         name,
         help=help,
@@ -86,7 +117,7 @@ def _add(
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     run = _add(
         commands,
         "run",
@@ -103,7 +134,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
 
 
-def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_config(commands: argparse._SubParsersAction[_Parser]) -> None:
     config = _add(
         commands,
         "config",
@@ -115,7 +146,7 @@ def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     config.add_argument("--markdown", action="store_true", help="what each means, as the README's table")
 
 
-def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_check(commands: argparse._SubParsersAction[_Parser]) -> None:
     check = _add(
         commands,
         "check",
@@ -129,7 +160,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument("--session", metavar="ID", help="with --send: a session that TwentyThree knows")
 
 
-def _add_relay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_relay(commands: argparse._SubParsersAction[_Parser]) -> None:
     relay = _add(
         commands,
         "relay",
@@ -146,7 +177,7 @@ def _add_relay(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     relay.add_argument("--json", action="store_true", help="log lines as JSON, for programs")
 
 
-def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_status(commands: argparse._SubParsersAction[_Parser]) -> None:
     status = _add(
         commands,
         "status",
@@ -160,7 +191,7 @@ def _add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     status.add_argument("--watch", action="store_true", help="again each 2 seconds, until Ctrl-C")
 
 
-def _add_dead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_dead(commands: argparse._SubParsersAction[_Parser]) -> None:
     dead = _add(
         commands,
         "dead",
@@ -188,11 +219,17 @@ def _add_dead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "t23-middleware dead purge 17 18",
     )
     for action in (retry, purge):
-        action.add_argument("ids", nargs="*", type=int, metavar="ID", help="as 'dead list' shows them")
+        action.add_argument("ids", nargs="*", type=_id, metavar="ID", help="as 'dead list' shows them")
         action.add_argument("--all", action="store_true", help="all of them")
 
 
-def _add_trials(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _id(word: str) -> int:
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is no number as 't23-middleware dead list' shows them")
+    return int(word)
+
+
+def _add_trials(commands: argparse._SubParsersAction[_Parser]) -> None:
     standin = _add(
         commands,
         "standin",
@@ -232,7 +269,7 @@ def _config(arguments: argparse.Namespace) -> int:
     settings = Settings()
     print("\n".join(config.lines(settings)))
     for warning in settings.warnings:
-        print(f"t23-middleware: {warning}", file=sys.stderr)
+        _complain(warning)
     return DONE
 
 

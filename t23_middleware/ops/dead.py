@@ -17,6 +17,7 @@ from .status import refuse_if_closed
 
 _HEAD = ("ID", "SINCE", "VIDEO", "SESSION", "BYTES", "SKIP", "THE API'S ANSWER")
 _FIGURES = (0, 4, 5)
+_NEXT = "'t23-middleware dead retry ID' sends one again, 't23-middleware dead purge ID' throws it away; --all: each."
 
 
 def run_list(settings: Settings, *, machine: bool) -> int:
@@ -26,6 +27,7 @@ def run_list(settings: Settings, *, machine: bool) -> int:
         print(json.dumps([_as_json(each) for each in dead], indent=2))
     elif dead:
         print("\n".join(text.table(_HEAD, [_row(each) for each in dead], _FIGURES, text.width())))
+        print("\n" + text.wrapped(_NEXT, text.width()))
     else:
         print("No report is dead: the API refused none for good.")
     return 0

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
 
+#: What stays on one line, since it is copied: a command in quotes; its spaces are held by a character that is none.
+_QUOTED = re.compile(r"'t23-middleware [^']{1,60}'")
+_HELD = "\0"
+#: A command at the end of an error, to be typed as it stands.
+_TYPED = re.compile(r": (?P<typed>(?:T23_\w+=\S+ )*(?:T23_APP=\S+|t23-middleware) \S.*)$")
 #: Columns that a screen is made for; a narrower terminal gets narrower ones.
 WIDTH = 80
 
@@ -19,10 +25,25 @@ def width() -> int:
 def wrapped(text: str, columns: int, indent: str = "", first: str | None = None) -> str:
     """*text* in lines of *columns*; *first* stands before the first line, *indent* before the others."""
     start = indent if first is None else first
+    whole = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _HELD), text)
     lines = textwrap.wrap(
-        text, columns, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False
+        whole, columns, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False
     )
-    return "\n".join(lines or [start.rstrip()])
+    return "\n".join(lines or [start.rstrip()]).replace(_HELD, " ")
+
+
+def error(message: str, columns: int | None) -> str:
+    """*message* as the commands say it; on a terminal of *columns* in lines, and what is to be typed on its own.
+
+    ``None`` for what is no terminal, where a message is one line.
+    """
+    said = f"t23-middleware: {message}"
+    if columns is None:
+        return said
+    sentence, colon, typed = said, "", ""
+    if (found := _TYPED.search(said)) is not None:
+        sentence, colon, typed = said[: found.start()], ":", f"\n  {found['typed']}"
+    return wrapped(sentence + colon, columns, "  ", "") + typed
 
 
 def table(
