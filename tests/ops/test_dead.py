@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sqlite3
+from contextlib import closing
 
 import pytest
 
 from t23_middleware.ops.text import masked
 
-from ..harness import until
+from ..harness import ROOT, until
 from .commands import Site, fits
 
 
@@ -118,3 +121,19 @@ def test_what_is_meant_must_be_said(refused: Site, words: list[str]):
 )
 def test_a_session_is_shown_by_its_first_characters_at_most_half_of_it(session: str, shown: str):
     assert masked(session) == shown
+
+
+def test_erasing_a_viewer_as_the_privacy_page_says_leaves_figures_that_add_up(site: Site):
+    page = (ROOT / "docs" / "privacy.md").read_text()
+    (statements,) = re.findall(r'sqlite3 /var/lib/t23/outbox.db "\n(.+?)"\n', page, re.DOTALL)
+    site.play(2, photo="404", session="alice")
+    site.deliver()
+    site.api.fault("deny")
+    site.play(2, session="alice")
+    site.deliver()
+    for session in ("alice-0", "alice-2"):
+        with closing(sqlite3.connect(site.folder.outbox, isolation_level=None)) as outbox:
+            outbox.executescript(statements.replace("alice-0001", session))
+    status = site.status()  # which looks whether the figures add up
+    assert (status["waiting"], status["dead"], status["lost_by_reason"]) == (1, 1, {"erased": 2})
+    assert b"alice-0" not in site.folder.outbox.read_bytes()
