@@ -54,7 +54,7 @@ class Watchdog:
             log.error(
                 "the relay stood still for %.0f s; the stacks above say where",
                 took,
-                extra={"t23_event": "relay_stood_still", "t23_count": round(took)},
+                extra={"t23_event": "relay_stood_still", "t23_seconds": round(took)},
             )
         if took > self._patience * SHARE:
             self._begin(now)
