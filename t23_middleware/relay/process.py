@@ -280,13 +280,22 @@ class Relay:
         if foreign := self._journals.foreign():
             before_s = time.time() - self._settings.max_age
             if gone := self._journals.give_up_foreign(before_s):
-                log.error("%s are given up: no relay of their version came for T23_MAX_AGE", ", ".join(gone))
+                log.error(
+                    "%s are given up: no relay of their version came for T23_MAX_AGE",
+                    ", ".join(gone),
+                    extra={"t23_event": "journals_given_up", "t23_count": len(gone)},
+                )
                 self._outbox.ingest(Ingest([], [], {}, {"journals_given_up": len(gone)}))
                 foreign = self._journals.foreign()
         if foreign == self._foreign:
             return
         for name in foreign.keys() - self._foreign.keys():
-            log.warning("%s is of another version (format %s); it waits for that one", name, foreign[name])
+            log.warning(
+                "%s is of another version (format %s); it waits for that one",
+                name,
+                foreign[name],
+                extra={"t23_event": "journal_foreign", "t23_path": name},
+            )
         with suppress(OSError):  # workers then start a relay for nothing, and that is all
             self._folder.keep_foreign_journals(foreign)
         self._foreign = foreign
@@ -414,9 +423,15 @@ class Relay:
             what = None if problem is None else _WITHOUT_FIGURES.sub("", problem)
             former, self._log_problems[path] = self._log_problems.get(path), what
             if problem is not None and what != former:
-                log.error("%s. Until then plays wait for their lines, for T23_PROXY_WAIT at most", problem)
+                log.error(
+                    "%s. Until then plays wait for their lines, for T23_PROXY_WAIT at most",
+                    problem,
+                    extra={"t23_event": "proxy_log_unreadable", "t23_path": path},
+                )
             elif problem is None and former is not None:
-                log.warning("%s can be read again", path)
+                log.warning(
+                    "%s can be read again", path, extra={"t23_event": "proxy_log_readable", "t23_path": path}
+                )
 
     def _say_store_fails(self, error: OutboxError | OSError) -> None:
         new, self._store_fails = not self._store_fails, True
