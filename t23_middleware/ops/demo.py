@@ -78,7 +78,11 @@ def _watch(page: DemoPage, server: subprocess.Popen[bytes], stop: threading.Even
         try:
             page.follow()
         except (StateError, OSError) as error:
-            log.error("the demo's page can't follow: %s", error)
+            log.error(
+                "the demo's page can't follow: %s",
+                error,
+                extra={"t23_event": "page_failed", "t23_reason": str(error)},
+            )
 
 
 _INTRODUCTION = """\

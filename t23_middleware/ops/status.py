@@ -278,7 +278,10 @@ def _idle(status: Status) -> str:
     if status.awaited.number:
         return "Nothing waits to be delivered, but plays wait for their lines in the proxy's log."
     if not status.exists:
-        return "Nothing was captured: there is no state folder yet. Is it the one of the workers' user?"
+        return (
+            "Nothing was captured: there is no state folder yet. Is it the one of the workers' user, and do the media"
+            " URLs name a session and a video?"
+        )
     if not status.stats.captured:
         return "Nothing waits: nothing was captured yet."
     if status.stats.dead or status.stats.lost:
