@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import StateError
-from .transfer import FORMAT
+from .transfer import FORMATS
 
 
 class Holder(NamedTuple):
@@ -101,7 +101,8 @@ class StateFolder:
         if first is None:
             return
         foreign = self.foreign_journals()
-        yield from (path for path in (first, *journals) if foreign.get(path.name, str(FORMAT)) == str(FORMAT))
+        ours = {None, *map(str, FORMATS)}
+        yield from (path for path in (first, *journals) if foreign.get(path.name) in ours)
 
     def foreign_journals(self) -> dict[str, str]:
         """Name -> format of the journals that a relay could not read."""

@@ -273,7 +273,7 @@ def _counts(fields: list[Any]) -> Counts:
 def _writer(fields: list[Any]) -> Writer:
     """One of another format may say more, or other things: its journal is left alone, not taken for damaged."""
     name, format = fields[:2]
-    foreign = type(name) is str and type(format) is int and format != FORMAT
+    foreign = type(name) is str and type(format) is int and format not in FORMATS
     try:
         writer: Writer = _read_writer(fields[: len(Writer._fields)] if foreign else fields)
     except (TypeError, ValueError):
