@@ -18,12 +18,13 @@ proxy_hide_header X-T23-Play;
 uwsgi_hide_header X-T23-Play;
 """.lstrip()
 
-#: The same for Apache, with mod_headers. Its ``%B`` is what it meant to send, so a cut response needs ``%O`` as well.
+#: The same for Apache (2.4.19), with mod_headers. GlobalLog, for a virtual host that has a log of its own leaves out the
+#: server's CustomLog. Its ``%B`` is what it meant to send, so a cut response needs ``%O`` as well.
 APACHE_LINES = r"""
 Header note X-T23-Play t23play
 Header unset X-T23-Play
 LogFormat "{\"t23\":1,\"play\":\"%{t23play}n\",\"end\":%{end:sec}t.%{end:msec_frac}t,\"seconds\":%T,\"status\":%>s,\"B\":%B,\"O\":%O,\"X\":\"%X\",\"method\":\"%m\",\"type\":\"%{Content-Type}o\",\"range\":\"%{Content-Range}o\",\"length\":\"%{Content-Length}o\"}" t23
-CustomLog {path} t23 "expr=-n note('t23play')"
+GlobalLog {path} t23 "expr=-n note('t23play')"
 """.lstrip()
 
 #: Longest line that is believed, in bytes; ours have about 200.
