@@ -98,7 +98,7 @@ class Server:
         words = command.replace("PORT", str(self.port)).split()
         need(words[0])
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        self._environ = os.environ | {
+        self.environ = os.environ | {
             "PATH": path,
             "T23_API_URL": api_url,
             "T23_STATE_DIR": str(state),
@@ -109,7 +109,7 @@ class Server:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*before, sys.executable, "-m", "t23_middleware", "run", *words],
-                env=self._environ,
+                env=self.environ,
                 cwd=cwd,
                 stdout=log,
                 stderr=log,

@@ -6,6 +6,7 @@ import http.client
 import socket
 import ssl
 import struct
+import time
 import zlib
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -83,12 +84,14 @@ class Client:
             cut = cut or len(body) < int(length)
         return Answer(response.status, headers, Body(body), cut)
 
-    def read_some(self, size: int) -> int:
-        """Read the head and the first *size* bytes of the body; how many came."""
+    def read_some(self, size: int, per_second: float | None = None) -> int:
+        """Read the head and the first *size* bytes of the body, no faster than told; how many came."""
         self._response = response = self._connection.getresponse()
         taken = 0
         while taken < size and (block := response.read1(min(1 << 14, size - taken))):
             taken += len(block)
+            if per_second is not None:
+                time.sleep(len(block) / per_second)  # what a pause took too long is not made up for
         return taken
 
     def read_rest(self) -> bytes:
@@ -104,6 +107,13 @@ class Client:
             taken += len(block)
         self._response.close()
         return taken
+
+    def drain_what_comes(self) -> int:
+        """The same of a body that may be cut."""
+        try:
+            return self.drain()
+        except (http.client.HTTPException, OSError):
+            return 0
 
     def head_bytes(self) -> int:
         """Length of the head that :meth:`read_some` met, as servers write it."""

@@ -1,0 +1,95 @@
+"""What is set up wrongly: `check` says so with its remedy, and the answers are untouched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from t23_middleware.relay.proxy_line import NGINX_LINES
+
+from ..harness import need_root, until
+from ..servers.client import Client
+from .stage import SHORT, SHORT_BYTES, Stage, behind_nginx, new_session, target
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    with behind_nginx("gunicorn") as stage:
+        yield stage
+
+
+def play(stage: Stage, way: str = "file") -> tuple[str, list[str]]:
+    """A play, of which all comes; its session and the names of the headers that came with it."""
+    session = new_session()
+    with Client(stage.nginx.ports["plain"]) as client:
+        answer = client.ask("GET", target(way, session, SHORT))
+    assert (answer.status, len(answer.body)) == (200, SHORT_BYTES)
+    return session, [name.lower() for name, _ in answer.headers]
+
+
+def refused(stage: Stage, **environ: str) -> str:
+    """What `check` says, which is not content."""
+    done = stage.command("gunicorn", "check", T23_APP="tests.nginx.app:app", **environ)
+    assert done.returncode == 1, done.stdout + done.stderr
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_with_all_in_place_a_client_gets_no_header_of_ours(stage: Stage):
+    for way in ("file", "accel"):
+        session, headers = play(stage, way)
+        assert stage.sizes(session) == [SHORT_BYTES]
+        assert "x-t23-play" not in headers
+    done = stage.command("gunicorn", "check", T23_APP="tests.nginx.app:app")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_log_that_is_not_there_is_told(stage: Stage):
+    elsewhere = str(stage.nginx.folder / "elsewhere.log")
+    said = refused(stage, T23_PROXY_LOG=elsewhere)
+    assert f"{elsewhere} does not exist" in said
+    assert "reload it, or correct T23_PROXY_LOG" in said
+
+
+def test_a_log_of_another_format_is_told(stage: Stage):
+    play(stage)
+    said = refused(stage, T23_PROXY_LOG=str(stage.nginx.folder / "access.log"))
+    assert "none in the format t23" in said
+    assert "docs/nginx.md" in said
+
+
+def test_a_log_that_may_not_be_read_is_told(stage: Stage):
+    """As on day two, where logrotate made it 0640 and the app's user is not in the group."""
+    if os.geteuid() != 0:
+        need_root()
+    stage.wait(play(stage)[0])
+    folder = stage.apps["gunicorn"].state.path
+    give(folder, "nobody")
+    stage.nginx.log.chmod(0o640)
+    shutil.chown(stage.nginx.log, "www-data", "adm")
+    said = refused(stage)
+    assert "t23.log can't be read by nobody" in said
+    assert "usermod -aG adm nobody" in said
+    session, _ = play(stage)
+    give(folder, "root")
+    assert stage.sizes(session) == [SHORT_BYTES]
+
+
+def give(folder: Path, user: str) -> None:
+    """To *user*, with all that is in it."""
+    for path in (folder, *folder.rglob("*")):
+        shutil.chown(path, user)
+
+
+def test_without_the_setting_a_file_that_nginx_sends_is_counted_as_offloaded():
+    with behind_nginx("gunicorn", counts=False) as stage:
+        _, headers = play(stage, "accel")
+        assert "x-t23-play" not in headers
+        assert until(lambda: stage.status()["counters"].get("offloaded") == 1), stage.status()
+        done = stage.command("gunicorn", "check", T23_APP="tests.nginx.app:app")
+        for line in NGINX_LINES.replace("{path}", "/var/log/nginx/t23.log").splitlines():
+            assert line.strip() in done.stdout, done.stdout
+        assert stage.api.recorded() == []
