@@ -8,12 +8,20 @@ import pytest
 
 #: Kills of workers, relay and API in all.
 KILLS = 30
+#: Plays through nginx, over its log's rotations.
+PLAYS = 6000
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("chaos")
     group.addoption(
         "--kills", type=int, default=KILLS, help="kills in tests/chaos; above 30, outages last longer too"
+    )
+    group.addoption(
+        "--plays",
+        type=int,
+        default=PLAYS,
+        help="plays through nginx in tests/chaos; its log is rotated each 3000",
     )
     group.addoption("--seed", type=int, default=None, help="what tests/chaos draws its orders and places by")
 
@@ -24,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def kills(pytestconfig: pytest.Config) -> int:
     return int(pytestconfig.getoption("--kills", KILLS))
+
+
+@pytest.fixture(scope="session")
+def plays(pytestconfig: pytest.Config) -> int:
+    return int(pytestconfig.getoption("--plays", PLAYS))
 
 
 @pytest.fixture(scope="session")
