@@ -94,6 +94,7 @@ def _parser() -> _Parser:
     _add_check(commands)
     _add_relay(commands)
     _add_status(commands)
+    _add_ingest(commands)
     _add_dead(commands)
     _add_trials(commands)
     return parser
@@ -189,6 +190,17 @@ def _add_status(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     status.add_argument("--json", action="store_true", help="for programs")
     status.add_argument("--watch", action="store_true", help="again each 2 seconds, until Ctrl-C")
+
+
+def _add_ingest(commands: argparse._SubParsersAction[_Parser]) -> None:
+    ingest = _add(
+        commands,
+        "ingest",
+        "read a rotated log of nginx once, which the relay missed",
+        _ingest,
+        "t23-middleware ingest /var/log/nginx/t23.log.2",
+    )
+    ingest.add_argument("files", nargs="+", metavar="FILE", help="as T23_PROXY_LOG's log was, not compressed")
 
 
 def _add_dead(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -320,6 +332,13 @@ def _status(arguments: argparse.Namespace) -> int:
     from .status import run_status
 
     return run_status(_as_owner(), machine=arguments.json, watch=arguments.watch)
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from .ingest import run_ingest
+
+    logging.basicConfig(level=logging.ERROR, format="t23-middleware: %(message)s")
+    return run_ingest(_as_owner(), arguments.files)
 
 
 def _dead_list(arguments: argparse.Namespace) -> int:

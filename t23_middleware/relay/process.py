@@ -9,7 +9,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple
@@ -411,8 +411,11 @@ class Relay:
             counts_type=MediaTypes(self._settings.media_types).counts,
         )
         self._playback.restore(self._outbox.viewings(), self._axis(), time.monotonic_ns())
-        rows, paths = self._outbox.proxy_rows(), self._settings.proxy_log
-        self._join = ProxyJoin(paths, self._playback, rows, time.monotonic_ns(), _wall_ms())
+        self._join = self._joining(self._outbox.proxy_rows())
+
+    def _joining(self, rows: Mapping[str, str]) -> ProxyJoin:
+        """The logs that are followed, as *rows* of the outbox know them."""
+        return ProxyJoin(self._settings.proxy_log, self._playback, rows, time.monotonic_ns(), _wall_ms())
 
     def _axis(self) -> Axis:
         return self._boot, time.time_ns() - time.monotonic_ns()

@@ -192,6 +192,11 @@ def _places(text: str) -> list[Place]:
         return []
 
 
+def all_places(rows: Mapping[str, str]) -> list[Place]:
+    """The places in all logs that *rows* know of."""
+    return [place for name, text in rows.items() if name.startswith(_PLACES) for place in _places(text)]
+
+
 def _lines(rows: Mapping[str, str]) -> Iterator[ProxyLine]:
     for name, text in rows.items():
         if name.startswith(_LINE):

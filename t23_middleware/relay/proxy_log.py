@@ -152,6 +152,11 @@ class ProxyLog:
         if self._reading is not None and self._reading[0] is reading:
             self._finished = self._reading[1]
 
+    def offset(self) -> int:
+        """Up to where the file at the path itself is taken, in bytes."""
+        with self._opened([self._path]) as files:
+            return _known_offset(files[0], self._places) if files else 0
+
     def _look(self) -> dict[Path, _Signature]:
         """The regular files there are, newest first."""
         found = {}

@@ -141,8 +141,8 @@ def test_it_waits_no_longer_than_it_may_for_a_holder_that_says_nothing(site: Sit
     try:
         done = site.python(
             "import sys\n"
-            "from t23_middleware.ops import cli, relay_once\n"
-            "relay_once.HANDOVER = 0.5\n"
+            "from t23_middleware.ops import cli, handover\n"
+            "handover.HANDOVER = 0.5\n"
             "sys.exit(cli.main(['relay', '--once']))"
         )
     finally:

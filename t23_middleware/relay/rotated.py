@@ -1,0 +1,112 @@
+"""Reads rotated logs of the proxy once: what the relay missed of them, and nothing that it has."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..settings import Settings
+from ..state import StateFolder
+from .playback import Playback
+from .process import TRY_STORE_AGAIN, Relay
+from .proxy_join import ProxyJoin, all_places
+from .proxy_log import ProxyLog
+
+#: The name under which the outbox keeps the places in them; a log that is followed has its path for that.
+ROTATED = "rotated"
+
+
+class Taken(NamedTuple):
+    """What a run took in."""
+
+    #: Reports that were made.
+    reports: int
+    #: How many of all reports wait to be delivered.
+    waiting: int
+    #: Lines that made none, and other events, by name.
+    counts: Counter[str]
+    #: Why it did not come to the end, in one sentence; empty where it did.
+    why: str
+
+
+class RotatedJoin(ProxyJoin):
+    """Joins one rotated log. Of what came after its last line nothing is known here, so time goes no further."""
+
+    def __init__(
+        self, path: Path, playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
+    ) -> None:
+        super().__init__((), playback, rows, now_ns, now_ms)
+        self._log = ProxyLog(path, all_places(rows))
+        self._logs = {ROTATED: self._log}
+
+    def until(self, time_ns: int) -> int:
+        """Up to the last line that is read."""
+        return min(time_ns, self._ahead[-1].at_ns) if self._ahead else time_ns
+
+    def offset(self) -> int:
+        """Up to where the log is taken, in bytes."""
+        return self._log.offset()
+
+
+class RotatedRelay(Relay):
+    """Takes in the logs *paths*, the oldest first, and what the journals tell of their time; delivers nothing.
+
+    *tell* gets the bytes that are read, after each piece. Raises
+    :class:`~t23_middleware.relay.process.AnotherRelay` where another relay works on *folder*.
+    """
+
+    def __init__(
+        self, settings: Settings, folder: StateFolder, paths: Sequence[Path], tell: Callable[[int], None]
+    ) -> None:
+        super().__init__(settings, folder, automatic=False)
+        self._paths = paths
+        self._path = paths[0]
+        self._tell = tell
+        self._why = ""
+
+    def run_once(self) -> Taken:
+        """Read until nothing is left, or until told to stop."""
+        self.run()
+        return self._taken
+
+    def _work_while_needed(self) -> None:
+        self._begin()
+        before, counted = self._outbox.stats(), Counter(self._outbox.counters())
+        read = 0
+        for path in self._paths:
+            self._path = path
+            self._begin_reading()
+            self._read(read)
+            read += self._join.offset()
+        self._delivery.stop(0)
+        stats, counts = self._outbox.stats(), Counter(self._outbox.counters())
+        self._taken = Taken(stats.captured - before.captured, stats.waiting, counts - counted, self._why)
+        self._say_whether_finished()
+        os.close(self._lock)
+
+    def _joining(self, rows: Mapping[str, str]) -> RotatedJoin:
+        self._join: RotatedJoin = RotatedJoin(
+            self._path, self._playback, rows, time.monotonic_ns(), time.time_ns() // 1_000_000
+        )
+        return self._join
+
+    def _read(self, before: int) -> None:
+        while self._has_more() and not self._why:
+            pause = self._take_in()
+            self._tell(before + self._join.offset())
+            if pause == TRY_STORE_AGAIN:
+                self._why = f"the outbox {self._folder.outbox} can't be written; see 't23-middleware check'"
+            elif self._ending:
+                self._why = "it was told to stop; run it again, and it goes on where it was"
+
+    def _has_more(self) -> bool:
+        """Without a line no time passes: others know of what comes then."""
+        self._join.look(time.monotonic_ns(), time.time_ns() // 1_000_000)
+        return not self._join.all_read
+
+    def _say_log_problems(self) -> None:
+        """The caller looked, before it began."""
