@@ -12,6 +12,7 @@ import pytest
 import t23_middleware
 from t23_middleware import Settings
 from t23_middleware.ops.cli import main
+from t23_middleware.relay.proxy_line import APACHE_LINES, NGINX_LINES
 from t23_middleware.settings import declared, variable
 
 from .harness import ROOT
@@ -136,6 +137,16 @@ def test_the_table_of_counters_holds_those_that_the_code_counts_and_no_other():
     assert {"late", "bad_photo"} <= counted
     assert sorted(counted - counters_of_the_page()) == []
     assert sorted(name for name in counters_of_the_page() if f'"{name}"' not in source) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "log"),
+    [(NGINX_LINES, "/var/log/nginx/t23.log"), (APACHE_LINES, "/var/log/apache2/t23.log")],
+    ids=["nginx", "Apache"],
+)
+def test_the_lines_for_proxies_are_those_that_are_tested(lines: str, log: str):
+    blocks = [block[0] for block in _FENCE.finditer((DOCS / "nginx.md").read_text())]
+    assert [block for block in blocks if lines.replace("{path}", log) in block]
 
 
 def test_wrong_examples_are_left_out_and_others_are_not():
