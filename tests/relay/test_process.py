@@ -23,9 +23,10 @@ import pytest
 from t23_middleware.ops import standin
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.relay import process as module
+from t23_middleware.relay.bounds import SMALL_PIECE, Bounds
 from t23_middleware.relay.delivery import CLAIMED_PER_SENDER, MOST_CLAIMED, MOST_SENDERS, Delivery
 from t23_middleware.relay.journals import PIECE, Journals
-from t23_middleware.relay.outbox import OutboxCorrupt, OutboxError, SQLiteOutbox, Stats
+from t23_middleware.relay.outbox import OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, Stats
 from t23_middleware.relay.process import Relay
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder, lock_is_held
@@ -272,6 +273,25 @@ def test_while_the_outbox_refuses_nothing_is_loaded_or_judged_again(api, folder,
     assert len(loaded) == 1
     assert set(sessions(api).values()) == {1}
     assert stats(folder) == Stats(20, 0, 20, 0, 0)
+
+
+def test_what_finds_no_room_at_once_is_taken_in_by_smaller_pieces(api, folder, monkeypatch):
+    journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(300)])
+    ingest, refused = SQLiteOutbox.ingest, []
+
+    def small_only(self: SQLiteOutbox, batch: Any) -> None:
+        if len(batch.reports) > 150:
+            refused.append(batch)
+            raise OutboxFull("the outbox can't be used: database or disk is full")
+        ingest(self, batch)
+
+    monkeypatch.setattr(SQLiteOutbox, "ingest", small_only)
+    monkeypatch.setattr(Bounds, "piece", property(lambda self: SMALL_PIECE if refused else PIECE))
+    monkeypatch.setattr(module, "TRY_STORE_AGAIN", 0.02)
+    made(api, folder).run()
+    assert len(refused) == 1
+    assert set(sessions(api).values()) == {1}
+    assert stats(folder) == Stats(300, 0, 300, 0, 0)
 
 
 def test_a_relay_that_ends_while_the_outbox_refuses_leaves_all_to_the_next(api, folder, monkeypatch):
