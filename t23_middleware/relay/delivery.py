@@ -218,8 +218,8 @@ class Delivery:
 
     def wait(self, seconds: float) -> None:
         """Wait until a report comes back, or *seconds*."""
-        # Not SimpleQueue.get(timeout): where the thread sleeps at the wrong moment until the time is up, CPython
-        # before 3.13 goes on with a timeout below zero, which to its locks means for ever, and no signal ends that.
+        # Not SimpleQueue.get(timeout): where the thread sleeps at the wrong moment until the time is up, CPython's
+        # goes on with a timeout below zero, which to its locks means for ever, and no signal ends that.
         if self._came.wait(seconds):
             self._came.clear()
 
