@@ -207,8 +207,8 @@ class Playback:
 
     @property
     def latest_ns(self) -> int:
-        """Time of the latest fact of all that are kept."""
-        return max((viewer.last_ns for viewer in self._viewers), default=0)
+        """Time of the latest fact of all that are kept; before any time where there is none."""
+        return max((viewer.last_ns for viewer in self._viewers), default=-(1 << 63))
 
     @property
     def awaited(self) -> int:

@@ -44,6 +44,9 @@ class ProxyJoin:
     once the outbox has it. Times are *now_ns* on the axis of CLOCK_MONOTONIC and *now_ms* since the epoch.
     """
 
+    #: Whether these logs are of the past: of what came after their last line nothing is known here.
+    _past = False
+
     def __init__(
         self, paths: Sequence[str], playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
     ) -> None:
@@ -87,7 +90,7 @@ class ProxyJoin:
 
     def until(self, time_ns: int) -> int:
         """Up to when the logs are read: of a backlog's rest nothing is known yet. It never goes back."""
-        if self._more and self._ahead:
+        if (self._more or self._past) and self._ahead:
             time_ns = min(time_ns, max(self._ahead[-1].at_ns, self._until_ns))
         self._until_ns = max(self._until_ns, time_ns)
         return time_ns

@@ -36,16 +36,14 @@ class Taken(NamedTuple):
 class RotatedJoin(ProxyJoin):
     """Joins one rotated log. Of what came after its last line nothing is known here, so time goes no further."""
 
+    _past = True
+
     def __init__(
         self, path: Path, playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
     ) -> None:
         super().__init__((), playback, rows, now_ns, now_ms)
         self._log = ProxyLog(path, all_places(rows))
         self._logs = {ROTATED: self._log}
-
-    def until(self, time_ns: int) -> int:
-        """Up to the last line that is read."""
-        return min(time_ns, self._ahead[-1].at_ns) if self._ahead else time_ns
 
     def offset(self) -> int:
         """Up to where the log is taken, in bytes."""

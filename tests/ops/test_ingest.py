@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.state import lock_is_held
+from t23_middleware.transfer import APP, Part
 
 from ..harness import PATIENCE, end_relay, need_root, until
-from ..relay.test_proxied import closed, journal, offloaded, opening, says
+from ..relay.test_proxied import FILM, closed, journal, offloaded, opening, says
 from ..relay.writers import living
 from .commands import Site
 
@@ -88,6 +89,20 @@ def test_plays_of_long_ago_are_not_given_up_before_their_lines_are_read(site: Si
     assert done.stdout.startswith("6 reports from 3 files.\n"), done.stdout + done.stderr
     assert delivered(site) == [1000 + number for number in range(6)]
     assert site.status()["lost"] == 0
+
+
+def test_an_old_log_does_not_make_the_viewings_of_today_forgotten(site: Site, log: Path):
+    first = opening(1, "viewer", ago=4, by=APP)
+    journal(site.folder, closed(first, 300_000), name="2-00000000000000aa")
+    assert delivered(site) == [300_000]
+    plays(site, range(2), ago=30 * HOUR)
+    log.write_text(lines(range(2), ago=29 * HOUR))
+    assert site.run("ingest", str(log)).stdout.startswith("2 reports")
+    further = opening(1, "viewer", ago=2, by=APP, part=Part(200_000, FILM - 1, FILM))
+    journal(site.folder, closed(further, 400_000), name="3-00000000000000aa")
+    assert delivered(site) == [1000, 1001, 300_000, 400_000]
+    skips = [report["skip"] for report in site.api.recorded() if report["session_id"] == "viewer"]
+    assert skips == ["0", "1"]
 
 
 def test_what_no_line_tells_of_still_waits_for_other_logs(site: Site, log: Path):
