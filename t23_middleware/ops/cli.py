@@ -259,11 +259,13 @@ def _add_trials(commands: argparse._SubParsersAction[_Parser]) -> None:
         "everything on this machine: play, and watch the reports arrive",
         _demo,
         "t23-middleware demo --open",
+        "t23-middleware demo --nginx",
     )
     demo.add_argument(
         "--port", type=int, default=0, help="port of the page on 127.0.0.1 (default: a free one)"
     )
     demo.add_argument("--open", action="store_true", help="open the page in the browser")
+    demo.add_argument("--nginx", action="store_true", help="put nginx before it, and let its log count")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -386,4 +388,4 @@ def _standin(arguments: argparse.Namespace) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo import run_demo
 
-    return run_demo(port=arguments.port, open_browser=arguments.open)
+    return run_demo(port=arguments.port, open_browser=arguments.open, nginx=arguments.nginx)

@@ -20,12 +20,13 @@ import threading
 import time
 import webbrowser
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ..errors import StateError, UsageError
 from ..settings import PREFIX, Settings, process_environment
 from ..state import StateFolder, lock_is_held, lock_owner
+from . import demo_nginx
 from .demo_api import Plug
 from .demo_page import DemoPage
 from .demo_site import example_module, media_path
@@ -46,26 +47,33 @@ REMEMBERED = 1000
 TIMEOUT = 3
 
 
-def run_demo(port: int = 0, open_browser: bool = False) -> int:
+def run_demo(port: int = 0, open_browser: bool = False, nginx: bool = False) -> int:
     """Run until Ctrl-C; prints the page's address, and each report as the stand-in records it.
 
-    *port* 0 takes a free one. Raises :class:`~t23_middleware.errors.UsageError` where the extra ``demo`` is missing
-    or the port is taken.
+    *port* 0 takes a free one; *nginx*: the site stands behind one, whose log counts. Raises
+    :class:`~t23_middleware.errors.UsageError` where the extra ``demo`` or nginx is missing or the port is taken.
     """
     _require("flask", "gunicorn")
+    if nginx:
+        demo_nginx.program()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     port = _free_port(port)
     with StandInServer(app=StandIn(say=say, limit=REMEMBERED)) as api, _state_folder() as state:
         environ = _environment(api.url, state)
+        behind = port
+        if nginx:
+            behind = _free_port(0)
+            environ["T23_PROXY_LOG"] = str(demo_nginx.log_in(state.parent / "nginx"))
         with (
             _plug(api, environ) as plug,
             _page(environ, api, plug) as (page, page_port),
-            _server(port, page_port, environ) as server,
+            demo_nginx.before(behind, port, state.parent / "nginx") if nginx else nullcontext(),
+            _server(behind, page_port, environ) as server,
         ):
-            _wait_until_it_answers(server, port)
-            _introduce(port, api.url, open_browser)
+            _wait_until_it_answers(server, behind)
+            _introduce(port, api.url, open_browser, nginx)
             _watch(page, server, stop)
     return 0
 
@@ -91,14 +99,17 @@ Open it, play and scrub: the page shows what is counted and reported. Ctrl-C end
 It is a plain Flask app under gunicorn, started with 't23-middleware run'. Without a browser:
     curl -so /dev/null '{page}{media}?session_id=me&photo_id={photo}'
     curl -so /dev/null -r 600000- '{page}{media}?session_id=me&photo_id={photo}'
-The API is a stand-in at {api}. Each report appears below as it is recorded there:
+{nginx}The API is a stand-in at {api}. Each report appears below as it is recorded there:
 """
+_NGINX = "nginx stands before it, and its log says what it sent: each report is what that tells.\n"
 
 
-def _introduce(port: int, api: str, open_browser: bool) -> None:
+def _introduce(port: int, api: str, open_browser: bool, nginx: bool) -> None:
     page = f"http://127.0.0.1:{port}/"
     video = importlib.import_module(example_module()).VIDEO
-    say(_INTRODUCTION.format(page=page, api=api, media=media_path(video).lstrip("/"), photo=video["photo"]))
+    media = media_path(video).lstrip("/")
+    before = _NGINX if nginx else ""
+    say(_INTRODUCTION.format(page=page, api=api, media=media, photo=video["photo"], nginx=before))
     if open_browser:
         webbrowser.open(page)
 
