@@ -274,8 +274,9 @@ def test_what_memory_can_not_hold_on_a_full_disk_is_lost_and_counted_to_the_byte
     assert set(told.values()) == {1}
     assert set(told) <= set(everything)
     assert len(everything) - len(told) == loss.reports
-    assert site.log().count("ERROR") == 1
-    assert "can be written down again" in site.log()
+    # Twice where the relay gave up its reserve in between, which is room for a moment.
+    changes = [line.partition(" ")[0] for line in site.log().splitlines()]
+    assert changes in (["ERROR", "WARNING"], ["ERROR", "WARNING"] * 2), site.log()
 
 
 def test_a_disk_that_the_plays_themselves_fill_is_emptied_again(disk, api, base):

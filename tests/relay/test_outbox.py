@@ -35,6 +35,7 @@ from t23_middleware.relay.outbox import (
     SQLiteOutbox,
     Stats,
     Waiting,
+    schema,
 )
 from t23_middleware.relay.report import Report
 
@@ -300,7 +301,7 @@ def test_a_file_that_turns_corrupt_while_it_is_open_says_so(outbox, path):
 def as_if_of_version(version: int, path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {version}")
-        db.execute(f"PRAGMA application_id = {outbox_module._seal(version)}")
+        db.execute(f"PRAGMA application_id = {schema._seal(version)}")
 
 
 def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(outbox, path):
@@ -587,7 +588,7 @@ def test_the_outbox_does_what_its_model_does(tmp_path):
 
 def test_no_statement_needs_a_newer_sqlite_than_is_promised():
     """Of what the outbox might use: DO UPDATE without its key and RETURNING came with SQLite 3.35."""
-    source = Path(outbox_module.__file__).read_text().upper()
+    source = "".join(path.read_text() for path in Path(outbox_module.__file__).parent.glob("*.py")).upper()
     assert "ON CONFLICT DO UPDATE" not in source
     assert " RETURNING " not in source
 

@@ -1,0 +1,60 @@
+"""The outbox: reports that wait, in a file that survives; the only place that speaks SQL.
+
+One relay at a time writes it, which the relay's lock guarantees; pages and commands only read.
+"""
+
+from .salvage import set_aside
+from .schema import SCHEMA_VERSION
+from .store import LONGEST_DELAY_MS, SQLiteOutbox
+from .values import (
+    UNCOUNTED,
+    Acked,
+    Again,
+    Dead,
+    DeadReport,
+    Entry,
+    GivenUp,
+    Ingest,
+    Key,
+    Loss,
+    Lost,
+    NoOutbox,
+    Outbox,
+    OutboxCorrupt,
+    OutboxError,
+    OutboxFull,
+    Settlement,
+    Snapshot,
+    Stats,
+    Waiting,
+)
+from .view import DeadLetters, OutboxView
+
+__all__ = [
+    "LONGEST_DELAY_MS",
+    "SCHEMA_VERSION",
+    "UNCOUNTED",
+    "Acked",
+    "Again",
+    "Dead",
+    "DeadLetters",
+    "DeadReport",
+    "Entry",
+    "GivenUp",
+    "Ingest",
+    "Key",
+    "Loss",
+    "Lost",
+    "NoOutbox",
+    "Outbox",
+    "OutboxCorrupt",
+    "OutboxError",
+    "OutboxFull",
+    "OutboxView",
+    "SQLiteOutbox",
+    "Settlement",
+    "Snapshot",
+    "Stats",
+    "Waiting",
+    "set_aside",
+]

@@ -1,0 +1,131 @@
+"""Connections to the outbox's file, and SQLite's errors as ours."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .repair import check_soundness, mend
+from .schema import FOR_PAGES, FOR_PROXY, LATER, SCHEMA_VERSION, SEALS, SET_VERSION, TABLES
+from .values import NoOutbox, OutboxCorrupt, OutboxError, OutboxFull
+
+#: Pages of the write-ahead log before it is folded into the file. Small, so that a full disk still takes
+#: acknowledgements: 2,000 of 2,000 with 16 pages, 54 with SQLite's default of 1,000.
+CHECKPOINT_PAGES = 16
+#: Bytes of the write-ahead log that stay after one large transaction: room that acknowledgements have for sure.
+LOG_KEPT = 1 << 20
+#: SQLite's words for SQLITE_FULL and SQLITE_IOERR; the codes came to Python with 3.11.
+FULL = ("database or disk is full", "disk I/O error")
+
+
+@contextmanager
+def immediate(db: sqlite3.Connection) -> Iterator[None]:
+    """One transaction that writes, whole or not at all."""
+    with translated():
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+
+def open_beside(path: Path, mode: str) -> sqlite3.Connection:
+    """The database that a relay may be working on: never made, replaced or checked in full here."""
+    if not path.exists():
+        raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts")
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
+    )
+    try:
+        version = _version(db)
+        if version == 0:
+            raise NoOutbox(f"the outbox {path} is only being made; try again")
+        if version != SCHEMA_VERSION:
+            raise OutboxError(
+                f"{path} is of another version of t23_middleware (its format is {version}, not {SCHEMA_VERSION});"
+                " use that version's command, or start the relay of this one first"
+            )
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if means_corrupt(error):
+            raise OutboxCorrupt(
+                f"the outbox is corrupt ({error}); restart the relay to begin a new one"
+            ) from error
+        kind = OutboxFull if str(error) in FULL else OutboxError
+        raise kind(f"the outbox can't be used: {error}") from error
+
+
+def means_corrupt(error: sqlite3.Error) -> bool:
+    """SQLITE_CORRUPT and SQLITE_NOTADB have no class of their own; all else that may happen has.
+
+    A damaged header makes another format of the file, which SQLite tells as it would tell of a later version's.
+    """
+    return type(error) is sqlite3.DatabaseError or str(error) == "unsupported file format"
+
+
+def open_file(path: Path) -> sqlite3.Connection:
+    # Only one thread touches it at a time; the check would also refuse a test's own thread.
+    db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+    try:
+        version = _version(db)
+        if version == 0:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only a file without tables takes it
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        db.execute(f"PRAGMA journal_size_limit = {LOG_KEPT}")
+        if version > SCHEMA_VERSION:
+            raise OutboxError(
+                f"{path} is of a newer version of t23_middleware; run that one, or move the file"
+            )
+        if version == 0:
+            db.executescript(f"BEGIN IMMEDIATE; {TABLES} {FOR_PAGES} {FOR_PROXY} {SET_VERSION} COMMIT;")
+        elif _lacks_tables(db):
+            db.executescript(f"BEGIN IMMEDIATE; {FOR_PAGES} {FOR_PROXY} COMMIT;")
+        db.text_factory = _text
+        check_soundness(db)
+        mend(db)
+        if version != 0:
+            db.executescript(f"BEGIN IMMEDIATE; {SET_VERSION} COMMIT;")
+        path.chmod(0o600)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _version(db: sqlite3.Connection) -> int:
+    """The file's format, 0 where it is only being made. Raises :class:`sqlite3.DatabaseError` where that is damaged."""
+    (sealed,) = db.execute("PRAGMA application_id").fetchone()
+    (said,) = db.execute("PRAGMA user_version").fetchone()
+    if sealed in SEALS:
+        return SEALS[sealed]
+    if said in (0, SCHEMA_VERSION):
+        return int(said)
+    raise sqlite3.DatabaseError("its version is damaged")
+
+
+def _lacks_tables(db: sqlite3.Connection) -> bool:
+    query = "SELECT count(*) FROM sqlite_master WHERE name IN (?, ?)"
+    return bool(db.execute(query, LATER).fetchone()[0] < len(LATER))
+
+
+def _text(data: bytes) -> str:
+    """A text with a bit that flipped is the API's to refuse; one that can't be read would stop all others."""
+    return data.decode(errors="replace")

@@ -1,0 +1,108 @@
+"""A corrupt file is set aside, for a relay that refuses to start delivers nothing."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from .connection import FULL, immediate, means_corrupt, open_file, translated
+from .tally import add_counts, give_up
+from .values import CORRUPT, UNCOUNTED, GivenUp, OutboxError, OutboxFull
+
+log = logging.getLogger(__name__)
+
+#: More bytes than a report has.
+MOST_BYTES = 1 << 50
+
+
+def open_or_replace(path: Path) -> sqlite3.Connection:
+    """The database at *path*; a corrupt one is set aside, for a relay that refuses to start delivers nothing."""
+    try:
+        return open_file(path)
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        # The latter comes of SQLite's words about a schema with a bit that flipped.
+        if isinstance(error, sqlite3.Error) and not means_corrupt(error):
+            kind = OutboxFull if str(error) in FULL else OutboxError
+            raise kind(f"{path} can't be opened: {error}") from error
+        set_aside(path, error)
+        with translated():
+            return open_file(path)
+
+
+def set_aside(path: Path, why: Exception) -> None:
+    """Put the corrupt database at *path* where it is in nobody's way, and begin a new one.
+
+    What can be read of its reports is counted as lost there, reason ``corrupt``. It is the most that can be lost:
+    what the journals still hold is taken in once more.
+    """
+    left = _left_in(path)
+    aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
+    path.replace(aside)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    log.error(
+        "the outbox was corrupt (%s); it is set aside as %s, and a new one begins; %d reports that it held count as"
+        " lost%s. Look after the disk",
+        why,
+        aside,
+        left.loss.reports,
+        "" if left.all else ", and what else it held is not known",
+        extra={
+            "t23_event": "outbox_set_aside",
+            "t23_reason": str(why),
+            "t23_path": str(aside),
+            "t23_count": left.loss.reports,
+        },
+    )
+    with suppress(sqlite3.Error, OSError):  # whoever opens it next meets that too
+        _begin_with(path, left)
+
+
+class _Left(NamedTuple):
+    """What a corrupt database held."""
+
+    loss: GivenUp
+    #: Whether that is all.
+    all: bool
+
+
+def _begin_with(path: Path, left: _Left) -> None:
+    now_ms = time.time_ns() // 1_000_000
+    with closing(open_file(path)) as db, immediate(db):
+        give_up(db, [left.loss], now_ms)
+        add_counts(db, {"captured": left.loss.reports, CORRUPT: 1, UNCOUNTED: int(not left.all)})
+
+
+def _left_in(path: Path) -> _Left:
+    """What can be read of the reports in a corrupt database, those that the API refused included."""
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    with suppress(sqlite3.Error), closing(sqlite3.connect(uri, uri=True, timeout=0)) as db:
+        found = [_left_of(db, table) for table in ("reports", "dead")]
+        reports, size = (sum(numbers) for numbers in zip(*(each.loss[1:] for each in found), strict=True))
+        return _Left(GivenUp("corrupt", reports, size), all(each.all for each in found))
+    return _Left(GivenUp("corrupt", 0, 0), False)
+
+
+def _left_of(db: sqlite3.Connection, table: str) -> _Left:
+    """From the first on up to the damage, then from the last on back to it."""
+    reports, size, last = _read_on(db, f"SELECT id, sent FROM {table} ORDER BY id")
+    if last is None:
+        return _Left(GivenUp("corrupt", reports, size), True)
+    behind = _read_on(db, f"SELECT id, sent FROM {table} WHERE id > ? ORDER BY id DESC", last)
+    return _Left(GivenUp("corrupt", reports + behind[0], size + behind[1]), False)
+
+
+def _read_on(db: sqlite3.Connection, query: str, *values: int) -> tuple[int, int, int | None]:
+    """Number and bytes of the rows that can be read, and the id of the last one; ``None`` where all can."""
+    reports = size = last = 0
+    try:
+        for id, sent in db.execute(query, values):
+            reports, last = reports + 1, id
+            size += sent if type(sent) is int and 0 <= sent < MOST_BYTES else 0
+    except sqlite3.Error:
+        return reports, size, last
+    return reports, size, None

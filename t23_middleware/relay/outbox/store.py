@@ -1,0 +1,345 @@
+"""The outbox as the relay works on it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .. import history
+from ..report import CLOCK_SET_MS, Report
+from .connection import immediate, translated
+from .salvage import open_or_replace
+from .schema import HOSTS, OLDEST, REPORT_COLUMNS, REPORT_MARKS, STATS
+from .tally import add_counts, add_history, add_history_now, give_up, lose
+from .values import (
+    Acked,
+    Again,
+    Dead,
+    Entry,
+    GivenUp,
+    Ingest,
+    Key,
+    Lost,
+    OutboxFull,
+    Settlement,
+    Stats,
+)
+
+_UNDATED = f"time_ms < {CLOCK_SET_MS} AND tries = 0 AND leased = 0"
+_UNDATED_DEAD = f"died_ms < {CLOCK_SET_MS}"
+_LATEST_UNDATED = f"""
+SELECT max(at) FROM (
+    SELECT max(time_ms) AS at FROM reports WHERE {_UNDATED}
+    UNION ALL SELECT max(died_ms) FROM dead WHERE {_UNDATED_DEAD}
+)
+"""
+#: Of an hour, the videos that are neither among those with the most bytes nor among those with the most plays.
+_FORGET_VIDEOS = """
+DELETE FROM videos WHERE hour = :hour
+AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY bytes DESC LIMIT :most)
+AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY plays DESC LIMIT :most)
+"""
+#: Longest that a retry is ever put off, in ms; a due time beyond it comes from a clock that was set back.
+LONGEST_DELAY_MS = 2 * 3600 * 1000
+#: SQLite's own bound of a file's pages.
+MOST_PAGES = (1 << 30) - 1
+
+
+class SQLiteOutbox:
+    """An :class:`Outbox` in one SQLite file, written with ``synchronous=FULL``: off the request path, so it may.
+
+    *make_room* is called when the disk is full; it answers whether there is more room now.
+    """
+
+    def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
+        self._make_room = make_room
+        self._spares_reserve = False
+        try:
+            self._db = open_or_replace(path)
+        except OutboxFull:
+            if not make_room():
+                raise
+            self._db = open_or_replace(path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def places(self) -> dict[str, int]:
+        with translated():
+            return dict(self._db.execute("SELECT name, offset FROM journals"))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._transaction():
+            yield
+
+    def viewings(self) -> Iterator[tuple[Key, str]]:
+        with translated():
+            for host, session_id, photo_id, state in self._db.execute("SELECT * FROM viewings"):
+                yield (host, session_id, photo_id), state
+
+    def proxy_rows(self) -> dict[str, str]:
+        with translated():
+            return dict(self._db.execute("SELECT name, value FROM proxy"))
+
+    def ingest(self, batch: Ingest) -> None:
+        with self._transaction():
+            losses = list(batch.losses)
+            if batch.lost_as:
+                sent = sum(report.sent for report in batch.reports)
+                losses.append(GivenUp(batch.lost_as, len(batch.reports), sent))
+            else:
+                self._db.executemany(
+                    f"INSERT INTO reports ({REPORT_COLUMNS}) VALUES ({REPORT_MARKS})", batch.reports
+                )
+            give_up(self._db, losses, batch.at_ms)
+            self._keep_viewings(batch.viewings)
+            self._keep_proxy_rows(batch.proxy)
+            self._db.executemany("INSERT OR REPLACE INTO journals VALUES (?, ?)", batch.places.items())
+            captured = len(batch.reports) + sum(loss.reports for loss in batch.losses)
+            add_counts(self._db, {**batch.counts, "captured": captured})
+            add_history(self._db, history.of_reports(batch.reports))
+            add_history_now(self._db, batch.at_ms, {history.CAPTURED: captured - len(batch.reports)})
+            self._watched(batch.reports)
+            self.note(batch.notes)
+
+    def forget_journals(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        with self._transaction():
+            self._db.executemany("DELETE FROM journals WHERE name = ?", ((name,) for name in names))
+
+    def recover_leases(self, retry: bool, now_ms: int) -> int:
+        """Reports that a dead relay had in hand may have arrived: send them again, or lose them if *retry* is false."""
+        with self._transaction():
+            rows = self._db.execute("SELECT id FROM reports WHERE leased != 0").fetchall()
+            if not retry:
+                lose(self._db, "reports", [(id, "ambiguous") for (id,) in rows], now_ms)
+            self._db.execute("UPDATE reports SET leased = 0, tries = tries + 1 WHERE leased != 0")
+        return len(rows)
+
+    def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
+        with self._transaction():
+            rows = [row for host in hosts for row in self._due(host, now_ms, count)]
+            rows = sorted(rows)[:count]
+            self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[0],) for row in rows))
+        return [Entry(row[0], Report(*row[4:]), row[1], row[2], bool(row[3])) for row in rows]
+
+    def _due(self, host: str, now_ms: int, count: int) -> list[Any]:
+        """One host at a time: the index has them in order then, where several would all be read and sorted."""
+        return self._db.execute(
+            f"SELECT id, tries, attempts, retimed, {REPORT_COLUMNS} FROM reports"
+            " WHERE host = ? AND leased = 0 AND (due_ms <= ? OR due_ms > ?) ORDER BY id LIMIT ?",
+            (host, now_ms, now_ms + LONGEST_DELAY_MS, count),
+        ).fetchall()
+
+    def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
+        with self._transaction():
+            acked = [(item.id,) for item in settlements if isinstance(item, Acked)]
+            sent = self._db.executemany("DELETE FROM reports WHERE id = ?", acked).rowcount if acked else 0
+            for item in settlements:
+                if isinstance(item, Again):
+                    self._put_back(item)
+                elif isinstance(item, Dead):
+                    self._bury(item, now_ms)
+            lose(
+                self._db,
+                "reports",
+                [(item.id, item.reason) for item in settlements if isinstance(item, Lost)],
+                now_ms,
+            )
+            add_counts(self._db, {"sent": sent})
+            tries = [(item.said, item.took_ms if isinstance(item, Acked) else None) for item in settlements]
+            add_history_now(self._db, now_ms, {**history.of_tries(tries), history.SENT: sent})
+
+    def hosts(self) -> list[str]:
+        with translated():
+            return [host for (host,) in self._db.execute(HOSTS)]
+
+    def stats(self) -> Stats:
+        with translated():
+            return Stats(*self._db.execute(STATS).fetchone())
+
+    def counters(self) -> dict[str, int]:
+        """Every named counter."""
+        with translated():
+            return dict(self._db.execute("SELECT name, value FROM counters"))
+
+    def note(self, notes: Mapping[str, str]) -> None:
+        if not notes:
+            return
+        with self._transaction():
+            self._db.executemany("INSERT OR REPLACE INTO summary VALUES (?, ?)", notes.items())
+
+    def notes(self) -> dict[str, str]:
+        """What :meth:`note` kept."""
+        with translated():
+            return dict(self._db.execute("SELECT name, value FROM summary"))
+
+    def begin_minute(self, now_ms: int, open_responses: int) -> None:
+        minute, hour = now_ms // history.MINUTE_MS, now_ms // history.HOUR_MS
+        with self._transaction():
+            oldest = self._db.execute(OLDEST).fetchone()
+            gauges = {
+                history.OPEN: open_responses,
+                history.WAITING: self.stats().waiting,
+                history.OLDEST: max(now_ms - oldest[0], 0) // 1000 if oldest else 0,
+            }
+            self._db.executemany(
+                "INSERT OR REPLACE INTO minutes VALUES (?, ?, ?)",
+                [(minute, name, value) for name, value in gauges.items()],
+            )
+            # What lies in the future came from a clock that was set back.
+            kept = minute - history.KEPT_MINUTES, minute + 60
+            self._db.execute("DELETE FROM minutes WHERE minute < ? OR minute > ?", kept)
+            self._db.execute("DELETE FROM videos WHERE hour < ? OR hour > ?", (kept[0] // 60, kept[1] // 60))
+            for each in (hour - 1, hour):
+                self._db.execute(_FORGET_VIDEOS, {"hour": each, "most": history.MOST_VIDEOS})
+
+    # Bounds.
+
+    def size(self) -> int:
+        """Bytes of the file that hold something."""
+        return (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
+
+    def free(self) -> int:
+        """Bytes of the file that are free."""
+        return self._pragma("freelist_count") * self._pragma("page_size")
+
+    @contextmanager
+    def growing_by(self, size: int, *, may_make_room: bool = False) -> Iterator[None]:
+        """Meanwhile the file grows by *size* bytes at most. Without *may_make_room* the reserve is left alone."""
+        most = self._pragma("page_count") + size // self._pragma("page_size")
+        self._pragma(f"max_page_count = {min(most, MOST_PAGES)}")
+        self._spares_reserve = not may_make_room
+        try:
+            yield
+        finally:
+            self._spares_reserve = False
+            self._pragma(f"max_page_count = {MOST_PAGES}")
+
+    def shrink(self, kept: int, most: int) -> bool:
+        """Give up to *most* pages back to the disk where more than *kept*, and more than half of all, are free."""
+        free = self._pragma("freelist_count")
+        wanted = free > max(kept, self._pragma("page_count") // 2)
+        if wanted:
+            with translated():
+                # Not execute(): the statement has rows without columns, of which that takes one, and a page with it.
+                self._db.executescript(f"PRAGMA incremental_vacuum({min(free - kept, most)});")
+            self._fold_log()  # only then the file is shorter
+        return wanted
+
+    def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
+        """Give up reports that tell of a time before *before_ms*, up to *most*; how many. Not what is in flight."""
+        query = (
+            f"SELECT id FROM reports WHERE leased = 0 AND time_ms >= {CLOCK_SET_MS} AND time_ms < ?"
+            " ORDER BY id LIMIT ?"
+        )
+        return self._lose_found("reports", query, (before_ms, most), reason, now_ms)
+
+    def latest_undated(self) -> int | None:
+        """The latest time, in ms, from a clock that was not set yet, if there is one; see :meth:`date`."""
+        with translated():
+            (latest,) = self._db.execute(_LATEST_UNDATED).fetchone()
+        return None if latest is None else int(latest)
+
+    def date(self, shift_ms: int) -> None:
+        """Add *shift_ms* to the times from a clock that was not set yet, but of no report that may have arrived."""
+        with self._transaction():
+            self._db.execute(f"UPDATE reports SET time_ms = time_ms + ? WHERE {_UNDATED}", (shift_ms,))
+            self._db.execute(f"UPDATE dead SET died_ms = died_ms + ? WHERE {_UNDATED_DEAD}", (shift_ms,))
+
+    def lose_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
+        """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight."""
+        query = (
+            "SELECT id FROM reports WHERE leased = 0 ORDER BY id"
+            " LIMIT max(0, min(?, (SELECT count(*) FROM reports) - ?))"
+        )
+        return self._lose_found("reports", query, (most, kept), reason, now_ms)
+
+    def lose_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
+        """Give up dead letters that were refused before *before_ms*, up to *most*; how many."""
+        query = "SELECT id FROM dead WHERE died_ms < ? ORDER BY died_ms LIMIT ?"
+        return self._lose_found("dead", query, (before_ms, most), reason, now_ms)
+
+    def lose_dead_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
+        """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many."""
+        query = (
+            "SELECT id FROM dead ORDER BY died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
+        )
+        return self._lose_found("dead", query, (most, kept), reason, now_ms)
+
+    def _lose_found(self, table: str, query: str, values: tuple[int, int], reason: str, now_ms: int) -> int:
+        with translated():
+            found = self._db.execute(query, values).fetchall()
+        if found:
+            with self._transaction():
+                lose(self._db, table, [(id, reason) for (id,) in found], now_ms)
+        return len(found)
+
+    def make_due(self) -> None:
+        """Whatever waits for its next try may be tried now."""
+        with self._transaction():
+            self._db.execute("UPDATE reports SET due_ms = 0 WHERE due_ms > 0")
+
+    def _put_back(self, item: Again) -> None:
+        self._db.execute(
+            "UPDATE reports SET leased = 0, due_ms = ?, tries = ?, attempts = ?, retimed = retimed + ?,"
+            " time_ms = coalesce(?, time_ms) WHERE id = ?",
+            (item.due_ms, item.tries, item.attempts, item.time_ms is not None, item.time_ms, item.id),
+        )
+
+    def _bury(self, item: Dead, now_ms: int) -> None:
+        self._db.execute(
+            f"INSERT OR REPLACE INTO dead SELECT id, {REPORT_COLUMNS}, ?, ?, ? FROM reports WHERE id = ?",
+            (item.code, item.answer, now_ms, item.id),
+        )
+        buried = self._db.execute("DELETE FROM reports WHERE id = ?", (item.id,)).rowcount
+        add_history_now(self._db, now_ms, {history.DEAD: buried})
+
+    def _keep_viewings(self, viewings: Iterable[tuple[Key, str | None]]) -> None:
+        for key, state in viewings:
+            if state is None:
+                self._db.execute("DELETE FROM viewings WHERE (host, session_id, photo_id) = (?, ?, ?)", key)
+            else:
+                self._db.execute("INSERT OR REPLACE INTO viewings VALUES (?, ?, ?, ?)", (*key, state))
+
+    def _keep_proxy_rows(self, rows: Iterable[tuple[str, str | None]]) -> None:
+        for name, value in rows:
+            if value is None:
+                self._db.execute("DELETE FROM proxy WHERE name = ?", (name,))
+            else:
+                self._db.execute("INSERT OR REPLACE INTO proxy VALUES (?, ?)", (name, value))
+
+    def _watched(self, reports: Iterable[Report]) -> None:
+        self._db.executemany(
+            "INSERT INTO videos VALUES (?, ?, ?, ?, ?) ON CONFLICT (hour, host, photo_id) DO UPDATE"
+            " SET plays = plays + excluded.plays, bytes = bytes + excluded.bytes",
+            ((hour, *each) for hour, each in history.watched(reports)),
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        if self._db.in_transaction:
+            yield  # a part of what is done together
+            return
+        try:
+            with immediate(self._db):
+                yield
+        except OutboxFull:
+            if not self._spares_reserve and self._make_room():
+                self._fold_log()
+            raise
+
+    def _fold_log(self) -> None:
+        """Now, before somebody else takes the room: a log that can't be folded into the file only grows."""
+        with suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def _pragma(self, text: str) -> int:
+        with translated():
+            return int(self._db.execute(f"PRAGMA {text}").fetchone()[0])
