@@ -163,7 +163,7 @@ class Outside:
         list(pool.map(self.request, islice(self._numbers, requests)))
 
     def let_workers_tell(self) -> None:
-        """A worker writes what it counted aside with its next play (docs/counting.md): one for each of them."""
+        """A worker's last figures of what it counted aside ride with its next play (docs/counting.md): one for each."""
         told: set[int] = set()
         while set(workers_of(self.server.process.pid)) - told:
             session = f"last-{next(self._lasts)}"

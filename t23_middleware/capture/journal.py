@@ -29,6 +29,8 @@ KEPT_ASIDE = 1000
 RETRY_BEGIN = 1.0
 #: Seconds between two looks whether the journal is still where it was made.
 LOOK_EVERY = 1.0
+#: Seconds between two lines of what was counted aside, where no play's line takes the figures along.
+COUNTS_EVERY = 1.0
 #: Bytes up to which a response is no play, so that its line is no loss.
 PROBE = 2
 
@@ -72,11 +74,18 @@ class JournalWriter:
         self._torn = False
         self._failing = False
         self._counts: Counter[str] = Counter()
+        self._counts_due = 0.0
 
     def count(self, name: str) -> None:
-        """Count an event that is no transfer; the figure rides with the next line that is written."""
+        """Count an event that is no transfer.
+
+        The figure rides with the next line that is written. Once a second it is one by itself, so that a worker which
+        has no more plays tells why; before the first play there is no journal.
+        """
         with self._counting:
             self._counts[name] += 1
+        if self._files is not None and time.monotonic() >= self._counts_due and os.getpid() == self._pid:
+            self.write_counts()
 
     def write(self, line: bytes) -> bool:
         """Append the encoded *line*; whether the disk has it.
@@ -134,6 +143,7 @@ class JournalWriter:
         if os.getpid() != self._pid:
             return False
         with self._counting:
+            self._counts_due = time.monotonic() + COUNTS_EVERY
             counts, self._counts = self._counts, Counter()
         if not counts:
             return True  # another thread took them

@@ -495,6 +495,24 @@ def test_a_line_that_was_written_in_part_is_torn_and_written_again_whole(
     assert numbers == [1, 2, 3]
 
 
+def test_what_is_counted_aside_is_written_once_a_second_though_no_play_follows(
+    wrap: Any, journals: Any, clock: Clock
+) -> None:
+    app = wrap(media(PLAYS))
+    ask(app, request(query="photo_id=7"))
+    assert journals.files() == [], "before the first play there is no journal"
+    ask(app)
+    for expected in (1, 1, 1):
+        ask(app, request(query="photo_id=7"))
+        assert journals.counts() == {"no_session": expected}
+    clock.now += 1.1
+    ask(app, request(query="photo_id=7"))
+    assert journals.counts() == {"no_session": 5}
+    ask(app, request(query="photo_id=7"))
+    ask(app)
+    assert journals.counts() == {"no_session": 6}, "the last ones ride with the next play"
+
+
 def test_a_counters_line_that_the_disk_refuses_is_not_lost(wrap: Any, journals: Any, disk: Disk) -> None:
     app = wrap(media(PLAYS))
     ask(app, request(query="photo_id=7"))
