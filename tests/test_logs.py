@@ -148,7 +148,7 @@ def test_no_log_holds_a_session_a_token_or_a_secret(tmp_path: Path):
         play("denied", "3")
         journal_is_torn(state, server)
         play("torn", "4")
-        server.get(f"{MEDIA}?session_id={named('forged')}.signature&photo_id=5")
+        server.get(f"{MEDIA}?session_id={named('forged')}.f0rged-seal&photo_id=5")
         server.get("/_t23", Authorization=f"Bearer {TOKEN}")
         server.get("/_t23", Authorization=f"Bearer {TOKEN}-wrong")
     api.heal()
@@ -160,7 +160,7 @@ def test_no_log_holds_a_session_a_token_or_a_secret(tmp_path: Path):
     assert "T23_TIMOUT is not a setting" in said[0], "the app's log was looked at"
     assert "report_refused" not in said[1] and "was refused" in said[1], "the relay's log was looked at"
     for text in said:
-        for secret in (SECRET, FLASK_SECRET, TOKEN, "signature", *map(named, (*SESSIONS, "forged"))):
+        for secret in (SECRET, FLASK_SECRET, TOKEN, "f0rged-seal", *map(named, (*SESSIONS, "forged"))):
             assert secret not in text, text
 
 

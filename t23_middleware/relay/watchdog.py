@@ -1,7 +1,8 @@
 """Tells where a relay hangs: the stacks of all its threads, on stderr, when its loop has not come round for a minute.
 
 A relay that hangs keeps its lock and says nothing, so that nobody takes its place. The stacks are written by a thread
-of the interpreter's own (``faulthandler``), which needs neither the GIL nor a lock of ours.
+of the interpreter's own (``faulthandler``), which needs neither the GIL nor a lock of ours. After ten minutes the
+kernel ends it (``alarm(2)``), and the next play brings another: a relay that is killed loses nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds without a round of the loop after which it hangs: longer than a busy disk takes.
 HANGS_AFTER = 60.0
+#: Seconds without a round after which it is ended: no disk that comes back was away for so long.
+ENDS_AFTER = 600.0
 #: Rounds within this share of that time are not worth a system call each.
 SHARE = 1 / 6
 
@@ -31,16 +34,20 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Meanwhile a loop that hangs is told; ``SIGUSR1`` tells at any time where it is."""
+        """Meanwhile a loop that hangs is told, and at last ended; ``SIGUSR1`` tells at any time where it is."""
         if sys.stderr is None:  # a service manager may start us without one
             yield
             return
         faulthandler.register(signal.SIGUSR1, sys.stderr)
+        # With its default action: a process that is deaf to Python's handlers ends too.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
         self._begin(time.monotonic())
         try:
             yield
         finally:
             self._round = None
+            signal.alarm(0)
             faulthandler.cancel_dump_traceback_later()
             faulthandler.unregister(signal.SIGUSR1)
 
@@ -62,3 +69,4 @@ class Watchdog:
     def _begin(self, now: float) -> None:
         self._round = now
         faulthandler.dump_traceback_later(self._patience, file=sys.stderr)
+        signal.alarm(round(ENDS_AFTER))

@@ -21,7 +21,7 @@ SCRIPT = """
 import sys
 from t23_middleware.ops.cli import main
 from t23_middleware.relay import watchdog
-watchdog.HANGS_AFTER = 1.0
+watchdog.HANGS_AFTER, watchdog.ENDS_AFTER = 1.0, float(sys.argv[1])
 sys.exit(main(["relay"]))
 """
 
@@ -43,15 +43,19 @@ def folder(state: Path) -> StateFolder:
 
 
 @pytest.fixture
-def start(folder: StateFolder, tmp_path: Path) -> Iterator[Callable[[], Started]]:
+def start(folder: StateFolder, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
     with StandInServer() as api:
 
-        def begin() -> Started:
+        def begin(ends_after: float = 600.0) -> Started:
             environ = {"T23_API_URL": api.url, "T23_STATE_DIR": str(folder.path), "T23_EXIT_SECONDS": "0.5"}
             with (tmp_path / "relay.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-c", SCRIPT], env=os.environ | environ, cwd=ROOT, stdout=log, stderr=log
+                    [sys.executable, "-c", SCRIPT, str(ends_after)],
+                    env=os.environ | environ,
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=log,
                 )
             started.append(Started(process, tmp_path / "relay.log"))
             assert until(lambda: lock_is_held(folder.relay_lock)), started[0].log()
@@ -84,3 +88,11 @@ def test_a_relay_that_is_asked_writes_where_it_is_and_works_on(folder, start):
     assert until(lambda: "process.py" in relay.log()), relay.log()
     relay.process.terminate()
     assert relay.process.wait(PATIENCE) == 0
+
+
+def test_a_relay_that_never_comes_round_again_makes_room_for_another(folder, start):
+    os.mkfifo(folder.journals / "1-hangs.000000.journal")
+    relay = start(ends_after=3.0)
+    assert relay.process.wait(PATIENCE) == -signal.SIGALRM, relay.log()
+    assert "journals.py" in relay.log()
+    assert not lock_is_held(folder.relay_lock)
