@@ -47,6 +47,15 @@ def holder_of(environ: WSGIEnvironment) -> Holder | None:
     return UvicornCycle(cycle) if hasattr(cycle, "disconnected") else None
 
 
+def hides_leaving(start_response: object) -> bool:
+    """Whether the server tells the app nothing of a client that left, and takes the whole body all the same.
+
+    hypercorn's ``send`` says nothing, and its ``start_response`` is all that it lets the app know of itself
+    (hypercorn/app_wrappers.py, ``run_app``).
+    """
+    return getattr(start_response, "__module__", None) == "hypercorn.app_wrappers"
+
+
 class WaitressQueue:
     """waitress holds up to 16 MB (``outbuf_high_watermark``), and all that is left when the app is done.
 

@@ -51,7 +51,7 @@ class _Process:
         self.journal = JournalWriter(folder, version, settings.relay_digest(), format)
         self.launcher = RelayLauncher(settings, folder)
         self._numbers = count(1)
-        self._seen_proxy = False
+        self._seen: set[str] = set()
 
     def begin(
         self, play: Play, part: Part, status: int, length: int | None, counted_by: str = APP
@@ -64,11 +64,11 @@ class _Process:
             self.launcher.begun()
         return Recording(self, opening, text) if counted_by == APP else NamedRecording(self, opening, text)
 
-    def see_proxy(self) -> None:
-        """A counted response came through a proxy: counted once per process, with the next line."""
-        if not self._seen_proxy:
-            self._seen_proxy = True
-            self.journal.count("behind_proxy")
+    def see(self, name: str) -> None:
+        """What a counted response came through: counted once per process, with the next line."""
+        if name not in self._seen:
+            self._seen.add(name)
+            self.journal.count(name)
 
     def tell(self, name: str) -> None:
         """Count an event that no line may ever follow."""

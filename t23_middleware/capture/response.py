@@ -11,7 +11,7 @@ from ..settings import Settings
 from ..transfer import APP, OFFLOADED, PLAY_HEADER, PROXY, Opening
 from .body import PROGRESS_EVERY, BegunLater, CountedIterable, CountedSequence
 from .files import FileWay, LentWrapper
-from .held import CountedHeld, CountedHeldSequence, Holder, holder_of
+from .held import CountedHeld, CountedHeldSequence, Holder, hides_leaving, holder_of
 from .identity import Identifier, NotCounted
 from .ranges import asked_part, part_of
 from .recorder import NamedRecording, Recorder, Recording
@@ -272,7 +272,9 @@ class Response:
                 return None
             return process.begin(play, *asked_part(self._environ.get("HTTP_RANGE")), None, OFFLOADED)
         if "HTTP_X_FORWARDED_FOR" in self._environ or "HTTP_VIA" in self._environ:
-            process.see_proxy()
+            process.see("behind_proxy")
+        if hides_leaving(self._start):
+            process.see("leaving_unseen")
         status = int(said[:3])
         length = _whole_number(self._header("content-length"))
         part = part_of(status, length, self._header("content-range"), self._environ.get("HTTP_RANGE"))

@@ -32,11 +32,18 @@ def proxy_items(settings: Settings, known: Snapshot) -> Iterator[Item]:
         yield _offloaded(known.counters["offloaded"])
     elif known.counters.get("behind_proxy", 0):
         yield Item(WARN, "proxy", _BUFFERING)
+    if known.counters.get("leaving_unseen", 0) and not settings.proxy_log:
+        yield Item(WARN, "server", _LEAVING_UNSEEN)
 
 
 _BUFFERING = (
     "requests come through a proxy (X-Forwarded-For or Via): what it buffers counts as played, so a viewer who leaves"
     " early may be reported with the whole file. nginx can count instead: set T23_PROXY_LOG, see docs/nginx.md"
+)
+
+_LEAVING_UNSEEN = (
+    "hypercorn tells the app nothing of a viewer who left: a play that was cut off there is reported with the whole"
+    " file. Use another server (uvicorn with a2wsgi does), or let nginx count: set T23_PROXY_LOG, see docs/nginx.md"
 )
 
 

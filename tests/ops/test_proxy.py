@@ -141,6 +141,16 @@ def test_a_proxy_without_a_log_is_told_with_what_buffering_means(site: Site):
     assert "what it buffers counts as played" in words
 
 
+def test_a_server_that_hides_who_left_is_told_unless_nginx_counts(site: Site, tmp_path: Path):
+    knows(site.folder, {"leaving_unseen": 1})
+    level, words = items(site.run("check").stdout)["server"]
+    assert level == "warn"
+    assert words.startswith("hypercorn tells the app nothing of a viewer who left")
+    log = tmp_path / "t23.log"
+    log.write_text(says(1, 100))
+    assert "server" not in items(site.run("check", T23_PROXY_LOG=str(log)).stdout)
+
+
 def test_status_and_page_tell_what_waits_for_the_proxy_only_where_something_does(site: Site, state: Path):
     knows(site.folder, {"unconfirmed": 1})
     assert "proxy" not in site.run("status").stdout

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t23_middleware.transfer import Opening, Transfer, decode
+from t23_middleware.transfer import Counts, Line, Opening, Transfer, decode
 
 from .client import Answer, Client
 from .setups import BIN, Setup, words
@@ -80,13 +80,18 @@ class Site:
         """The session of each close line."""
         return [of(line) for line in self._lines() if isinstance(line, Transfer)]
 
+    def counted_aside(self) -> set[str]:
+        """The names of what was counted and is no response."""
+        return {name for line in self._decoded() if isinstance(line, Counts) for name in line.counts}
+
     def _lines(self) -> Iterator[Opening | Transfer]:
+        return (line for line in self._decoded() if isinstance(line, Opening | Transfer))
+
+    def _decoded(self) -> Iterator[Line]:
         for journal in (self.folder / "state" / "journals").glob("*.journal"):
             text = journal.read_bytes()
             for line in text[: text.rfind(b"\n") + 1].splitlines():
-                decoded = decode(line)
-                if isinstance(decoded, Opening | Transfer):
-                    yield decoded
+                yield decode(line)
 
 
 def play(path: str, session: str) -> str:

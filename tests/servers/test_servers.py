@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ..harness import until
 from .client import Client
 from .process import FILM_BYTES, LONG_BYTES, PATIENCE, Site, play
 
@@ -146,6 +147,14 @@ BIG = {
     "a generator": "/generator/long.mp4",
     "send_file": "/flask/long.mp4",
 }
+
+
+def test_a_server_that_hides_who_left_is_noticed(site: Site) -> None:
+    session = site.session()
+    site.ask("GET", "/generator/film.mp4", session)
+    assert site.sent(session)
+    hides = site.setup.module == "hypercorn"
+    assert until(lambda: ("leaving_unseen" in site.counted_aside()) == hides)
 
 
 @pytest.mark.parametrize("way", BIG)
