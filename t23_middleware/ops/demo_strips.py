@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..relay.intake import LATE_NS
 from ..relay.journals import Fact, Journals
 from ..relay.playback import Playback
-from ..relay.process import LATE_NS
 from ..relay.report import Report
 from ..relay.viewing import Viewing
 from ..state import StateFolder

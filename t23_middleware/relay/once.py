@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from ..settings import Settings
 from ..state import StateFolder
+from .intake import LATE_NS
 from .outbox import Stats
-from .process import LATE_NS, POLL, TRY_STORE_AGAIN, Relay
+from .process import POLL, TRY_STORE_AGAIN, Relay
 
 #: Seconds without any movement after which what is left is left: its next try is not soon.
 QUIET = 3.0
@@ -82,10 +83,10 @@ class RelayOnce(Relay):
             if self._took_all or pause == TRY_STORE_AGAIN:
                 break
             time.sleep(pause)
-        self._looked_for_dead = 0.0
+        self._intake.look_for_the_dead()
         self._take_in()
         self._took_all = self._took_all and not self._store_fails
-        if not self._journals.has_live_writer():
+        if not self._intake.has_live_writer():
             self._conclude()
 
     def _deliver(self) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..settings import Settings
 from ..state import StateFolder
+from .intake import MS, Intake
 from .playback import Playback
 from .process import TRY_STORE_AGAIN, Relay
 from .proxy_join import ProxyJoin, all_places
@@ -50,6 +51,30 @@ class RotatedJoin(ProxyJoin):
         return self._log.offset()
 
 
+class RotatedIntake(Intake):
+    """Takes in one rotated log after the other, each from a :meth:`begin` of its own, and the journals beside it."""
+
+    #: The log; set before :meth:`begin`.
+    path: Path
+
+    def offset(self) -> int:
+        """Up to where the log is taken, in bytes."""
+        return self._rotated.offset()
+
+    def has_unread(self) -> bool:
+        """Whether the log has more lines. Without one no time passes: others know of what comes then."""
+        self._rotated.look(time.monotonic_ns(), time.time_ns() // MS)
+        return not self._rotated.all_read
+
+    def _joining(self, rows: Mapping[str, str]) -> RotatedJoin:
+        now_ns, now_ms = time.monotonic_ns(), time.time_ns() // MS
+        self._rotated = RotatedJoin(self.path, self._playback, rows, now_ns, now_ms)
+        return self._rotated
+
+    def _say_log_problems(self) -> None:
+        """The caller looked, before it began."""
+
+
 class RotatedRelay(Relay):
     """Takes in the logs *paths*, the oldest first, and what the journals tell of their time; delivers nothing.
 
@@ -62,7 +87,6 @@ class RotatedRelay(Relay):
     ) -> None:
         super().__init__(settings, folder, automatic=False)
         self._paths = paths
-        self._path = paths[0]
         self._tell = tell
         self._why = ""
 
@@ -72,39 +96,30 @@ class RotatedRelay(Relay):
         return self._taken
 
     def _work_while_needed(self) -> None:
+        self._rotated.path = self._paths[0]
         self._begin()
         before, counted = self._outbox.stats(), Counter(self._outbox.counters())
         read = 0
         for path in self._paths:
-            self._path = path
-            self._begin_reading()
+            self._rotated.path = path
+            self._rotated.begin()
             self._read(read)
-            read += self._join.offset()
+            read += self._rotated.offset()
         self._delivery.stop(0)
         stats, counts = self._outbox.stats(), Counter(self._outbox.counters())
         self._taken = Taken(stats.captured - before.captured, stats.waiting, counts - counted, self._why)
         self._say_whether_finished()
         os.close(self._lock)
 
-    def _joining(self, rows: Mapping[str, str]) -> RotatedJoin:
-        self._join: RotatedJoin = RotatedJoin(
-            self._path, self._playback, rows, time.monotonic_ns(), time.time_ns() // 1_000_000
-        )
-        return self._join
+    def _make_intake(self) -> Intake:
+        self._rotated = RotatedIntake(self._settings, self._folder, self._outbox, self._bounds)
+        return self._rotated
 
     def _read(self, before: int) -> None:
-        while self._has_more() and not self._why:
+        while self._rotated.has_unread() and not self._why:
             pause = self._take_in()
-            self._tell(before + self._join.offset())
+            self._tell(before + self._rotated.offset())
             if pause == TRY_STORE_AGAIN:
                 self._why = f"the outbox {self._folder.outbox} can't be written; see 't23-middleware check'"
             elif self._ending:
                 self._why = "it was told to stop; run it again, and it goes on where it was"
-
-    def _has_more(self) -> bool:
-        """Without a line no time passes: others know of what comes then."""
-        self._join.look(time.monotonic_ns(), time.time_ns() // 1_000_000)
-        return not self._join.all_read
-
-    def _say_log_problems(self) -> None:
-        """The caller looked, before it began."""

@@ -22,6 +22,7 @@ import pytest
 
 from t23_middleware.ops import standin
 from t23_middleware.ops.standin import StandInServer
+from t23_middleware.relay import intake
 from t23_middleware.relay import process as module
 from t23_middleware.relay.bounds import SMALL_PIECE, Bounds
 from t23_middleware.relay.delivery import CLAIMED_PER_SENDER, MOST_CLAIMED, MOST_SENDERS, Delivery
@@ -395,8 +396,10 @@ def test_a_viewing_of_another_boot_lies_where_the_wall_clock_puts_it(api, folder
     """An hour ago, so that it was over; by the old boot's own clock it would seem to be now."""
     hour = 3600 * 10**9
     with monkeypatch.context() as patch:
-        patch.setattr(module, "boot_id", lambda: "the boot before")
-        patch.setattr(Relay, "_axis", lambda self: (self._boot, time.time_ns() - time.monotonic_ns() - hour))
+        patch.setattr(intake, "boot_id", lambda: "the boot before")
+        patch.setattr(
+            intake.Intake, "_axis", lambda self: (self._boot, time.time_ns() - time.monotonic_ns() - hour)
+        )
         journal(folder, "1-dead", transfer(1, now() - 10**9, "viewer"))
         made(api, folder).run()
     journal(folder, "2-dead", transfer(1, now() - 10**9, "viewer"))

@@ -1,0 +1,299 @@
+"""From the journals and the proxy's logs into the outbox: read, judged, and kept in one transaction with the places."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import NamedTuple
+
+from ..media import MediaTypes
+from ..settings import Settings
+from ..state import StateFolder, boot_id
+from ..transfer import Opening, Progress, Writer
+from .axis import Axis
+from .bounds import Bounds, taken_as_lost
+from .crash import crash_point
+from .health import AWAITED, AWAITED_SINCE, LAST_LINE, OPEN_RESPONSES
+from .history import MINUTE_MS
+from .journals import Fact, Journals, Reading
+from .outbox import Ingest, SQLiteOutbox
+from .playback import Playback
+from .proxy_join import Logged, ProxyJoin
+from .report import Report
+
+log = logging.getLogger(__name__)
+
+#: How late a line may be, in ns: a worker that was put to sleep between taking the time and writing it.
+LATE_NS = 250_000_000
+MS = 1_000_000
+#: Seconds between two looks for responses that dead workers left open.
+LOOK_FOR_DEAD_EVERY = 1.0
+#: How many lines of the proxy's log are odd changes all the time, and is not worth a line of ours.
+_WITHOUT_FIGURES = re.compile(r"\d+")
+
+
+class _Look(NamedTuple):
+    """One look at the journals."""
+
+    #: When, in ns since the epoch.
+    wall_ns: int
+    #: Bytes that it took from each journal at most.
+    piece: int
+    reading: Reading
+    #: What became of it, once it is judged.
+    batch: Ingest | None = None
+
+
+class Intake:
+    """What lies in *folder* and in the proxy's logs, on its way into *outbox*, within *bounds*.
+
+    Call :meth:`begin` first, then in turn :meth:`look`, :meth:`keep` and :meth:`tidy`; each of these but
+    :meth:`look` raises :class:`~t23_middleware.relay.outbox.OutboxError` where the store fails, and is tried again.
+    """
+
+    def __init__(self, settings: Settings, folder: StateFolder, outbox: SQLiteOutbox, bounds: Bounds) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._outbox = outbox
+        self._bounds = bounds
+        self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
+        self._looked_for_dead = 0.0
+        self._minute = 0
+        self._told_awaited = False
+        self._log_problems: dict[str, str | None] = {}
+
+    def begin(self) -> None:
+        """Read on from where the outbox says."""
+        #: What the outbox did not take yet, and the journals that are gone and that it still names.
+        self._in_hand: _Look | None = None
+        self._gone: list[str] = []
+        self._foreign = self._folder.foreign_journals()
+        self._journals = Journals(self._folder, self._outbox.places())
+        self._playback = Playback(
+            per=self._settings.report_per,
+            idle_s=self._settings.stream_idle,
+            min_bytes=self._settings.min_bytes,
+            proxy_wait_s=self._settings.proxy_wait,
+            counts_type=MediaTypes(self._settings.media_types).counts,
+        )
+        self._playback.restore(self._outbox.viewings(), self._axis(), time.monotonic_ns())
+        self._join = self._joining(self._outbox.proxy_rows())
+
+    def look(self) -> None:
+        """Read on, unless the outbox did not take yet what was read last."""
+        self._looked = self._in_hand or self._read()
+
+    def keep(self) -> bool:
+        """Judge what was read and take it into the outbox; whether anything had happened.
+
+        What the outbox refuses stays in hand, for nothing is judged twice.
+        """
+        batch = self._looked.batch or self._batch(self._looked.reading)
+        if batch.reports or batch.viewings or batch.places or batch.counts or batch.losses or batch.proxy:
+            self._in_hand = self._looked._replace(batch=batch)
+            self._bounds.ingest(batch)
+            crash_point("after_ingest_commit")
+            self._journals.taken(self._looked.reading)
+            self._join.taken()
+        self._in_hand = None
+        return bool(batch.reports or batch.viewings or batch.places)
+
+    def tidy(self) -> None:
+        """Remove what is read to the end, and write down what pages read once a minute."""
+        self._gone += self._journals.remove_finished()
+        self._outbox.forget_journals(self._gone)
+        self._gone = []
+        self._note_foreign()
+        self._begin_minute()
+
+    def take_smaller_pieces(self) -> None:
+        """The outbox refused what is in hand: read and judge it again where less at once may find room."""
+        if self._in_hand and self._bounds.piece < self._in_hand.piece:
+            self.begin()
+
+    def conclude(self) -> bool:
+        """Tell of the streams that are not over, since nobody may be here when they are; whether there were any."""
+        if self._in_hand:  # the next relay judges that anew, and all that follows from it
+            return False
+        reports = self._playback.conclude(time.time_ns() // MS)
+        if reports:
+            self._bounds.ingest(Ingest(reports, list(self._playback.changed(self._axis())), {}, {}))
+        return bool(reports)
+
+    # What is known now.
+
+    @property
+    def looked_ns(self) -> int:
+        """When the last look was, in ns since the epoch."""
+        return self._looked.wall_ns
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a backlog is left that can be read at once."""
+        return self._looked.reading.more or self._join.has_more
+
+    @property
+    def is_in_hand(self) -> bool:
+        """Whether the outbox did not take yet what was read last."""
+        return self._in_hand is not None
+
+    @property
+    def awaited(self) -> int:
+        """Responses that only the proxy's line is missing of."""
+        return self._playback.awaited
+
+    def all_read(self) -> bool:
+        """Whether nothing is written that was not taken."""
+        return self._journals.all_read() and self._join.all_read
+
+    def has_news(self) -> bool:
+        """Whether a writer lives, or anything was written that was not taken."""
+        return self._journals.has_news()
+
+    def has_live_writer(self) -> bool:
+        """Whether any writer lives."""
+        return self._journals.has_live_writer()
+
+    def newest_writer(self) -> Writer | None:
+        """The newest-started live writer, if there is one."""
+        writers = self._journals.live_writers()
+        return writers[-1] if writers else None
+
+    def left_by_the_dead(self) -> list[tuple[str, int]]:
+        """Writer and number of each open response that nobody will close."""
+        open_responses = list(self._playback.open_responses())
+        dead = self._journals.dead_writers({writer for writer, _ in open_responses})
+        return [(writer, number) for writer, number in open_responses if writer in dead]
+
+    def look_for_the_dead(self) -> None:
+        """With the next look, however short ago that was done."""
+        self._looked_for_dead = 0.0
+
+    # How it is read and judged.
+
+    def _joining(self, rows: Mapping[str, str]) -> ProxyJoin:
+        """The logs that are followed, as *rows* of the outbox know them."""
+        now_ns, now_ms = time.monotonic_ns(), time.time_ns() // MS
+        return ProxyJoin(self._settings.proxy_log, self._playback, rows, now_ns, now_ms)
+
+    def _axis(self) -> Axis:
+        return self._boot, time.time_ns() - time.monotonic_ns()
+
+    def _read(self) -> _Look:
+        wall_ns, piece = time.time_ns(), self._bounds.piece
+        self._join.look(time.monotonic_ns(), wall_ns // MS)
+        self._say_log_problems()
+        until_ns = self._join.until(time.monotonic_ns() - LATE_NS)
+        return _Look(wall_ns, piece, self._journals.read(until_ns, piece))
+
+    def _batch(self, reading: Reading) -> Ingest:
+        reports = self._judge(reading)
+        counts = self._counts(reading)
+        return Ingest(
+            reports,
+            list(self._playback.changed(self._axis())),
+            reading.places,
+            counts,
+            self._notes(),
+            losses=taken_as_lost(counts),
+            proxy=self._join.changed(),
+            at_ms=time.time_ns() // MS,
+        )
+
+    def _judge(self, reading: Reading) -> list[Report]:
+        """Time passes no further than *reading* tells: of a backlog's rest, nothing is known yet."""
+        reports = []
+        facts: list[Fact | Logged] = [*reading.facts, *self._join.due(reading.until_ns)]
+        for fact in sorted(facts, key=lambda fact: fact.at_ns):
+            if isinstance(fact, Logged):
+                reports += self._join.judge(fact)
+            elif isinstance(fact.what, Opening):
+                reports += self._playback.opened(fact.writer, fact.what)
+            elif isinstance(fact.what, Progress):
+                self._playback.progressed(fact.writer, fact.what)
+            else:
+                reports += self._playback.closed(fact.writer, fact.what)
+                reading.counts["declared"] += fact.what.declared
+        reports += self._end_what_the_dead_left(reading.until_ns)
+        reports += self._join.hold(reading.until_ns)
+        passed_ns = time.monotonic_ns() - reading.until_ns
+        return reports + self._playback.advance(reading.until_ns, (time.time_ns() - passed_ns) // MS)
+
+    def _end_what_the_dead_left(self, at_ns: int) -> list[Report]:
+        if time.monotonic() - self._looked_for_dead < LOOK_FOR_DEAD_EVERY:
+            return []
+        self._looked_for_dead = time.monotonic()
+        reports = []
+        for writer, number in self.left_by_the_dead():
+            reports += self._playback.lost(writer, number, at_ns, time.time_ns() // MS)
+        return reports
+
+    def _counts(self, reading: Reading) -> Counter[str]:
+        counts = reading.counts + self._playback.counts + self._join.take_counts()
+        self._playback.counts.clear()
+        return counts
+
+    def _notes(self) -> dict[str, str]:
+        notes = {OPEN_RESPONSES: str(len(list(self._playback.open_responses())))}
+        if self._settings.proxy_log or self.awaited or self._told_awaited:
+            self._told_awaited = self.awaited > 0
+            notes[AWAITED] = str(self.awaited)
+            notes[AWAITED_SINCE] = str(self._playback.awaited_since_ms or 0)
+        if self._join.last_line_ms:
+            notes[LAST_LINE] = str(self._join.last_line_ms)
+        return notes
+
+    def _begin_minute(self) -> None:
+        """The history's gauges, once a minute; pages tell by them when a relay ran."""
+        now_ms = time.time_ns() // MS
+        if now_ms // MINUTE_MS != self._minute:
+            self._outbox.begin_minute(now_ms, len(list(self._playback.open_responses())))
+            self._minute = now_ms // MINUTE_MS
+
+    # What operators are told.
+
+    def _note_foreign(self) -> None:
+        """Journals of another version wait for its relay, for as long as reports may wait; each is told once."""
+        self._give_up_foreign()
+        foreign = self._journals.foreign()
+        if foreign == self._foreign:
+            return
+        for name in foreign.keys() - self._foreign.keys():
+            log.warning(
+                "%s is of another version (format %s); it waits for that one",
+                name,
+                foreign[name],
+                extra={"t23_event": "journal_foreign", "t23_path": name},
+            )
+        with suppress(OSError):  # workers then start a relay for nothing, and that is all
+            self._folder.keep_foreign_journals(foreign)
+        self._foreign = foreign
+
+    def _give_up_foreign(self) -> None:
+        if gone := self._journals.give_up_foreign(time.time() - self._settings.max_age):
+            log.error(
+                "%s are given up: no relay of their version came for T23_MAX_AGE",
+                ", ".join(gone),
+                extra={"t23_event": "journals_given_up", "t23_count": len(gone)},
+            )
+            self._outbox.ingest(Ingest([], [], {}, {"journals_given_up": len(gone)}))
+
+    def _say_log_problems(self) -> None:
+        """Each change once."""
+        for path, problem in self._join.problems().items():
+            what = None if problem is None else _WITHOUT_FIGURES.sub("", problem)
+            former, self._log_problems[path] = self._log_problems.get(path), what
+            if problem is not None and what != former:
+                log.error(
+                    "%s. Until then plays wait for their lines, for T23_PROXY_WAIT at most",
+                    problem,
+                    extra={"t23_event": "proxy_log_unreadable", "t23_path": path},
+                )
+            elif problem is None and former is not None:
+                log.warning(
+                    "%s can be read again", path, extra={"t23_event": "proxy_log_readable", "t23_path": path}
+                )
