@@ -7,6 +7,7 @@ may end at any time, and no line is lost or taken twice.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -52,12 +53,14 @@ class ProxyJoin:
     ) -> None:
         self._playback = playback
         self._logs = {path: ProxyLog(Path(path), _places(rows.get(_PLACES + path, "[]"))) for path in paths}
+        #: What was read of a log and is not taken yet.
         self._readings: dict[str, LogReading] = {}
-        self._more = False
+        #: Its lines that are not due yet, in their order.
+        self._ahead: dict[str, list[Logged]] = {}
+        #: When the last line was, of a log of whose rest nothing is known yet.
+        self._ends: dict[str, int] = {}
         # Time goes on from what is known already, or yesterday's log would make all viewings look forgotten.
         self._until_ns = min(playback.latest_ns, now_ns)
-        #: Read, and not due yet.
-        self._ahead: list[Logged] = []
         #: Due, and of no response that is open: by play.
         self._held = {line.play: _on_axis(line, now_ns, now_ms) for line in _lines(rows)}
         self._stored = set(self._held)
@@ -70,41 +73,52 @@ class ProxyJoin:
     @property
     def all_read(self) -> bool:
         """Whether the logs were read to their end, and all of it was judged."""
-        return not self._readings and not self._more
+        return not self._readings and not self._has_rest
 
     def problems(self) -> dict[str, str | None]:
         """Log -> what keeps it from being read, as of the last look."""
         return {path: log.problem for path, log in self._logs.items()}
 
     def look(self, now_ns: int, now_ms: int) -> None:
-        """Read on, unless what was read last is not judged yet."""
-        if self._readings:
-            return
+        """Read on in each log of which all that was read is judged."""
         for path, log in self._logs.items():
-            reading = log.read()
-            if reading.changed:
-                self._readings[path] = reading
-                self._ahead += [_on_axis(line, now_ns, now_ms) for line in reading.lines]
-        self._ahead.sort(key=lambda logged: logged.at_ns)
-        self._more = any(reading.more for reading in self._readings.values())
+            if path not in self._readings:
+                reading = log.read()
+                self._ends.pop(path, None)
+                if reading.changed:
+                    self._begin_reading(path, reading, now_ns, now_ms)
+
+    def _begin_reading(self, path: str, reading: LogReading, now_ns: int, now_ms: int) -> None:
+        lines = sorted((_on_axis(line, now_ns, now_ms) for line in reading.lines), key=_at)
+        self._readings[path], self._ahead[path] = reading, lines
+        if reading.more or (self._past and lines):
+            self._ends[path] = lines[-1].at_ns if lines else self._until_ns
 
     def until(self, time_ns: int) -> int:
-        """Up to when the logs are read: of a backlog's rest nothing is known yet. It never goes back."""
-        if (self._more or self._past) and self._ahead:
-            time_ns = min(time_ns, max(self._ahead[-1].at_ns, self._until_ns))
+        """Up to when all logs are read: of a backlog's rest nothing is known yet. It never goes back."""
+        if self._ends:
+            time_ns = min(time_ns, max(min(self._ends.values()), self._until_ns))
         self._until_ns = max(self._until_ns, time_ns)
         return time_ns
 
     @property
+    def _has_rest(self) -> bool:
+        """Whether a log holds more than was read."""
+        return bool(self._ends) and not self._past
+
+    @property
     def has_more(self) -> bool:
         """Whether a backlog is left that can be read at once."""
-        return self._more and not self._readings
+        return self._has_rest and not self._ends.keys() <= self._readings.keys()
 
     def due(self, until_ns: int) -> list[Logged]:
         """The lines up to *until_ns*, which leave."""
-        due = [logged for logged in self._ahead if logged.at_ns <= until_ns]
-        self._ahead = self._ahead[len(due) :]
-        return due
+        due: list[Logged] = []
+        for path, lines in self._ahead.items():
+            count = bisect_right(lines, until_ns, key=_at)
+            due += lines[:count]
+            self._ahead[path] = lines[count:]
+        return sorted(due, key=_at)
 
     def judge(self, logged: Logged) -> list[Report]:
         """A line whose turn it is; one of no open response is held for a while."""
@@ -148,29 +162,31 @@ class ProxyJoin:
             for writer, number in self._playback.given_out.changed()
         ]
         rows += [(_LINE + play, None) for play in self._stored - self._held.keys()]
-        if not self._ahead:
-            rows += [(_PLACES + path, _places_text(reading)) for path, reading in self._readings.items()]
-            kept = [logged for play, logged in self._held.items() if play not in self._stored]
-            rows += [(_LINE + logged.line.play, logged.line.to_text()) for logged in kept]
-        return rows
+        rows += [(_PLACES + path, _places_text(reading)) for path, reading in self._judged().items()]
+        new = [logged for play, logged in self._held.items() if play not in self._stored]
+        return rows + [(_LINE + logged.line.play, logged.line.to_text()) for logged in new]
+
+    def _judged(self) -> dict[str, LogReading]:
+        """What was read of which each line was judged: only its whole has a place."""
+        return {path: reading for path, reading in self._readings.items() if not self._ahead[path]}
 
     def take_counts(self) -> Counter[str]:
         """What was counted since the last call; the lines that are none, once their places move on."""
         counts, self.counts = self.counts, Counter()
-        if not self._ahead:
-            for reading in self._readings.values():
-                counts += reading.counts
+        for reading in self._judged().values():
+            counts += reading.counts
         return counts
 
     def taken(self) -> None:
         """The outbox has what :meth:`changed` told."""
-        self._stored &= self._held.keys()
-        if self._ahead:
-            return
-        self._stored |= self._held.keys()
-        for path, reading in self._readings.items():
+        self._stored = set(self._held)
+        for path, reading in self._judged().items():
             self._logs[path].taken(reading)
-        self._readings = {}
+            del self._readings[path], self._ahead[path]
+
+
+def _at(logged: Logged) -> int:
+    return logged.at_ns
 
 
 def _on_axis(line: ProxyLine, now_ns: int, now_ms: int) -> Logged:

@@ -404,6 +404,25 @@ def test_a_backlog_of_yesterday_takes_no_viewing_back_in_time(tmp_path):
     assert len(joined.due(joined.until(now_ns))) > 1000
 
 
+def test_time_passes_no_further_than_the_log_that_is_furthest_behind(tmp_path):
+    """Or a play whose line stands in the rest of one log would be given up because another log is up to date."""
+    behind, fresh = tmp_path / "behind.log", tmp_path / "fresh.log"
+    behind.write_text("".join(says(number, 600_000, ago=86_400 - number) for number in range(10_000)))
+    fresh.write_text(says(20_000, 600_000, ago=1))
+    now_ns, now_ms, playback = 10**6 * S, time.time_ns() // 10**6, machine()
+    joined = ProxyJoin([str(behind), str(fresh)], playback, {}, now_ns, now_ms)
+    untils, numbers = list[int](), list[int]()
+    while not untils or not joined.all_read:
+        joined.look(now_ns, now_ms)
+        untils.append(joined.until(now_ns))
+        numbers += [each.line.writer_and_number[1] for each in joined.due(untils[-1])]
+        joined.changed()
+        joined.taken()
+    assert len(untils) > 1
+    assert all(until < now_ns - 70_000 * S for until in untils[:-1])
+    assert numbers == [*range(10_000), 20_000]
+
+
 @pytest.mark.parametrize("rows", [{"line a": "[]"}, {"line a": "no"}, {"writer a": "x"}, {"places /x": "{}"}])
 def test_rows_that_can_not_be_read_are_left_out(rows):
     joined = ProxyJoin(["/x"], machine(), rows, 0, 0)
