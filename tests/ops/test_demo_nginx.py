@@ -22,7 +22,10 @@ def test_behind_nginx_a_report_is_what_its_log_tells_and_nothing_is_left(tmp_pat
         (log,) = running.temporary.glob("*/nginx/t23.log")
         (line,) = log.read_text().splitlines()
         assert f'"body":{CLIP_BYTES},' in line
-        assert running.state()["figures"]["waiting"] == 0
+        shown = running.state()
+        assert shown["figures"]["waiting"] == 0
+        ((bar,),) = [viewing["bars"] for viewing in shown["viewings"]]
+        assert (bar["sent"], bar["skip"], bar["open"]) == (CLIP_BYTES, 0, False)
     assert running.process.returncode == 0, running.output
     assert list(running.temporary.iterdir()) == []
 
