@@ -84,7 +84,7 @@ class JournalWriter:
         """
         with self._counting:
             self._counts[name] += 1
-        if self._files is not None and time.monotonic() >= self._counts_due and os.getpid() == self._pid:
+        if self._files is not None and time.monotonic() >= self._counts_due:
             self.write_counts()
 
     def write(self, line: bytes) -> bool:

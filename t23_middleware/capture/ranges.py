@@ -19,16 +19,18 @@ def part_of(status: int, length: int | None, content_range: str | None, asked: s
     """
     if status != 206:
         return Part(0, None if length is None else length - 1, length)
-    part = _said_part(content_range) or _asked_part(asked)
-    return UNKNOWN if any(number is not None and number > LONGEST for number in part) else part
+    return _believed(_said_part(content_range) or _asked_part(asked))
 
 
 def asked_part(asked: str | None) -> tuple[Part, int]:
     """The part that the request's Range *asked* for, and the status that an answer with it has."""
     if asked is None:
         return Part(0, None, None), 200
-    part = _asked_part(asked)
-    return (UNKNOWN if any(number is not None and number > LONGEST for number in part) else part), 206
+    return _believed(_asked_part(asked)), 206
+
+
+def _believed(part: Part) -> Part:
+    return UNKNOWN if any(number is not None and number > LONGEST for number in part) else part
 
 
 def _said_part(content_range: str | None) -> Part | None:

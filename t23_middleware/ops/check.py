@@ -101,9 +101,9 @@ def _items(settings: Settings, trial: Trial | None) -> Iterator[Item]:
     folder = StateFolder(settings.state_path())
     yield from _folder(folder)
     yield from _disk(folder.path, settings.ephemeral)
-    known: list[Snapshot] = []
-    yield from _outbox(folder, known)
-    yield from proxy_items(settings, known[0] if known else NOTHING)
+    known, items = _outbox(folder)
+    yield from items
+    yield from proxy_items(settings, known)
     yield _relay(settings, folder)
     client = AnalyticsClient(settings)
     try:
@@ -255,22 +255,20 @@ def file_system(path: Path, mounts: str) -> str:
     return kind
 
 
-def _outbox(folder: StateFolder, known: list[Snapshot]) -> Iterator[Item]:
-    """Adds what is in it to *known*."""
+def _outbox(folder: StateFolder) -> tuple[Snapshot, list[Item]]:
+    """What is in it, and what is to be said of that."""
     try:
         with OutboxView(folder.outbox) as view:
-            known.append(view.snapshot())
+            known = view.snapshot()
     except NoOutbox:
-        return
+        return NOTHING, []
     except StateError as error:
-        yield Item(WRONG, "outbox", str(error))
-        return
-    stats = known[0].stats
-    yield Item(OK, "outbox", _outbox_words(stats))
-    if stats.dead:
-        yield Item(
-            WARN, "outbox", f"{text.reports(stats.dead)} refused by the API; see 't23-middleware dead list'"
-        )
+        return NOTHING, [Item(WRONG, "outbox", str(error))]
+    items = [Item(OK, "outbox", _outbox_words(known.stats))]
+    if dead := known.stats.dead:
+        said = f"{text.reports(dead)} refused by the API; see 't23-middleware dead list'"
+        items.append(Item(WARN, "outbox", said))
+    return known, items
 
 
 def _outbox_words(stats: Stats) -> str:

@@ -20,13 +20,14 @@ import threading
 import time
 import webbrowser
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from ..errors import StateError, UsageError
 from ..settings import PREFIX, Settings, process_environment
 from ..state import StateFolder, lock_is_held, lock_owner
 from . import demo_nginx
+from .child import running
 from .demo_api import Plug
 from .demo_page import DemoPage
 from .demo_site import example_module, media_path
@@ -194,8 +195,9 @@ def _page(environ: Mapping[str, str], api: StandInServer, plug: Plug) -> Iterato
         server.hang_up()
 
 
-@contextmanager
-def _server(port: int, page_port: int, environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _server(
+    port: int, page_port: int, environ: Mapping[str, str]
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """gunicorn with the site, started as a user would: by ``t23-middleware run``."""
     app = f"t23_middleware.ops.demo_site:site({page_port})"
     command = [sys.executable, "-m", "t23_middleware", "run", "gunicorn", app, "--bind", f"127.0.0.1:{port}"]
@@ -212,18 +214,7 @@ def _server(port: int, page_port: int, environ: Mapping[str, str]) -> Iterator[s
         "--log-level",
         "warning",
     ]
-    server = subprocess.Popen(
-        [*command, *options], env=environ, cwd=_folder_to_start_in(), start_new_session=True
-    )
-    try:
-        yield server
-    finally:
-        server.terminate()
-        try:
-            server.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+    return running([*command, *options], env=environ, cwd=_folder_to_start_in())
 
 
 def _folder_to_start_in() -> Path:

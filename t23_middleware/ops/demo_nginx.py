@@ -13,8 +13,9 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..relay.proxy_line import NGINX_LINES
+from .child import running
 
-#: Seconds that nginx may take to begin, and to end.
+#: Seconds that nginx may take to begin.
 PATIENCE = 10.0
 #: Where Debian and others have it: on the search path of administrators only.
 PLACES = ("/usr/sbin", "/usr/local/sbin")
@@ -64,17 +65,9 @@ def before(upstream: int, port: int, folder: Path) -> Iterator[None]:
     configuration = folder / "nginx.conf"
     configuration.write_text(_configured(upstream, port, folder))
     command = [program(), "-e", str(folder / "error.log"), "-c", str(configuration)]
-    nginx = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    try:
+    with running(command, stdin=subprocess.DEVNULL) as nginx:
         _wait_until_it_listens(nginx, port)
         yield
-    finally:
-        nginx.terminate()
-        try:
-            nginx.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            nginx.kill()
-            nginx.wait()
 
 
 def _configured(upstream: int, port: int, folder: Path) -> str:

@@ -61,18 +61,19 @@ def media_path(video: dict[str, str]) -> str:
 
 
 class Throttled:
-    """A body that is handed on at *rate* bytes a second, after a first :data:`BURST`."""
+    """A body that is handed on at *rate* bytes a second, after a first *burst* of them."""
 
-    def __init__(self, body: Any, rate: int) -> None:
+    def __init__(self, body: Any, rate: int, burst: int = BURST) -> None:
         self._body = body
         self._rate = rate
+        self._burst = burst
 
     def __iter__(self) -> Iterator[bytes]:
         began, sent = time.monotonic(), 0
         for chunk in self._body:
             yield chunk
             sent += len(chunk)
-            time.sleep(max(0.0, began + (sent - BURST) / self._rate - time.monotonic()))
+            time.sleep(max(0.0, began + (sent - self._burst) / self._rate - time.monotonic()))
 
     def close(self) -> None:
         if hasattr(self._body, "close"):

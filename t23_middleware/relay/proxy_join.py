@@ -57,7 +57,9 @@ class ProxyJoin:
         self._readings: dict[str, LogReading] = {}
         #: Its lines that are not due yet, in their order.
         self._ahead: dict[str, list[Logged]] = {}
-        #: When the last line was, of a log of whose rest nothing is known yet.
+        #: Logs that hold more than was read.
+        self._behind: set[str] = set()
+        #: When the last line was, of a log of what comes after which nothing is known here.
         self._ends: dict[str, int] = {}
         # Time goes on from what is known already, or yesterday's log would make all viewings look forgotten.
         self._until_ns = min(playback.latest_ns, now_ns)
@@ -73,7 +75,7 @@ class ProxyJoin:
     @property
     def all_read(self) -> bool:
         """Whether the logs were read to their end, and all of it was judged."""
-        return not self._readings and not self._has_rest
+        return not self._readings and not self._behind
 
     def problems(self) -> dict[str, str | None]:
         """Log -> what keeps it from being read, as of the last look."""
@@ -84,6 +86,7 @@ class ProxyJoin:
         for path, log in self._logs.items():
             if path not in self._readings:
                 reading = log.read()
+                self._behind.discard(path)
                 self._ends.pop(path, None)
                 if reading.changed:
                     self._begin_reading(path, reading, now_ns, now_ms)
@@ -91,6 +94,8 @@ class ProxyJoin:
     def _begin_reading(self, path: str, reading: LogReading, now_ns: int, now_ms: int) -> None:
         lines = sorted((_on_axis(line, now_ns, now_ms) for line in reading.lines), key=_at)
         self._readings[path], self._ahead[path] = reading, lines
+        if reading.more:
+            self._behind.add(path)
         if reading.more or (self._past and lines):
             self._ends[path] = lines[-1].at_ns if lines else self._until_ns
 
@@ -102,14 +107,9 @@ class ProxyJoin:
         return time_ns
 
     @property
-    def _has_rest(self) -> bool:
-        """Whether a log holds more than was read."""
-        return bool(self._ends) and not self._past
-
-    @property
     def has_more(self) -> bool:
         """Whether a backlog is left that can be read at once."""
-        return self._has_rest and not self._ends.keys() <= self._readings.keys()
+        return not self._behind <= self._readings.keys()
 
     def due(self, until_ns: int) -> list[Logged]:
         """The lines up to *until_ns*, which leave."""
