@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from t23_middleware import T23Middleware
+from t23_middleware.ops.standin import StandInServer
+from t23_middleware.state import StateFolder
 from t23_middleware.transfer import Counts, Line, Opening, Transfer, Writer, decode
 
 # A shell without job control starts what runs in the background deaf to Ctrl-C, and so would be all that tests start.
@@ -62,6 +64,21 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def state(tmp_path: Path) -> Path:
     """A state folder that does not exist yet."""
     return tmp_path / "state"
+
+
+@pytest.fixture
+def folder(state: Path) -> StateFolder:
+    """One that does."""
+    folder = StateFolder(state)
+    folder.create()
+    return folder
+
+
+@pytest.fixture
+def api() -> Iterator[StandInServer]:
+    """The API, as its documentation says."""
+    with StandInServer() as server:
+        yield server
 
 
 @pytest.fixture

@@ -71,6 +71,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def answers(port: int) -> bool:
+    """Whether something listens there."""
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
 def until(true: Callable[[], object], seconds: float = PATIENCE) -> bool:
     """Wait for something that another process does; whether it came."""
     deadline = time.monotonic() + seconds
@@ -125,11 +134,7 @@ class Server:
 
     def _answers(self) -> bool:
         assert self.process.poll() is None, self.log()
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-        except OSError:
-            return False
-        return True
+        return answers(self.port)
 
     def get(self, path: str, **headers: str) -> tuple[int, bytes]:
         """Status and body of a GET on a connection of its own."""

@@ -24,6 +24,7 @@ from .harness import (
     MEDIA,
     PATIENCE,
     ROOT,
+    answers,
     end_relay,
     free_port,
     need,
@@ -31,12 +32,6 @@ from .harness import (
     running,
     until,
 )
-
-
-@pytest.fixture
-def api():
-    with StandInServer() as server:
-        yield server
 
 
 def play(session: str) -> str:
@@ -207,14 +202,6 @@ def test_the_relay_leaves_no_zombie_holds_no_pipe_and_goes_when_the_server_has_g
     lock = state / "relay.lock"
     assert until(lambda: not lock_is_held(lock))
     assert list((state / "journals").iterdir()) == []
-
-
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 def fetch(port: int, path: str) -> int:

@@ -46,13 +46,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def folder(state: Path) -> StateFolder:
-    folder = StateFolder(state)
-    folder.create()
-    return folder
-
-
-@pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[float]:
     """When a relay was started, in seconds since the test began; none of them ever takes its lock."""
     starts: list[float] = []

@@ -141,12 +141,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-@pytest.fixture
-def api() -> Iterator[StandInServer]:
-    with StandInServer() as server:
-        yield server
-
-
 @pytest.mark.parametrize("case", TOLD, ids=str)
 def test_what_the_page_tells_people_to_run_reports_what_arrived(
     case: Told, tmp_path: Path, api: StandInServer

@@ -8,36 +8,17 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from examples import flask_app as example
+from t23_middleware.ops.demo_site import Throttled
 
 example.CLIP = Path(os.environ["FILM"])
-
-
-class Throttled:
-    """A body that is handed on at *rate* bytes a second."""
-
-    def __init__(self, body: Any, rate: int) -> None:
-        self._body = body
-        self._rate = rate
-
-    def __iter__(self) -> Iterator[bytes]:
-        began, sent = time.monotonic(), 0
-        for chunk in self._body:
-            yield chunk
-            sent += len(chunk)
-            time.sleep(max(0.0, began + sent / self._rate - time.monotonic()))
-
-    def close(self) -> None:
-        if hasattr(self._body, "close"):
-            self._body.close()
 
 
 def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     body = example.app(environ, start_response)
     asked = re.search(r"\brate=(\d+)", f"{environ['QUERY_STRING']};{environ.get('HTTP_COOKIE', '')}")
-    return body if asked is None else Throttled(body, int(asked[1]))
+    return body if asked is None else Throttled(body, int(asked[1]), burst=0)

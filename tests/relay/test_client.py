@@ -739,12 +739,6 @@ def test_a_site_without_tls_is_told_so(client_for: Any) -> None:
 # With the stand-in, which answers as the documentation says.
 
 
-@pytest.fixture
-def api() -> Iterator[StandInServer]:
-    with StandInServer() as server:
-        yield server
-
-
 def test_the_stand_in_records_a_report_and_knows_it_again(api: StandInServer, client_for: Any) -> None:
     client = client_for(api.url)
     assert client.send(REPORT).cached is False

@@ -8,7 +8,6 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,13 +19,6 @@ from t23_middleware.state import StateFolder
 from t23_middleware.transfer import FORMATS, LONGEST_LINE, Counts, Opening, encode
 
 from .writers import MS, alive, header, journal, living, opening, transfer
-
-
-@pytest.fixture
-def folder(state: Path) -> StateFolder:
-    folder = StateFolder(state)
-    folder.create()
-    return folder
 
 
 def now() -> int:

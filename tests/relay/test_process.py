@@ -37,19 +37,6 @@ from ..harness import PATIENCE, ROOT, free_port, until
 from .writers import MS, alive, end, journal, living, opening, start, transfer
 
 
-@pytest.fixture
-def api() -> Iterator[StandInServer]:
-    with StandInServer() as server:
-        yield server
-
-
-@pytest.fixture
-def folder(state: Path) -> StateFolder:
-    folder = StateFolder(state)
-    folder.create()
-    return folder
-
-
 def now() -> int:
     return time.monotonic_ns()
 

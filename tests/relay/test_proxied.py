@@ -8,7 +8,7 @@ import os
 import random
 import sqlite3
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,6 @@ def now() -> int:
 
 def now_ms() -> int:
     return time.time_ns() // MS
-
-
-@pytest.fixture
-def api() -> Iterator[StandInServer]:
-    with StandInServer() as server:
-        yield server
-
-
-@pytest.fixture
-def folder(state: Path) -> StateFolder:
-    folder = StateFolder(state)
-    folder.create()
-    return folder
 
 
 @pytest.fixture
@@ -127,20 +114,14 @@ def told(api: StandInServer) -> dict[str, list[int]]:
 
 
 def notes(folder: StateFolder) -> dict[str, str]:
-    outbox = SQLiteOutbox(folder.outbox)
-    try:
+    with closing(SQLiteOutbox(folder.outbox)) as outbox:
         return outbox.notes()
-    finally:
-        outbox.close()
 
 
 def held(folder: StateFolder) -> list[str]:
     """The lines that the outbox keeps for a while."""
-    outbox = SQLiteOutbox(folder.outbox)
-    try:
+    with closing(SQLiteOutbox(folder.outbox)) as outbox:
         return [name.removeprefix("line ") for name in outbox.proxy_rows() if name.startswith("line ")]
-    finally:
-        outbox.close()
 
 
 def losses(folder: StateFolder) -> dict[str, int]:
@@ -149,11 +130,8 @@ def losses(folder: StateFolder) -> dict[str, int]:
 
 
 def counters(folder: StateFolder) -> dict[str, int]:
-    outbox = SQLiteOutbox(folder.outbox)
-    try:
+    with closing(SQLiteOutbox(folder.outbox)) as outbox:
         return outbox.counters()
-    finally:
-        outbox.close()
 
 
 def relay(api: StandInServer, folder: StateFolder, log: Path, **more: str) -> Relay:

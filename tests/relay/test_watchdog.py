@@ -36,13 +36,6 @@ class Started:
 
 
 @pytest.fixture
-def folder(state: Path) -> StateFolder:
-    folder = StateFolder(state)
-    folder.create()
-    return folder
-
-
-@pytest.fixture
 def start(folder: StateFolder, tmp_path: Path) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
     with StandInServer() as api:
