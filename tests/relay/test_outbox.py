@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,6 +38,7 @@ from t23_middleware.relay.outbox import (
     Stats,
     Waiting,
     schema,
+    store,
 )
 from t23_middleware.relay.report import Report
 
@@ -120,6 +123,23 @@ def test_what_is_done_together_happens_whole_or_not_at_all(outbox):
         outbox.settle([Acked(first.id)], NOW)
         outbox.ingest(batch(report(3)))
     assert adds_up(outbox) == Stats(3, 2, 1, 0, 0)
+
+
+class Interrupted(sqlite3.Connection):
+    """Fails where the outbox lifts the bound of its file's growth."""
+
+    def execute(self, query: str, *values: Any) -> sqlite3.Cursor:
+        if query == f"PRAGMA max_page_count = {store.MOST_PAGES}":
+            raise sqlite3.OperationalError("locking protocol")
+        return super().execute(query, *values)
+
+
+def test_what_is_committed_has_not_failed_whatever_fails_after(path, monkeypatch):
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
+    with closing(SQLiteOutbox(path)) as outbox:
+        with outbox.growing_by(1 << 20):
+            outbox.ingest(batch(report(1)))
+        assert adds_up(outbox).waiting == 1
 
 
 # What is claimed.

@@ -23,6 +23,7 @@ from .values import (
     Ingest,
     Key,
     Lost,
+    OutboxError,
     OutboxFull,
     Settlement,
     Stats,
@@ -220,7 +221,9 @@ class SQLiteOutbox:
             yield
         finally:
             self._spares_reserve = False
-            self._pragma(f"max_page_count = {MOST_PAGES}")
+            # What was committed must not look as if it had failed: it would be taken in a second time.
+            with suppress(OutboxError):
+                self._pragma(f"max_page_count = {MOST_PAGES}")
 
     def shrink(self, kept: int, most: int) -> bool:
         """Give up to *most* pages back to the disk where more than *kept*, and more than half of all, are free."""
