@@ -19,7 +19,7 @@
   const place = (id) => document.getElementById(id);
   const seen = new Map(); // report -> what was last said of it
   const depth = [];
-  let run = null, first = true, said = "", failures = 0, timer = 0, sampled = 0, wanted = null;
+  let run = null, first = true, said = "", failures = 0, timer = 0, sampled = 0, wanted = null, turns = 0;
 
   // Words.
 
@@ -242,10 +242,11 @@
     return answer.json();
   };
   const look = async () => {
+    const before = turns;
     try {
       const state = await asked("state.json");
       failures = 0;
-      show(state);
+      if (turns === before) show(state); // else it may be of before the switch was turned, and would turn it back
     } catch (error) {
       failures += 1;
       if (failures > 1) gone("The demo does not answer: it was ended, or is busy. Start it again with t23-middleware demo; this page shows the last that it knew.");
@@ -269,6 +270,7 @@
       }
     }
     wanted = null;
+    turns += 1;
     if (state) show(state);
   };
 

@@ -247,6 +247,25 @@ def test_the_api_is_turned_by_the_keyboard_and_all_is_reached(page: DemoPage):
     assert page.complaints() == []
 
 
+def test_an_answer_from_before_the_switch_was_turned_does_not_turn_it_back(page: DemoPage):
+    page.open()
+    page.run(
+        "window.held = 0; window.stood = []; const fetched = window.fetch;"
+        "window.fetch = async (path, options) => {"
+        "  const answer = await fetched(path, options);"
+        "  if (!path.endsWith('state.json')) return answer;"
+        "  window.held += 1; await new Promise(done => setTimeout(done, 1500)); window.held += 1;"
+        "  return answer;"
+        "};"
+        "setInterval(() => window.stood.push(document.querySelector('#api input:checked').value), 10);"
+    )
+    page.see(lambda: page.run("return window.held % 2"))
+    page.choose("down")
+    then = page.run("return [window.held, window.stood.length]")
+    page.see(lambda: page.run("return window.held") > then[0] + 2)
+    assert set(page.run("return window.stood")[then[1] :]) == {"down"}
+
+
 def test_a_screen_reader_gets_a_name_for_everything_and_hears_of_reports(page: DemoPage):
     page.open()
     page.play_unseen("heard-of")
