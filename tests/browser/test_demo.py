@@ -73,7 +73,12 @@ class DemoPage(Look):
         self.see(lambda: self.demo.state()["api"]["is"] == condition)
 
     def see(self, true: Any) -> None:
-        assert until(true), self.text
+        assert until(true), self.story
+
+    @property
+    def story(self) -> str:
+        """What the page, its demo and the relay say, for who looks into a failure."""
+        return "\n\n".join((self.text, json.dumps(self.demo.state()), self.demo.output, self.demo.relay_log))
 
     def play_unseen(self, session: str, **query: str) -> None:
         """Somebody else plays the example's clip."""
@@ -89,18 +94,28 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
 
 @pytest.fixture
 def page(chromium: Chromium, site: Demo, artefacts: Path) -> Iterator[DemoPage]:
-    """The page in a window without leftovers, its API well."""
+    """The page in a window without leftovers, its API well; earlier tests' viewings are on it."""
     site.turn("well")
-    chromium.blank_page(site.address)
-    page = DemoPage(chromium, site, artefacts)
+    yield from _in_a_blank_window(chromium, site, artefacts)
+
+
+@pytest.fixture
+def first_page(chromium: Chromium, artefacts: Path, tmp_path: Path) -> Iterator[DemoPage]:
+    """The page of a demo of its own, so that every figure on it is the test's."""
+    with demo(tmp_path / "demo") as running:
+        yield from _in_a_blank_window(chromium, running, artefacts)
+
+
+def _in_a_blank_window(chromium: Chromium, demo: Demo, artefacts: Path) -> Iterator[DemoPage]:
+    chromium.blank_page(demo.address)
+    page = DemoPage(chromium, demo, artefacts)
     yield page
     page.player.leave()
 
 
-def test_playing_and_scrubbing_is_drawn_and_told_with_skip_0_then_skip_1(page: DemoPage):
-    page.open()
+def test_playing_and_scrubbing_is_drawn_and_told_with_skip_0_then_skip_1(first_page: DemoPage):
+    page = first_page.open()
     page.picture("before")
-    before = len(page.reports())
     page.player.click_play()
     page.see(lambda: page.count("#open > li") == 1)
     page.player.watch_for(2)
@@ -109,15 +124,18 @@ def test_playing_and_scrubbing_is_drawn_and_told_with_skip_0_then_skip_1(page: D
     assert 0 < width < 30
     assert not page.player.has(100)
     page.player.scrub_to(100)
-    page.see(lambda: page.reports()[: -before or None][-1:] == [("skip 0", "recorded")])
+    page.see(lambda: ("skip 0", "recorded") in page.reports())
     page.player.watch_for(2)
     page.see(lambda: [bar for bar in page.bars() if bar[0] == "skip1 open" and 60 < bar[1] < 70])
-    assert page.count("#viewings > li:first-child .jump") == 1
+    jumps = page.run(
+        "return [...document.querySelectorAll('.jump[data-of]')].map(mark => parseFloat(mark.style.left))"
+    )
+    assert jumps and all(60 < at < 70 for at in jumps)
     assert page.count("#viewings .head") == 1
     page.picture("scrubbed")
     page.player.scrub_to(60)
-    page.see(lambda: ("skip 1", "recorded") in page.reports()[: -before or None])
-    assert all(skip == "skip 1" for skip, _ in page.reports()[: -before - 1])
+    page.see(lambda: ("skip 1", "recorded") in page.reports())
+    assert [skip for skip, _ in page.reports()].count("skip 0") == 1
     assert page.complaints() == []
 
 
@@ -158,24 +176,21 @@ def test_a_reload_is_a_new_viewing(page: DemoPage):
     ("condition", "words"), [("deny", "not whitelisted"), ("down", "API is down"), ("hang", "API is down")]
 )
 def test_with_the_api_off_the_queue_fills_and_once_it_is_back_it_drains(
-    page: DemoPage, condition: str, words: str
+    first_page: DemoPage, condition: str, words: str
 ):
-    page.open()
-    # The player of an earlier test may only now be seen to have left.
-    page.see(lambda: page.words("#f-waiting") == page.words("#f-open") == "0")
-    sent = int(page.words("#f-sent").replace(",", ""))
+    page = first_page.open()
     page.choose(condition)
     for number in range(6):
         page.play_unseen(f"queue-{condition}-{number}")
     page.see(lambda: page.words("#f-waiting") == "6")
     page.see(lambda: words in page.words("#state"))
-    assert page.count("#queue > i") == 6
-    assert {state for _, state in page.reports()[:6]} <= {"waits", "on its way"}
+    assert page.count("#queue > i") == 6, page.story
+    assert {state for _, state in page.reports()} <= {"waits", "on its way"}
     page.picture(f"api-{condition}")
     page.choose("well")
     page.see(lambda: page.words("#f-waiting") == "0" and page.words("#queue") == "Empty.")
-    page.see(lambda: page.reports()[:6] == [("skip 0", "recorded")] * 6)
-    assert int(page.words("#f-sent").replace(",", "")) == sent + 6
+    page.see(lambda: page.reports() == [("skip 0", "recorded")] * 6)
+    assert page.words("#f-sent") == "6"
     assert "relay --once" in page.words("#api-words")
     assert page.complaints() == []
 
@@ -190,7 +205,7 @@ def test_markup_from_session_photo_agent_and_api_is_text(page: DemoPage):
     page.see(lambda: ("skip 0", "refused") in page.reports())
     page.see(lambda: REFUSAL in page.words("#reports") and MARKUP[:4] in page.words("#reports"))
     page.see(lambda: MARKUP in page.words("#viewings"))
-    assert page.words("#f-dead") != "0"
+    page.see(lambda: page.words("#f-dead") != "0")
     assert page.count("main script, main img, #reports svg") == 0
     assert page.driver.title == "Demo · t23_middleware"
     assert page.complaints() == []
@@ -210,8 +225,6 @@ def test_the_page_is_whole_and_legible_in_every_light_and_width(page: DemoPage, 
             page.choose("down")
     page.see(lambda: page.count("#queue > i") and page.count(".lane i.open"))
     page.put_on(look)
-    lit_up = "return [...document.querySelectorAll('#reports > li')].some(row => row.getAnimations().length)"
-    page.see(lambda: not page.run(lit_up))
     assert page.run("return document.documentElement.scrollWidth") <= LOOKS[look][0]
     assert page.run(PALE) == []
     assert page.run(FAINT) == []
@@ -266,10 +279,10 @@ def test_an_answer_from_before_the_switch_was_turned_does_not_turn_it_back(page:
     assert set(page.run("return window.stood")[then[1] :]) == {"down"}
 
 
-def test_a_screen_reader_gets_a_name_for_everything_and_hears_of_reports(page: DemoPage):
-    page.open()
+def test_a_screen_reader_gets_a_name_for_everything_and_hears_of_reports(first_page: DemoPage):
+    page = first_page.open()
     page.play_unseen("heard-of")
-    page.see(lambda: page.words("#news").startswith("Report of 1,188,701 bytes, skip 0, recorded"))
+    page.see(lambda: "Report of 1,188,701 bytes, skip 0, recorded." in page.words("#news"))
     found = page.named()
     for name in ("answers", "refuses", "hangs", "is down"):
         assert name in found["radio"]

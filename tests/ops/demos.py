@@ -47,6 +47,11 @@ class Demo:
     def output(self) -> str:
         return self._output.read_text()
 
+    @property
+    def relay_log(self) -> str:
+        """What its relay had to say."""
+        return "".join(log.read_text() for log in self.temporary.glob("t23-demo-*/state/relay.log"))
+
     def wait_until_ready(self) -> None:
         assert until(lambda: "Each report appears" in self.output or self.process.poll() is not None)
         assert self.process.poll() is None, self.output
