@@ -23,11 +23,19 @@ def width() -> int:
 
 
 def wrapped(text: str, columns: int, indent: str = "", first: str | None = None) -> str:
-    """*text* in lines of *columns*; *first* stands before the first line, *indent* before the others."""
+    """*text* in lines of *columns*; *first* stands before the first line, *indent* before the others.
+
+    What has no spaces, as most paths, stays whole on a line that may be longer: it is there to be copied.
+    """
     start = indent if first is None else first
     whole = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _HELD), text)
     lines = textwrap.wrap(
-        whole, columns, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False
+        whole,
+        columns,
+        initial_indent=start,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
     )
     return "\n".join(lines or [start.rstrip()]).replace(_HELD, " ")
 

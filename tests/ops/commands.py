@@ -132,6 +132,10 @@ class Site:
         return Settings(environ=self.environ).relay_digest()
 
 
+#: Columns before the words of an item of ``check``, at most those of any command's.
+HANGING = 17
+
+
 def fits(output: str) -> bool:
-    """Whether no line is wider than 80 columns, but for what can't be broken."""
-    return all(len(line) <= 80 or " " not in line.strip() for line in output.splitlines())
+    """Whether no line is wider than 80 columns, but for a word at its end that fits on none."""
+    return all(len(line) <= 80 or len(line.split()[-1]) > 80 - HANGING for line in output.splitlines())

@@ -71,6 +71,12 @@ def test_a_command_in_quotes_stays_on_its_line():
     assert max(map(len, told.splitlines())) <= 80
 
 
+def test_a_path_that_is_longer_than_the_line_stays_whole():
+    path = "/srv/" + "a-long-name/" * 8 + "t23.log"
+    told = text.wrapped(f"{path} can be read; no play is in it yet", 80, " " * 17, "ok     proxy     ")
+    assert told.splitlines() == [f"ok     proxy     {path}", " " * 17 + "can be read; no play is in it yet"]
+
+
 def test_dead_letters_say_what_can_be_done_with_them(site: Site):
     site.play(2, photo="404")
     site.deliver()
