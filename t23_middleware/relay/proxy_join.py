@@ -162,9 +162,16 @@ class ProxyJoin:
             for writer, number in self._playback.given_out.changed()
         ]
         rows += [(_LINE + play, None) for play in self._stored - self._held.keys()]
-        rows += [(_PLACES + path, _places_text(reading)) for path, reading in self._judged().items()]
+        rows += [(_PLACES + path, _places_text(places)) for path, places in self._places()]
         new = [logged for play, logged in self._held.items() if play not in self._stored]
         return rows + [(_LINE + logged.line.play, logged.line.to_text()) for logged in new]
+
+    def _places(self) -> Iterator[tuple[str, list[Place]]]:
+        for path, reading in self._readings.items():
+            if not self._ahead[path]:
+                yield path, reading.places
+            elif reading.begun is not None:
+                yield path, reading.begun
 
     def _judged(self) -> dict[str, LogReading]:
         """What was read of which each line was judged: only its whole has a place."""
@@ -199,8 +206,8 @@ def _is_nothing(line: ProxyLine) -> bool:
     return not line.is_ok or line.body <= PROBE or (line.part.size or line.body) <= PROBE
 
 
-def _places_text(reading: LogReading) -> str:
-    return json.dumps([place.to_text() for place in reading.places])
+def _places_text(places: Sequence[Place]) -> str:
+    return json.dumps([place.to_text() for place in places])
 
 
 def _places(text: str) -> list[Place]:

@@ -28,9 +28,9 @@ PIECE = 1 << 20
 HEAD = 128
 #: Rotated siblings that are followed, however old.
 NEWEST = 2
-#: The most that are gone back to after a long absence, and the places that are kept (a file in the middle of its
-#: renaming is nowhere to be found).
-FURTHEST = 8
+#: The most that are gone back to after a long absence: four days of hourly ones.
+FURTHEST = 100
+#: Places that are kept: a file in the middle of its renaming is nowhere to be found.
 PLACES_KEPT = 16
 #: Seconds that the log may be away between its renaming and the proxy's opening of the next one.
 GRACE = 5.0
@@ -74,6 +74,9 @@ class LogReading(NamedTuple):
     more: bool
     #: Whether :attr:`places` are others than before; lines and counts come only with that.
     changed: bool
+    #: Where nothing of these files is known yet, places to keep until :attr:`places` can be: who only knows then that
+    #: it began goes on there, however often the log is rotated before.
+    begun: list[Place] | None = None
 
 
 #: Device, inode, size and time of the last change: while they stay, there is nothing to read.
@@ -144,6 +147,8 @@ class ProxyLog:
         if self._finished.issuperset(found.values()):
             return LogReading([], self._places, Counter(), more=False, changed=False)
         with self._opened(found) as files:
+            if self._was_rotated_meanwhile(files):
+                return LogReading([], self._places, Counter(), more=False, changed=False)
             return self._read(files, limit_bytes)
 
     def taken(self, reading: LogReading) -> None:
@@ -186,6 +191,12 @@ class ProxyLog:
             )
         if self._siblings.problem:
             self._troubles.append(self._siblings.problem)
+
+    def _was_rotated_meanwhile(self, files: list[_File]) -> bool:
+        """Whether the file that is to be read on has another name than it had when names were looked for: it would be
+        passed over now, and for good. The next look finds it."""
+        last = self._siblings.last
+        return last is not None and not self._troubles and all(file.signature[1] != last for file in files)
 
     @contextmanager
     def _opened(self, paths: Iterable[Path]) -> Iterator[list[_File]]:
@@ -243,6 +254,8 @@ class ProxyLog:
                 break
             finished.add(file.signature)
         reading = self._parsed(lines, places, more)
+        if reading.changed and not any(_is_of(place, file) for place in self._places for file in files):
+            reading = reading._replace(begun=_with(self._places, files[0], 0))
         self._reading = reading, finished
         if not reading.changed:
             self._finished = finished
@@ -276,29 +289,33 @@ class _Siblings:
         self._date = re.compile(re.escape(real.name) + r"[.-](\d[\d._T-]{5,30})")
         self._listed: int | None = None
         self._newest: list[Path] = []
+        #: Inode of the newest file, the log or a sibling, that is known: there reading goes on.
+        self.last: int | None = None
         #: Why they can't be seen.
         self.problem: str | None = None
 
     def newest(self, places: Sequence[Place]) -> list[Path]:
-        """Newest first. The folder is read only when something was made, renamed or removed in it."""
+        """Newest first. The folder is read only when something was made, renamed or removed in it, or to catch up."""
         try:
             changed = self._folder.stat().st_mtime_ns
-            if changed != self._listed:
+            if changed != self._listed or len(self._newest) > NEWEST:
                 # Two changes within one tick of the kernel's clock leave the same time.
                 self._listed = changed if time.time_ns() - changed > 1_000_000_000 else None
-                self._newest, self.problem = self._choose(places), None
+                self._newest, self.last, self.problem = *self._choose(places), None
         except PermissionError:
-            self._newest, self.problem = [self._first], _closed_folder(self._folder)
+            self._newest, self.last, self.problem = [self._first], None, _closed_folder(self._folder)
         except OSError:
-            self._newest, self.problem = [], None
+            self._newest, self.last, self.problem = [], None, None
         return self._newest
 
-    def _choose(self, places: Sequence[Place]) -> list[Path]:
-        """The newest two; where neither the log nor they are known, all since the last one that is."""
+    def _choose(self, places: Sequence[Place]) -> tuple[list[Path], int | None]:
+        """The newest two; where neither the log nor they are known, all since the last one that is. And its inode."""
         paths = self._sorted(os.listdir(self._folder))  # noqa: PTH208  (names are all that is needed)
         known = {place.inode for place in places}
-        met = next((n for n, path in enumerate([self._log, *paths]) if known and _inode(path) in known), 0)
-        return paths[: max(NEWEST, min(met, FURTHEST))]
+        for number, path in enumerate([self._log, *paths[:FURTHEST]] if known else []):
+            if (inode := _inode(path)) in known:
+                return paths[: max(NEWEST, number)], inode
+        return paths[:NEWEST], None
 
     def _sorted(self, names: list[str]) -> list[Path]:
         """By their names, since a ``sed -i`` changes their times; where the naming was changed, the newer way first."""

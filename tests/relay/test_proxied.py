@@ -279,6 +279,30 @@ def test_a_relay_that_was_away_for_longer_than_the_wait_reads_the_log_first(api,
     assert counters(folder)["proxy_foreign"] == 20_000
 
 
+def test_a_relay_that_was_killed_with_its_first_lines_is_followed_by_one_that_reads_all_since(
+    api, folder, log, monkeypatch
+):
+    """Of a reading that was judged in part only it is not known yet how far it is taken; that it began, is."""
+    plays = [opening(number, ago=2) for number in range(1, 7)]
+    journal(folder, *(line for each in plays for line in (each, closed(each))))
+    log.write_text(says(1, 100_001, ago=1) + says(2, 100_002, ago=0))
+    with monkeypatch.context() as patch:
+        at_point(patch, SQLiteOutbox, "ingest", after=True)
+        killed = relay(api, folder, log)
+        with pytest.raises(Killed):
+            killed.run()
+        os.close(killed._lock)
+    append(log, says(3, 100_003, ago=0))
+    for number in range(3, 0, -1):
+        for old in range(2, 0, -1):
+            if (older := log.with_name(f"t23.log.{old}")).exists():
+                older.rename(log.with_name(f"t23.log.{old + 1}"))
+        log.rename(log.with_name("t23.log.1"))
+        append(log, says(7 - number, 100_007 - number, ago=0))
+    relay(api, folder, log).run()
+    assert told(api) == {f"s{number}": [100_000 + number] for number in range(1, 7)}
+
+
 POINTS = ["ingest", "forget_journals"]
 
 

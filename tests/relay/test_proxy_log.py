@@ -449,12 +449,44 @@ def test_the_first_look_goes_back_no_further_than_two_files(path: Path, follower
 def test_a_relay_that_was_away_for_some_rotations_reads_all_since(path: Path, follower: Follower) -> None:
     append(path, lines(0))
     follower.poll()
-    for number in range(1, 7):
+    for number in range(1, 20):
         append(path, lines(number))
         rotate(path)
-    append(path, lines(7))
+    append(path, lines(20))
     follower.restart()
-    assert follower.poll(1) == [1, 2, 3, 4, 5, 6, 7]
+    assert follower.poll(1) == [*range(1, 21)]
+    append(path, lines(21))
+    assert follower.poll() == [21], "of the older files no place is kept, and they are left alone"
+
+
+@pytest.mark.parametrize("name", ["{}.{}", "{}-2026112{}"])
+def test_a_rotation_between_the_look_for_names_and_the_opening_passes_nothing_over(
+    path: Path, follower: Follower, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def rotate_and_go_on(number: int) -> None:
+        if name == "{}.{}":
+            rotate(path)
+        else:
+            path.replace(path.with_name(name.format(path.name, number)))
+        append(path, lines(number))
+
+    append(path, lines(1))
+    follower.poll()
+    append(path, lines(2))
+    rotate_and_go_on(3)
+    rotate_and_go_on(4)
+    follower.restart()
+    really_open = os.open
+
+    def open_late(file: Path, flags: int) -> int:
+        monkeypatch.setattr(os, "open", really_open)
+        rotate_and_go_on(5)
+        return really_open(file, flags)
+
+    monkeypatch.setattr(os, "open", open_late)
+    follower.poll()
+    follower.poll()
+    assert sorted(follower.numbers) == [1, 2, 3, 4, 5]
 
 
 def test_a_copied_and_truncated_log_goes_on_where_it_was(path: Path, follower: Follower) -> None:
