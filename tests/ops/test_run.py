@@ -397,10 +397,13 @@ def answer(server: subprocess.Popen[bytes], port: int, log: Path) -> str:
 
 
 def end(server: subprocess.Popen[bytes]) -> None:
-    """Ends the server and its workers, which are a process group of their own."""
+    """Ends the server and its workers, which are a process group of their own.
+
+    A uWSGI that is interrupted together with its workers may wait for them for good.
+    """
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(server.pid, signal.SIGINT)
-        server.wait(timeout=20)
+        server.wait(timeout=3)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     server.wait(timeout=20)
