@@ -162,11 +162,12 @@ class ProxyJoin:
             for writer, number in self._playback.given_out.changed()
         ]
         rows += [(_LINE + play, None) for play in self._stored - self._held.keys()]
-        rows += [(_PLACES + path, _places_text(places)) for path, places in self._places()]
+        rows += [(_PLACES + path, _places_text(places)) for path, places in self._kept_places()]
         new = [logged for play, logged in self._held.items() if play not in self._stored]
         return rows + [(_LINE + logged.line.play, logged.line.to_text()) for logged in new]
 
-    def _places(self) -> Iterator[tuple[str, list[Place]]]:
+    def _kept_places(self) -> Iterator[tuple[str, list[Place]]]:
+        """Log -> the places that the next relay may go on from."""
         for path, reading in self._readings.items():
             if not self._ahead[path]:
                 yield path, reading.places

@@ -143,12 +143,14 @@ class ProxyLog:
         Without :meth:`taken` in between, the same again.
         """
         self._troubles = []
+        nothing = LogReading([], self._places, Counter(), more=False, changed=False)
         found = self._look()
         if self._finished.issuperset(found.values()):
-            return LogReading([], self._places, Counter(), more=False, changed=False)
+            return nothing
         with self._opened(found) as files:
             if self._was_rotated_meanwhile(files):
-                return LogReading([], self._places, Counter(), more=False, changed=False)
+                self._siblings.forget()
+                return nothing
             return self._read(files, limit_bytes)
 
     def taken(self, reading: LogReading) -> None:
@@ -307,6 +309,10 @@ class _Siblings:
         except OSError:
             self._newest, self.last, self.problem = [], None, None
         return self._newest
+
+    def forget(self) -> None:
+        """Look for names anew, whatever the folder's time says."""
+        self._listed = None
 
     def _choose(self, places: Sequence[Place]) -> tuple[list[Path], int | None]:
         """The newest two; where neither the log nor they are known, all since the last one that is. And its inode."""

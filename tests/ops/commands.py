@@ -137,5 +137,7 @@ HANGING = 17
 
 
 def fits(output: str) -> bool:
-    """Whether no line is wider than 80 columns, but for a word at its end that fits on none."""
-    return all(len(line) <= 80 or len(line.split()[-1]) > 80 - HANGING for line in output.splitlines())
+    """Whether no line is wider than 80 columns, but for one word that fits on none."""
+    return all(
+        len(line) <= 80 or len(line) - len(line.split()[-1]) <= HANGING for line in output.splitlines()
+    )

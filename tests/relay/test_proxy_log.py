@@ -623,6 +623,25 @@ def test_the_files_of_a_link_are_found_where_they_lie(tmp_path: Path) -> None:
     assert follower.poll() == [1, 2]
 
 
+def test_a_link_that_is_turned_to_a_file_in_another_folder_is_followed(tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "plays.log", tmp_path / "b" / "plays.log"
+    for number, real in enumerate((first, second), 1):
+        real.parent.mkdir()
+        append(real, lines(number))
+    link = tmp_path / "t23.log"
+    link.symlink_to(first)
+    follower = Follower(link)
+    follower.poll()
+    os.utime(first.parent, ns=(1, 1))  # its names are known for long
+    append(first, lines(3))
+    follower.poll()
+    link.unlink()
+    link.symlink_to(second)
+    follower.poll()
+    follower.poll()
+    assert follower.numbers == [1, 3, 2]
+
+
 class Writer:
     """nginx, logrotate and the relay on one log, by the operations that the property test draws."""
 
