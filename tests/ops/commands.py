@@ -132,8 +132,8 @@ class Site:
         return Settings(environ=self.environ).relay_digest()
 
 
-#: Columns before the words of an item of ``check``, at most those of any command's.
-HANGING = 17
+#: Columns before the words of an item of ``status``, at most those of any command's.
+HANGING = 18
 
 
 def fits(output: str) -> bool:
