@@ -20,6 +20,8 @@ import pytest
 from examples.flask_app import CLIP, VIDEO
 from t23_middleware.state import StateFolder, lock_is_held
 
+from .ports import free_port
+
 ROOT = Path(__file__).parent.parent
 MEDIA = "/{tree_id}/{photo}/{token}/{format}/{slug}-video.mp4".format(**VIDEO)
 CLIP_BYTES = CLIP.stat().st_size
@@ -63,12 +65,6 @@ def need_root() -> None:
     if os.environ.get("CI"):
         pytest.fail("only root can run this")
     pytest.skip("only root can run this")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def answers(port: int) -> bool:

@@ -26,12 +26,12 @@ from .harness import (
     ROOT,
     answers,
     end_relay,
-    free_port,
     need,
     need_root,
     running,
     until,
 )
+from .ports import free_port
 
 
 def play(session: str) -> str:

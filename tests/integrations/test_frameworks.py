@@ -19,7 +19,8 @@ import pytest
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.state import StateFolder
 
-from ..harness import CLIP, CLIP_BYTES, PATIENCE, ROOT, end_relay, free_port, lacking, until
+from ..harness import CLIP, CLIP_BYTES, PATIENCE, ROOT, end_relay, lacking, until
+from ..ports import free_port
 from .pages import PAGE, Told, told
 
 TOLD = list(told(PAGE.read_text()))

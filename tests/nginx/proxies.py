@@ -15,7 +15,8 @@ from pathlib import Path
 from t23_middleware.relay.proxy_line import APACHE_LINES, NGINX_LINES
 
 from ..chaos.load import workers_of
-from ..harness import PATIENCE, free_port, lacking, need, until
+from ..harness import PATIENCE, lacking, need, until
+from ..ports import free_port
 
 DISTRIBUTED = Path("/etc/nginx/nginx.conf")
 

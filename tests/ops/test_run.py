@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -22,6 +21,8 @@ import pytest
 import t23_middleware
 from t23_middleware.errors import UsageError
 from t23_middleware.ops.run import OURS, place
+
+from ..ports import free_port
 
 PACKAGE = Path(t23_middleware.__file__).parent
 BIN = Path(sys.prefix, "bin")
@@ -364,11 +365,6 @@ def _need(program: str) -> None:
     if shutil.which(program, path=f"{BIN}:{os.environ['PATH']}") is None:
         assert "CI" not in os.environ, f"{program} is not installed"
         pytest.skip(f"{program} is not installed")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def server_environment(folder: Path) -> dict[str, str]:

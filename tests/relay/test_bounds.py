@@ -44,7 +44,7 @@ from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder
 from t23_middleware.transfer import Counts
 
-from ..harness import free_port
+from ..ports import free_port
 from .writers import journal, transfer
 
 NOW = 1_764_000_000_000

@@ -33,7 +33,8 @@ from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder, lock_is_held
 from t23_middleware.transfer import FORMATS, Opening, Part, Play, Transfer, encode
 
-from ..harness import PATIENCE, ROOT, free_port, until
+from ..harness import PATIENCE, ROOT, until
+from ..ports import free_port
 from .writers import MS, alive, end, journal, living, opening, start, transfer
 
 

@@ -32,7 +32,8 @@ from t23_middleware.relay.proxy_line import (
 )
 from t23_middleware.relay.proxy_log import HEAD, PLACES_KEPT, Place, ProxyLog
 from t23_middleware.transfer import Part, parse_play_id, play_id
-from tests.harness import PATIENCE, free_port, need, until
+from tests.harness import PATIENCE, need, until
+from tests.ports import free_port
 
 WRITER = "4711-0123456789abcdef"
 UNKNOWN = Part(None, None, None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from t23_middleware.transfer import Counts, Line, Opening, Transfer, decode
 
+from ..ports import free_port
 from .client import Answer, Client
 from .setups import BIN, Setup, words
 
@@ -108,7 +108,7 @@ def running(setup: Setup, folder: Path, served: Path, *before: str, **environ: s
     """The server, once it answers; its command stands after the words *before*. *folder* is its own."""
     if setup.tls:
         _make_certificate(folder)
-    port = _free_port()
+    port = free_port()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [*before, *words(setup, port, folder)],
@@ -138,12 +138,6 @@ def _environ(folder: Path, served: Path) -> dict[str, str]:
         "T23_STATE_DIR": str(folder / "state"),
     }
     return os.environ | ours
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_it_answers(site: Site) -> None:
