@@ -13,7 +13,7 @@ import pytest
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.state import StateFolder
 
-from ..harness import MEDIA, Server, running, until
+from ..harness import MEDIA, Server, end_relay, running, until
 from ..ops.pages import TOKEN, basic
 from ..ops.past import MARKUP, SESSION, fill
 from ..players.chromium import Chromium
@@ -52,6 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, S
         api.fault("error", code="no_such_photo", message=REFUSAL)
         with running(_COMMAND, state, api.url, T23_STATUS_TOKEN=TOKEN) as server:
             yield server, api
+            end_relay(server.state)  # by itself it would stay for what the API refuses
 
 
 @pytest.fixture
