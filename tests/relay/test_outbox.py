@@ -352,6 +352,19 @@ def test_any_one_bit_of_the_version_that_flips_costs_nothing(place, outbox, path
     assert caplog.records == []
 
 
+def test_a_schema_that_is_no_text_any_more_is_a_corrupt_file(outbox, path, caplog):
+    outbox.ingest(batch(*map(report, range(3))))
+    outbox.close()
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE reports (", b"CREATE TABL\xc1 reports ("))
+    with pytest.raises(OutboxCorrupt), OutboxView(path) as view:
+        view.snapshot()
+    new = SQLiteOutbox(path)
+    assert adds_up(new) == Stats(0, 0, 0, 0, 0)
+    assert new.counters() == {"outbox_corrupt": 1, "outbox_uncounted": 1}
+    new.close()
+    assert "not known" in caplog.text
+
+
 def test_a_version_that_is_damaged_in_both_places_is_a_corrupt_file(outbox, path):
     outbox.ingest(batch(report(1)))
     outbox.close()

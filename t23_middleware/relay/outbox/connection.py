@@ -18,6 +18,8 @@ CHECKPOINT_PAGES = 16
 LOG_KEPT = 1 << 20
 #: SQLite's words for SQLITE_FULL and SQLITE_IOERR; the codes came to Python with 3.11.
 FULL = ("database or disk is full", "disk I/O error")
+#: What :mod:`sqlite3` raises of itself. The latter where SQLite quotes a damaged schema, in words that are no text.
+SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def open_beside(path: Path, mode: str) -> sqlite3.Connection:
 def translated() -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:
+    except SQLITE_ERRORS as error:
         if means_corrupt(error):
             raise OutboxCorrupt(
                 f"the outbox is corrupt ({error}); restart the relay to begin a new one"
@@ -71,12 +73,14 @@ def translated() -> Iterator[None]:
         raise kind(f"the outbox can't be used: {error}") from error
 
 
-def means_corrupt(error: sqlite3.Error) -> bool:
+def means_corrupt(error: Exception) -> bool:
     """SQLITE_CORRUPT and SQLITE_NOTADB have no class of their own; all else that may happen has.
 
     A damaged header makes another format of the file, which SQLite tells as it would tell of a later version's.
     """
-    return type(error) is sqlite3.DatabaseError or str(error) == "unsupported file format"
+    return (
+        type(error) in (sqlite3.DatabaseError, UnicodeDecodeError) or str(error) == "unsupported file format"
+    )
 
 
 def open_file(path: Path) -> sqlite3.Connection:

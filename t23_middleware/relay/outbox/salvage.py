@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .connection import FULL, immediate, means_corrupt, open_file, translated
+from .connection import FULL, SQLITE_ERRORS, immediate, means_corrupt, open_file, translated
 from .tally import add_counts, give_up
 from .values import CORRUPT, UNCOUNTED, GivenUp, OutboxError, OutboxFull
 
@@ -23,9 +23,8 @@ def open_or_replace(path: Path) -> sqlite3.Connection:
     """The database at *path*; a corrupt one is set aside, for a relay that refuses to start delivers nothing."""
     try:
         return open_file(path)
-    except (sqlite3.Error, UnicodeDecodeError) as error:
-        # The latter comes of SQLite's words about a schema with a bit that flipped.
-        if isinstance(error, sqlite3.Error) and not means_corrupt(error):
+    except SQLITE_ERRORS as error:
+        if not means_corrupt(error):
             kind = OutboxFull if str(error) in FULL else OutboxError
             raise kind(f"{path} can't be opened: {error}") from error
         set_aside(path, error)
@@ -58,7 +57,7 @@ def set_aside(path: Path, why: Exception) -> None:
             "t23_count": left.loss.reports,
         },
     )
-    with suppress(sqlite3.Error, OSError):  # whoever opens it next meets that too
+    with suppress(*SQLITE_ERRORS, OSError):  # whoever opens it next meets that too
         _begin_with(path, left)
 
 
@@ -80,7 +79,7 @@ def _begin_with(path: Path, left: _Left) -> None:
 def _left_in(path: Path) -> _Left:
     """What can be read of the reports in a corrupt database, those that the API refused included."""
     uri = f"{path.absolute().as_uri()}?mode=ro"
-    with suppress(sqlite3.Error), closing(sqlite3.connect(uri, uri=True, timeout=0)) as db:
+    with suppress(*SQLITE_ERRORS), closing(sqlite3.connect(uri, uri=True, timeout=0)) as db:
         found = [_left_of(db, table) for table in ("reports", "dead")]
         reports, size = (sum(numbers) for numbers in zip(*(each.loss[1:] for each in found), strict=True))
         return _Left(GivenUp("corrupt", reports, size), all(each.all for each in found))
@@ -103,6 +102,6 @@ def _read_on(db: sqlite3.Connection, query: str, *values: int) -> tuple[int, int
         for id, sent in db.execute(query, values):
             reports, last = reports + 1, id
             size += sent if type(sent) is int and 0 <= sent < MOST_BYTES else 0
-    except sqlite3.Error:
+    except SQLITE_ERRORS:
         return reports, size, last
     return reports, size, None
