@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from .. import history
 from ..report import CLOCK_SET_MS, Report
-from .connection import immediate, translated
+from .connection import SQLITE_ERRORS, immediate, translated
 from .salvage import open_or_replace
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, REPORT_MARKS, STATS
 from .tally import add_counts, add_history, add_history_now, give_up, lose
@@ -340,7 +339,7 @@ class SQLiteOutbox:
 
     def _fold_log(self) -> None:
         """Now, before somebody else takes the room: a log that can't be folded into the file only grows."""
-        with suppress(sqlite3.Error):
+        with suppress(*SQLITE_ERRORS):
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _pragma(self, text: str) -> int:
