@@ -57,7 +57,7 @@
       show(child, item);
       if (list.children[at] !== child) list.insertBefore(child, list.children[at] || null);
     });
-    old.forEach((child) => child.remove());
+    while (list.children.length > items.length) list.lastElementChild.remove();
   };
 
   // A viewing's strip.
@@ -165,13 +165,13 @@
   const showQueue = (state) => {
     const waiting = state.figures.waiting;
     const kinds = state.reports.filter((report) => report.is === "waiting" || report.is === "asking").reverse();
-    const blocks = Array.from({ length: Math.min(waiting, BLOCKS) }, (_, at) => ({ at, ...kinds[at] }));
+    const blocks = Array.from({ length: Math.min(waiting, BLOCKS) }, (_, at) => ({ skip: kinds[at]?.skip ?? 1, is: kinds[at]?.is, at }));
     const items = blocks.length ? blocks : [{ at: "none" }];
     if (waiting > BLOCKS) items.push({ at: "more" });
     keep(place("queue"), items, (item) => item.at, (item) => make(typeof item.at === "number" ? "i" : "span"), (mark, item) => {
       if (item.at === "none") write(mark, "Empty.");
       else if (item.at === "more") write(mark, `and ${exact(waiting - BLOCKS)} more`);
-      else mark.className = `skip${item.skip ?? 1} ${item.is === "asking" ? "asking" : ""}`;
+      else mark.className = `skip${item.skip} ${item.is === "asking" ? "asking" : ""}`;
     });
     const oldest = waiting && state.oldest !== null ? `, the oldest for ${seconds(state.oldest * 1000)}` : "";
     place("queue").setAttribute("aria-label", waiting ? `${many(waiting, "report waits", "reports wait")}${oldest}` : "Nothing waits");

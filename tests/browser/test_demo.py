@@ -260,6 +260,26 @@ def test_the_api_is_turned_by_the_keyboard_and_all_is_reached(page: DemoPage):
     assert page.complaints() == []
 
 
+def test_reports_of_one_moment_are_each_one_block_of_the_queue(first_page: DemoPage):
+    page = first_page.open()
+    page.run(
+        "window.looks = 0; const fetched = window.fetch;"
+        "window.fetch = async (path, options) => {"
+        "  const state = await (await fetched(path, options)).json();"
+        "  for (const report of state.reports) report.at = 1;"
+        "  window.looks += 1;"
+        "  return new Response(JSON.stringify(state));"
+        "};"
+    )
+    page.choose("down")
+    for number in range(3):
+        page.play_unseen(f"same-{number}")
+    page.see(lambda: page.words("#f-waiting") == "3")
+    looks = page.run("return window.looks")
+    page.see(lambda: page.run("return window.looks") > looks + 3)
+    assert page.count("#queue > i") == 3
+
+
 def test_an_answer_from_before_the_switch_was_turned_does_not_turn_it_back(page: DemoPage):
     page.open()
     page.run(
