@@ -227,7 +227,7 @@ class DemoPage:
 
     def _row(self, session: str, photo: str, at_ms: int, sent: int, skip: int, state: str) -> dict[str, Any]:
         return {
-            "id": f"{self._name(session, photo)}-{at_ms}",
+            "id": f"{self._name(session, photo)}-{at_ms}-{sent}-{skip}",
             "session": text.masked(session),
             "video": photo,
             "at": at_ms,

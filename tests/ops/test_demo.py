@@ -169,6 +169,14 @@ def test_each_load_is_a_viewing_of_its_own_and_no_session_is_told(running: Demo)
     assert sessions[0] not in running.output
 
 
+def test_what_one_viewing_reports_in_one_moment_is_each_a_row(running: Demo):
+    call = f"/api/analytics/report/play?session_id=one-moment&photo_id=7&time={time.time_ns() // MS}"
+    for said in ("bytes_total=5&skip=0", "bytes_total=5&skip=1", "bytes_total=6&skip=1"):
+        assert running.ask(f"{call}&{said}", port=running.api_port)[0].status == 200
+    assert until(lambda: len(_rows(running, "one-…", "sent")) == 3)
+    assert len({row["id"] for row in _rows(running, "one-…", "sent")}) == 3
+
+
 def test_what_is_told_is_bounded(running: Demo):
     for number in range(40):
         running.ask(f"{MEDIA}?session_id=many-{number}&photo_id=7", Range="bytes=0-999")
