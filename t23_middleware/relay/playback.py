@@ -208,7 +208,7 @@ class Playback:
     @property
     def latest_ns(self) -> int:
         """Time of the latest fact of all that are kept; before any time where there is none."""
-        return max((viewer.last_ns for viewer in self._viewers), default=-(1 << 63))
+        return max((viewer.last_ns for viewer in self._viewers), default=BEFORE_ALL_NS)
 
     @property
     def awaited(self) -> int:
@@ -242,7 +242,7 @@ class Playback:
         reports = [] if viewer is None else self._age(viewer, at_ns)
         if viewer is None:
             reports += self._make_room()
-            viewer = Viewer(key)
+            viewer = Viewer(key, at_ns)
         viewer.last_ns = max(viewer.last_ns, at_ns)
         self._viewers.touch(viewer)
         return viewer, reports

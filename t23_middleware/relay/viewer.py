@@ -39,7 +39,7 @@ class Viewer:
 
     key: tuple[str, str, str]
     #: Its latest fact.
-    last_ns: int = 0
+    last_ns: int
     #: Time of its latest report.
     last_ms: int = 0
     #: In the order of their start; the last one is current.

@@ -484,6 +484,12 @@ class TestAfterARestartOfTheHost:
         playback.advance(60 * S + 30 * 60 * S, 0)
         assert dict(playback.changed()) == {("", *PLAY[:2]): None}
 
+    def test_what_was_over_before_a_boot_of_some_seconds_is_told_and_forgotten_at_once(self) -> None:
+        playback = Playback(per="stream", idle_s=1000)
+        feed(playback, facts_of([response(1, -3609, -3600, 0, 3_000_000)]))
+        assert told(playback.advance(5 * S, 0)) == [(0, 3_000_000)]
+        assert dict(playback.changed()) == {("", *PLAY[:2]): None}
+
     def test_what_is_known_of_an_open_response_is_placed_by_the_wall_clock_too(self) -> None:
         opening = response(1, self.UPTIME, self.UPTIME + 1, 0, 1).opening._replace(started_ms=2_000)
         open_response = Response.of("w", opening)
