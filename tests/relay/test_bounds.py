@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,7 +46,7 @@ from t23_middleware.state import StateFolder
 from t23_middleware.transfer import Counts
 
 from ..ports import free_port
-from .writers import journal, transfer
+from .writers import MS, journal, transfer
 
 NOW = 1_764_000_000_000
 TODAY, TOMORROW = "2025-11-24", "2025-11-25"
@@ -544,9 +545,10 @@ def test_a_relay_drops_what_is_too_old_sends_the_rest_and_its_figures_add_up(rel
 def test_a_relay_whose_api_is_away_keeps_within_its_bytes(relay, state, monkeypatch):
     folder = StateFolder(state)
     folder.create()
-    base = transfer(1, 1)
-    lines = [transfer(n, 10**6 * n, f"session-{n}", at_ms=base.ended_ms) for n in range(1, 6001)]
-    journal(folder, "1-dead", *lines)
+    # Of the boot before, so that their viewings are over however long this machine has been up.
+    hour_ago_ms = time.time_ns() // MS - 3_600_000
+    lines = [transfer(n, MS * n, f"session-{n}", at_ms=hour_ago_ms) for n in range(1, 6001)]
+    journal(folder, "1-dead", *lines, boot="the-boot-before")
     bound = 400_000
     nowhere = relay(f"http://127.0.0.1:{free_port()}", T23_MAX_BYTES=str(bound))
 
