@@ -35,6 +35,7 @@ from t23_middleware.transfer import FORMATS, Opening, Part, Play, Transfer, enco
 
 from ..harness import PATIENCE, ROOT, until
 from ..ports import free_port
+from .readers import rows, seen, stats
 from .writers import MS, alive, end, journal, living, opening, start, transfer
 
 
@@ -53,21 +54,6 @@ def digest(api: StandInServer, folder: StateFolder) -> str:
 
 def sessions(api: StandInServer) -> Counter[str]:
     return Counter(report["session_id"] for report in api.recorded())
-
-
-def stats(folder: StateFolder) -> Stats:
-    outbox = SQLiteOutbox(folder.outbox)
-    found = outbox.stats()
-    outbox.close()
-    assert found.captured == found.waiting + found.sent + found.dead + found.lost
-    return found
-
-
-def counters(folder: StateFolder) -> dict[str, int]:
-    outbox = SQLiteOutbox(folder.outbox)
-    found = outbox.counters()
-    outbox.close()
-    return found
 
 
 # In this process.
@@ -135,7 +121,7 @@ def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, fol
     assert folder.holds_work()
     made(api, folder).run()
     assert not folder.holds_work()
-    assert counters(folder) == {}
+    assert seen(folder).counters == {}
 
 
 def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_counted(api, folder, caplog):
@@ -145,7 +131,7 @@ def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_cou
     os.utime(theirs, (old, old))
     made(api, folder, T23_MAX_AGE="3600").run()
     assert (theirs.exists(), recent.exists()) == (False, True)
-    assert counters(folder) == {"journals_given_up": 1}
+    assert seen(folder).counters == {"journals_given_up": 1}
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
     assert not folder.holds_work()
 
@@ -163,10 +149,8 @@ def test_responses_that_the_dead_left_open_are_ended_before_the_relay_leaves(api
     journal(folder, "1-dead", opening(1, now() - 10**9, "open"), transfer(2, now() - 10**8, "closed"))
     made(api, folder).run()
     assert sessions(api) == {"closed": 1}
-    assert counters(folder)["interrupted_unknown"] == 1
-    outbox = SQLiteOutbox(folder.outbox)
-    assert outbox.places() == {}
-    outbox.close()
+    assert seen(folder).counters["interrupted_unknown"] == 1
+    assert seen(folder).places == {}
 
 
 def test_of_a_backlog_no_viewing_is_forgotten_before_all_of_it_was_judged(api, folder):
@@ -374,9 +358,7 @@ def test_a_kill_at_any_point_loses_nothing_and_doubles_no_more_than_was_in_fligh
     doubled = sum(times - 1 for times in told.values())
     assert doubled <= (MOST_SENDERS * CLAIMED_PER_SENDER if name in ("settle", "_hand_out") else 0)
     assert stats(folder) == Stats(count, 0, count, 0, 0)
-    outbox = SQLiteOutbox(folder.outbox)
-    assert outbox.places() == {}
-    outbox.close()
+    assert seen(folder).places == {}
     assert list(folder.journals.iterdir()) == []
 
 
@@ -458,7 +440,7 @@ def test_sigterm_ends_it_in_time_while_the_api_hangs_and_the_next_one_delivers(a
     journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(50)])
     api.fault("hang")
     relay = run(T23_EXIT_SECONDS="0.5", T23_TIMEOUT="60")
-    assert until(lambda: folder.outbox.exists() and leased(folder))
+    assert until(lambda: leased(folder))
     began = time.monotonic()
     assert relay.end(signal.SIGTERM) == 0, relay.log()
     assert time.monotonic() - began < PATIENCE / 2
@@ -472,10 +454,7 @@ def test_sigterm_ends_it_in_time_while_the_api_hangs_and_the_next_one_delivers(a
 
 
 def leased(folder: StateFolder) -> int:
-    outbox = SQLiteOutbox(folder.outbox)
-    (count,) = outbox._db.execute("SELECT count(*) FROM reports WHERE leased = 1").fetchone()
-    outbox.close()
-    return int(count)
+    return len(rows(folder, "SELECT 1 FROM reports WHERE leased = 1"))
 
 
 _PACED_WRITER = """
@@ -527,7 +506,7 @@ def test_an_outage_across_a_kill_loses_nothing(api, folder, run):
     journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(100)])
     api.stop()
     first = run()
-    assert until(lambda: folder.outbox.exists() and stats(folder).captured == 100)
+    assert until(lambda: stats(folder).captured == 100)
     first.end(signal.SIGKILL)
     api.start()
     run()
@@ -662,6 +641,6 @@ def test_an_api_that_does_not_exist_stops_nobody_from_starting_and_ending(folder
     nowhere = StandInServer(port=free_port())
     relay = run(of=nowhere)
     journal(folder, "1-dead", transfer(1, now() - 10**9, "nowhere"))
-    assert until(lambda: folder.outbox.exists() and stats(folder).waiting == 1)
+    assert until(lambda: stats(folder).waiting == 1)
     assert relay.end(signal.SIGINT) == 0, relay.log()
     assert "Traceback" not in relay.log()

@@ -8,7 +8,6 @@ import os
 import random
 import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import pytest
 from t23_middleware.ops import standin
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.relay import journals, process
-from t23_middleware.relay.outbox import OutboxView, SQLiteOutbox, Stats
+from t23_middleware.relay.outbox import SQLiteOutbox, Stats
 from t23_middleware.relay.process import Relay
 from t23_middleware.state import StateFolder
 from t23_middleware.transfer import (
@@ -34,7 +33,8 @@ from t23_middleware.transfer import (
 )
 
 from ..harness import PATIENCE, until
-from .test_process import Killed, at_point, made, relaying, stats
+from .readers import rows, seen, stats
+from .test_process import Killed, at_point, made, relaying
 from .writers import MS, alive, header
 
 WRITER = "1-0123456789abcdef"
@@ -113,25 +113,14 @@ def told(api: StandInServer) -> dict[str, list[int]]:
     return found
 
 
-def notes(folder: StateFolder) -> dict[str, str]:
-    with closing(SQLiteOutbox(folder.outbox)) as outbox:
-        return outbox.notes()
-
-
 def held(folder: StateFolder) -> list[str]:
     """The lines that the outbox keeps for a while."""
-    with closing(SQLiteOutbox(folder.outbox)) as outbox:
-        return [name.removeprefix("line ") for name in outbox.proxy_rows() if name.startswith("line ")]
+    names = [name for (name,) in rows(folder, "SELECT name FROM proxy")]
+    return [name.removeprefix("line ") for name in names if name.startswith("line ")]
 
 
 def losses(folder: StateFolder) -> dict[str, int]:
-    with OutboxView(folder.outbox) as view:
-        return {loss.reason: loss.reports for loss in view.snapshot().losses}
-
-
-def counters(folder: StateFolder) -> dict[str, int]:
-    with closing(SQLiteOutbox(folder.outbox)) as outbox:
-        return outbox.counters()
+    return {loss.reason: loss.reports for loss in seen(folder).losses}
 
 
 def relay(api: StandInServer, folder: StateFolder, log: Path, **more: str) -> Relay:
@@ -160,7 +149,7 @@ def test_of_a_play_that_the_app_offloads_the_log_knows_all(api, folder, log):
     relay(api, folder, log).run()
     assert told(api) == {"s1": [3_000_000], "s2": [5_000_000]}
     assert {report["session_id"]: report["skip"] for report in api.recorded()} == {"s1": "0", "s2": "1"}
-    assert counters(folder)["proxy_not_played"] == 2
+    assert seen(folder).counters["proxy_not_played"] == 2
     assert stats(folder) == Stats(2, 0, 2, 0, 0)
 
 
@@ -169,13 +158,13 @@ def test_a_play_stays_open_until_its_line_comes(api, folder, log):
     play = opening(1, ago=0.2)
     journal(folder, play, closed(play))
     with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
-        assert until(lambda: notes(folder).get("awaited") == "1")
+        assert until(lambda: seen(folder).notes.get("awaited") == "1")
         assert told(api) == {}
         append(log, says(1, 4_000_000, ago=0))
         api.wait_for(1, PATIENCE)
-        assert until(lambda: notes(folder)["awaited"] == "0")
+        assert until(lambda: seen(folder).notes["awaited"] == "0")
     assert told(api) == {"s1": [4_000_000]}
-    assert int(notes(folder)["proxy_line_ms"]) > now_ms() - 60_000
+    assert int(seen(folder).notes["proxy_line_ms"]) > now_ms() - 60_000
 
 
 def test_a_line_that_comes_before_its_journal_is_joined(api, folder, log):
@@ -206,7 +195,7 @@ def test_lines_that_are_foreign_broken_or_repeated_are_counted_and_the_next_is_r
     )
     relay(api, folder, log).run()
     assert told(api) == {"s1": [700_000], "s2": [900_000]}
-    found = counters(folder)
+    found = seen(folder).counters
     assert found["proxy_foreign"] == 3
     assert found["proxy_bad"] == 2
     assert found["proxy_cached"] == 1
@@ -220,7 +209,7 @@ def test_a_second_line_is_known_as_such_after_a_restart_and_long_after_the_play(
     append(log, says(1, 700_000, ago=10), says(1, 700_000, ago=9))
     relay(api, folder, log).run()
     assert told(api) == {"s1": [700_000]}
-    assert counters(folder)["proxy_cached"] == 2
+    assert seen(folder).counters["proxy_cached"] == 2
 
 
 def test_without_a_line_the_apps_count_is_reported_and_an_offloaded_play_is_lost(api, folder, log):
@@ -229,7 +218,7 @@ def test_without_a_line_the_apps_count_is_reported_and_an_offloaded_play_is_lost
     journal(folder, mine, closed(mine, 600_000), other, closed(other, 0))
     relay(api, folder, log, T23_PROXY_WAIT="2").run()
     assert told(api) == {"s1": [600_000]}
-    assert counters(folder)["unconfirmed"] == 1
+    assert seen(folder).counters["unconfirmed"] == 1
     assert stats(folder) == Stats(2, 0, 1, 0, 1)
     assert losses(folder) == {"no_proxy_line": 1}
     append(log, says(1, 500_000), says(2, 500_000))
@@ -243,7 +232,7 @@ def test_the_line_of_a_play_whose_worker_died_decides(api, folder, log):
     log.write_text(says(1, 9_000_000) + says(2, 3_000_000))
     relay(api, folder, log).run()
     assert told(api) == {"s1": [9_000_000], "s2": [3_000_000]}
-    assert "interrupted" not in counters(folder)
+    assert "interrupted" not in seen(folder).counters
 
 
 # Relays that come and go.
@@ -276,7 +265,7 @@ def test_a_relay_that_was_away_for_longer_than_the_wait_reads_the_log_first(api,
     log.write_text(filler + says(1, 500_000, ago=10_000) + says(2, 400_000, ago=9_000))
     relay(api, folder, log, T23_PROXY_WAIT="1000000").run()
     assert told(api) == {"s1": [500_000], "s2": [400_000]}
-    assert counters(folder)["proxy_foreign"] == 20_000
+    assert seen(folder).counters["proxy_foreign"] == 20_000
 
 
 def test_a_relay_that_was_killed_with_its_first_lines_is_followed_by_one_that_reads_all_since(
@@ -398,7 +387,7 @@ def test_a_log_in_another_format_is_told_once_however_it_grows(api, folder, log,
         for _ in range(5):
             append(log, "192.0.2.1 - - [24/Nov/2026] GET\n" * 10)
             time.sleep(0.3)
-        assert until(lambda: counters(folder).get("proxy_foreign") == 50)
+        assert until(lambda: seen(folder).counters.get("proxy_foreign") == 50)
     assert len([each for each in caplog.records if "in the format t23" in each.message]) == 1
 
 
