@@ -4,7 +4,7 @@
 (() => {
   const EVERY = 300, RARELY = 2000; // ms between two looks; while nobody looks, or nobody answers
   const SAMPLES = 60; // seconds of the queue's depth
-  const BLOCKS = 36; // reports that are drawn in the queue; of fewer the skip is told
+  const BLOCKS = 36; // reports that are drawn in the queue, also those beyond what state.json tells of
   const STRIPS = 4, STREAMS = 8; // viewings, and open streams, that are shown
   const API = {
     well: "It answers as the documentation says.",
@@ -165,13 +165,13 @@
   const showQueue = (state) => {
     const waiting = state.figures.waiting;
     const kinds = state.reports.filter((report) => report.is === "waiting" || report.is === "asking").reverse();
-    const blocks = Array.from({ length: Math.min(waiting, BLOCKS) }, (_, at) => ({ skip: kinds[at]?.skip ?? "", is: kinds[at]?.is, at }));
+    const blocks = Array.from({ length: Math.min(waiting, BLOCKS) }, (_, at) => ({ ...kinds[at], at }));
     const items = blocks.length ? blocks : [{ at: "none" }];
     if (waiting > BLOCKS) items.push({ at: "more" });
     keep(place("queue"), items, (item) => item.at, (item) => make(typeof item.at === "number" ? "i" : "span"), (mark, item) => {
       if (item.at === "none") write(mark, "Empty.");
       else if (item.at === "more") write(mark, `and ${exact(waiting - BLOCKS)} more`);
-      else mark.className = `skip${item.skip} ${item.is === "asking" ? "asking" : ""}`;
+      else mark.className = `skip${item.skip ?? ""} ${item.is === "asking" ? "asking" : ""}`;
     });
     const oldest = waiting && state.oldest !== null ? `, the oldest for ${seconds(state.oldest * 1000)}` : "";
     place("queue").setAttribute("aria-label", waiting ? `${many(waiting, "report waits", "reports wait")}${oldest}` : "Nothing waits");
