@@ -38,7 +38,7 @@ from overhead import (
 from t23_middleware import T23Middleware
 from t23_middleware.relay.outbox import Ingest, SQLiteOutbox
 from t23_middleware.relay.report import Report
-from t23_middleware.state import StateFolder, boot_id, lock_is_held
+from t23_middleware.state import StateFolder, boot_id, lock_is_held, network_namespace
 from t23_middleware.transfer import FORMAT, Opening, Part, Play, Transfer, Writer, encode
 
 #: Reports per second of one relay, for each time in seconds in which the API answers.
@@ -209,7 +209,7 @@ def leave(state: StateFolder, count: int) -> None:
     """The journal of a worker that died after *count* plays."""
     state.create()
     now_ns, now_ms = time.monotonic_ns() - 10**10, time.time_ns() // 10**6 - 10_000
-    header = Writer("1-bench", FORMAT, "0.1.0", boot_id(), now_ms, "digest")
+    header = Writer("1-bench", FORMAT, "0.1.0", boot_id(), now_ms, "digest", network_namespace())
     with (state.journals / "1-bench.000000.journal").open("wb") as file:
         file.write(encode(header))
         for number in range(count):

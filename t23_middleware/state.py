@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import StateError
-from .transfer import FORMATS
+from .transfer import FORMAT
 
 
 class Holder(NamedTuple):
@@ -101,7 +101,7 @@ class StateFolder:
         if first is None:
             return
         foreign = self.foreign_journals()
-        ours = {None, *map(str, FORMATS)}
+        ours = (None, str(FORMAT))
         yield from (path for path in (first, *journals) if foreign.get(path.name) in ours)
 
     def foreign_journals(self) -> dict[str, str]:
@@ -184,6 +184,14 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def network_namespace() -> int:
+    """Inode of the network namespace that this process is in; 0 where there is none (macOS)."""
+    try:
+        return Path("/proc/self/ns/net").stat().st_ino
+    except OSError:
+        return 0
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

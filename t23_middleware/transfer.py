@@ -12,12 +12,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-#: Version of this format. A relay skips the journals of a version that it does not know, and leaves them alone.
-FORMAT = 1
-#: The same, but openings may say that a proxy counts. What such a writer wrote, a relay that knows of no proxy must not
-#: take: it would drop those lines as foreign.
-PROXY_FORMAT = 2
-FORMATS = frozenset((FORMAT, PROXY_FORMAT))
+#: Version of this format. A relay skips the journals of another version, and leaves them alone.
+FORMAT = 3
 
 #: Who counts the bytes of a response: the app; the proxy, whose log confirms the app's count; or the proxy alone, since
 #: the app handed it a file's name and no bytes (``X-Accel-Redirect``).
@@ -71,6 +67,19 @@ class Part(NamedTuple):
         return None if self.first is None or self.last is None else self.last - self.first + 1
 
 
+class Connection(NamedTuple):
+    """The TCP connection of a response, as the kernel names it. It holds no address of the viewer."""
+
+    #: SO_COOKIE as a signed 64-bit number: unique in one network namespace and boot.
+    cookie: int
+    #: The server's own port.
+    port: int
+    #: ``socket.AF_INET`` or ``socket.AF_INET6``.
+    family: int
+    #: Bytes that the server wrote to the connection before the first byte of this response's body.
+    position: int
+
+
 class Opening(NamedTuple):
     """A counted response that started."""
 
@@ -87,6 +96,10 @@ class Opening(NamedTuple):
     length: int | None
     #: :data:`APP`, :data:`PROXY` or :data:`OFFLOADED`; of the last, *part* and *status* are what the request asked for.
     counted_by: str = APP
+    #: First byte that the request's Range asked for, where the answer is the whole file all the same (status 200).
+    asked_first: int | None = None
+    #: ``None`` where the kernel can't be asked about it.
+    connection: Connection | None = None
 
 
 class Transfer(NamedTuple):
@@ -95,10 +108,13 @@ class Transfer(NamedTuple):
     opening: Opening
     ended_ns: int
     ended_ms: int
-    #: Body bytes that the next hop's kernel accepted.
+    #: Body bytes that the client's kernel acknowledged, or that the server handed over where *position* is given or
+    #: the kernel can't be asked.
     sent: int
     #: 1 where *sent* is what the app declared (``T23_COUNT=declared``), 0 where it was counted.
     declared: int = 0
+    #: The connection's position after the body, where the client's kernel had not acknowledged all of it yet.
+    position: int | None = None
 
 
 class Progress(NamedTuple):
@@ -107,8 +123,22 @@ class Progress(NamedTuple):
     opening: Opening
     at_ns: int
     at_ms: int
-    #: Body bytes so far.
+    #: Body bytes that the server handed over so far.
     sent: int
+    #: The connection's position then; ``None`` where the kernel can't be asked.
+    position: int | None = None
+
+
+class Acknowledged(NamedTuple):
+    """What the relay learned from the kernel about a connection; the relay writes it into a journal of its own."""
+
+    cookie: int
+    at_ns: int
+    at_ms: int
+    #: Bytes of the connection that the client's kernel acknowledged; ``None`` where it is gone without a final count.
+    acked: int | None
+    #: 1 where the connection is gone, so that *acked* is final.
+    gone: int
 
 
 class Writer(NamedTuple):
@@ -124,6 +154,8 @@ class Writer(NamedTuple):
     started_ms: int
     #: :meth:`~t23_middleware.settings.Settings.relay_digest` of the writer's settings.
     digest: str
+    #: Inode of the network namespace that the writer is in; 0 where it has none (macOS).
+    network: int
 
 
 class Counts(NamedTuple):
@@ -132,7 +164,7 @@ class Counts(NamedTuple):
     counts: dict[str, int]
 
 
-Line: TypeAlias = Writer | Opening | Progress | Transfer | Counts
+Line: TypeAlias = Writer | Opening | Progress | Transfer | Acknowledged | Counts
 
 
 class NotALine(ValueError):
@@ -152,27 +184,28 @@ def encode(line: Line) -> bytes:
     if isinstance(line, Opening):
         return open_line(opening_text(line))
     if isinstance(line, Transfer):
-        return close_line(opening_text(line.opening), line.ended_ns, line.ended_ms, line.sent, line.declared)
+        return close_line(opening_text(line.opening), *line[1:])
     if isinstance(line, Progress):
         return progress_line(opening_text(line.opening), *line[1:])
     return _framed(_dump((_WORDS[type(line)], *line)))
 
 
-def progress_line(opening: str, at_ns: int, at_ms: int, sent: int) -> bytes:
+def progress_line(opening: str, at_ns: int, at_ms: int, sent: int, position: int | None) -> bytes:
     """The line of a :class:`Progress`, whole without the open line."""
-    return _framed(f'["progress",{opening},{at_ns},{at_ms},{sent}]')
+    return _framed(f'["progress",{opening},{at_ns},{at_ms},{sent},{_number(position)}]')
 
 
 def opening_text(opening: Opening) -> str:
     """An opening as JSON, which its open line and its close line share: encoding costs more than writing."""
-    number, started_ns, started_ms, play, part, status, length, counted_by = opening
+    number, started_ns, started_ms, play, part, status, length, counted_by, asked_first, connection = opening
     session_id, photo_id, host, skip, *player = play
     who = f"{_string(session_id)},{_string(photo_id)},{_string(host)},{_number(skip)}"
     player_text = ",".join(["null" if text is None else _string(text) for text in player])
     what = ",".join([_number(offset) for offset in part])
-    by = "" if counted_by == APP else f',"{counted_by}"'
+    where = "null" if connection is None else f"[{','.join(map(str, connection))}]"
     return (
-        f"[{number},{started_ns},{started_ms},[{who},{player_text}],[{what}],{status},{_number(length)}{by}]"
+        f"[{number},{started_ns},{started_ms},[{who},{player_text}],[{what}],{status},{_number(length)},"
+        f'"{counted_by}",{_number(asked_first)},{where}]'
     )
 
 
@@ -181,9 +214,11 @@ def open_line(opening: str) -> bytes:
     return _framed(f'["open",{opening[1:]}')
 
 
-def close_line(opening: str, ended_ns: int, ended_ms: int, sent: int, declared: int) -> bytes:
+def close_line(
+    opening: str, ended_ns: int, ended_ms: int, sent: int, declared: int, position: int | None
+) -> bytes:
     """The line of a response that is over, whole without its open line."""
-    return _framed(f'["close",{opening},{ended_ns},{ended_ms},{sent},{declared}]')
+    return _framed(f'["close",{opening},{ended_ns},{ended_ms},{sent},{declared},{_number(position)}]')
 
 
 def _framed(text: str) -> bytes:
@@ -233,16 +268,17 @@ _read_part = _plain(Part, _INT, _INT, _INT)
 
 
 def _opening(fields: list[Any]) -> Opening:
-    number, started_ns, started_ms, play, part, status, length, *by = fields
-    counted_by = by.pop() if len(by) == 1 else APP
-    if by or counted_by not in _COUNTERS:
+    number, started_ns, started_ms, play, part, status, length, counted_by, asked_first, connection = fields
+    if counted_by not in _COUNTERS:
         raise ValueError("counted by")
-    parts = (number, started_ns, started_ms, _read_play(play), _read_part(part), status, length, counted_by)
-    opening: Opening = _read_opening(parts)
+    where = None if connection is None else _read_connection(connection)
+    parts = (number, started_ns, started_ms, _read_play(play), _read_part(part), status, length)
+    opening: Opening = _read_opening((*parts, counted_by, asked_first, where))
     return opening
 
 
-_read_opening = _plain(Opening, int, int, int, Play, Part, int, _INT, str)
+_read_connection = _plain(Connection, int, int, int, int)
+_read_opening = _plain(Opening, int, int, int, Play, Part, int, _INT, str, _INT, (Connection, type(None)))
 
 
 def _transfer(fields: list[Any]) -> Transfer:
@@ -251,7 +287,7 @@ def _transfer(fields: list[Any]) -> Transfer:
     return transfer
 
 
-_read_transfer = _plain(Transfer, Opening, int, int, int, int)
+_read_transfer = _plain(Transfer, Opening, int, int, int, int, _INT)
 
 
 def _progress(fields: list[Any]) -> Progress:
@@ -260,7 +296,8 @@ def _progress(fields: list[Any]) -> Progress:
     return progress
 
 
-_read_progress = _plain(Progress, Opening, int, int, int)
+_read_progress = _plain(Progress, Opening, int, int, int, _INT)
+_read_acknowledged = _plain(Acknowledged, int, int, int, _INT, int)
 
 
 def _counts(fields: list[Any]) -> Counts:
@@ -273,23 +310,20 @@ def _counts(fields: list[Any]) -> Counts:
 def _writer(fields: list[Any]) -> Writer:
     """One of another format may say more, or other things: its journal is left alone, not taken for damaged."""
     name, format = fields[:2]
-    foreign = type(name) is str and type(format) is int and format not in FORMATS
-    try:
-        writer: Writer = _read_writer(fields[: len(Writer._fields)] if foreign else fields)
-    except (TypeError, ValueError):
-        if not foreign:
-            raise
-        writer = Writer(name, format, "", "", 0, "")
+    if type(name) is str and type(format) is int and format != FORMAT:
+        return Writer(name, format, "", "", 0, "", 0)
+    writer: Writer = _read_writer(fields)
     return writer
 
 
-_read_writer = _plain(Writer, str, int, str, str, int, str)
+_read_writer = _plain(Writer, str, int, str, str, int, str, int)
 
 _READERS: dict[str, Callable[[list[Any]], Line]] = {
     "writer": _writer,
     "open": _opening,
     "progress": _progress,
     "close": _transfer,
+    "acked": _read_acknowledged,
     "counts": _counts,
 }
-_WORDS: dict[type, str] = {Writer: "writer", Counts: "counts"}
+_WORDS: dict[type, str] = {Writer: "writer", Acknowledged: "acked", Counts: "counts"}

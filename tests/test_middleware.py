@@ -468,7 +468,7 @@ def test_a_fault_of_ours_at_a_request_that_names_nothing_is_not_the_apps_either(
     def fault(self: object, name: str) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("t23_middleware.capture.journal.JournalWriter.count", fault)
+    monkeypatch.setattr("t23_middleware.journal.JournalWriter.count", fault)
     assert ask(wrap(media(b"film")), request(query="photo_id=7")).body == b"film"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from t23_middleware import StateError
 from t23_middleware.state import StateFolder, hold_lock, lock_is_held
-from t23_middleware.transfer import FORMAT, FORMATS
+from t23_middleware.transfer import FORMAT
 
 ROOT = Path(__file__).parent.parent
 HOLD = """
@@ -127,14 +127,12 @@ def test_a_journal_that_only_another_version_can_read_is_none_of_our_work(tmp_pa
     folder = StateFolder(tmp_path / "state")
     folder.create()
     (folder.journals / "1-a.000000.journal").touch()
-    folder.keep_foreign_journals({"1-a.000000.journal": str(max(FORMATS) + 1)})
+    folder.keep_foreign_journals({"1-a.000000.journal": str(FORMAT + 1)})
     assert not folder.holds_work()
     (folder.journals / "2-b.000000.journal").touch()
     assert folder.holds_work()
     # As the other version sees it, which a relay of this one has told so.
-    folder.keep_foreign_journals(
-        {"1-a.000000.journal": str(FORMAT), "2-b.000000.journal": str(max(FORMATS) + 1)}
-    )
+    folder.keep_foreign_journals({"1-a.000000.journal": str(FORMAT), "2-b.000000.journal": str(FORMAT + 1)})
     assert [path.name for path in folder.readable_journals()] == ["1-a.000000.journal"]
 
 

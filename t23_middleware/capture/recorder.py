@@ -6,12 +6,11 @@ import os
 import time
 from itertools import count
 
+from ..journal import JournalWriter
 from ..settings import Settings
 from ..state import StateFolder
 from ..transfer import (
     APP,
-    FORMAT,
-    PROXY_FORMAT,
     Opening,
     Part,
     Play,
@@ -21,7 +20,6 @@ from ..transfer import (
     play_id,
     progress_line,
 )
-from .journal import JournalWriter
 from .launch import RelayLauncher
 
 
@@ -47,8 +45,7 @@ class _Process:
 
     def __init__(self, settings: Settings, version: str) -> None:
         folder = StateFolder(settings.state_path())
-        format = PROXY_FORMAT if settings.proxy_log else FORMAT
-        self.journal = JournalWriter(folder, version, settings.relay_digest(), format)
+        self.journal = JournalWriter(folder, version, settings.relay_digest())
         self.launcher = RelayLauncher(settings, folder)
         self._numbers = count(1)
         self._seen: set[str] = set()
@@ -91,7 +88,7 @@ class Recording:
         """Write down that *counted* body bytes went out so far."""
         if self._process is not None:
             now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-            self._process.journal.write(progress_line(self._text, now_ns, now_ms, counted))
+            self._process.journal.write(progress_line(self._text, now_ns, now_ms, counted, None))
 
     def end(self, counted: int, declared: int) -> None:
         """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""
@@ -101,7 +98,7 @@ class Recording:
         length = self.opening.length
         sent = counted if length is None else min(counted, length)
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-        if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared)):
+        if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared, None)):
             process.launcher.written()
 
 

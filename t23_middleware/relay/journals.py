@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from ..state import StateFolder, boot_id, hold_lock, lock_is_held
 from ..transfer import (
-    FORMATS,
+    FORMAT,
     LONGEST_LINE,
     Counts,
     ForeignLine,
@@ -90,7 +90,7 @@ class _Journal:
 
     def is_foreign(self) -> bool:
         """Whether another version of the package wrote it, in a form that this one does not read."""
-        return self.header is not None and self.header.format not in FORMATS
+        return self.header is not None and self.header.format != FORMAT
 
     def is_left_alone(self) -> bool:
         """Whether this relay can do nothing with it."""

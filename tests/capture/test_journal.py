@@ -46,7 +46,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("t23_middleware.capture.journal.time", clock)
+    monkeypatch.setattr("t23_middleware.journal.time", clock)
     return clock
 
 
@@ -67,9 +67,7 @@ class Disk:
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     disk = Disk()
     names = {name: getattr(os, name) for name in dir(os) if not name.startswith("__")}
-    monkeypatch.setattr(
-        "t23_middleware.capture.journal.os", SimpleNamespace(**{**names, "write": disk.write})
-    )
+    monkeypatch.setattr("t23_middleware.journal.os", SimpleNamespace(**{**names, "write": disk.write}))
     return disk
 
 
@@ -541,7 +539,7 @@ def test_a_journal_whose_first_line_was_cut_short_is_taken_away_and_begun_again(
 def test_a_rotation_that_fails_goes_on_in_the_old_journal(
     wrap: Any, journals: Any, disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("t23_middleware.capture.journal.ROTATE_AT", 2000)
+    monkeypatch.setattr("t23_middleware.journal.ROTATE_AT", 2000)
     app = wrap(media(PLAYS))
     ask(app)
     disk.takes = lambda data: 0 if b'"writer"' in data else len(data)

@@ -338,7 +338,7 @@ def test_a_page_costs_the_same_however_much_waits_and_is_dead(state: Path):
 LOOKING_WRITER = """
 import sys
 from pathlib import Path
-from t23_middleware.capture.journal import JournalWriter
+from t23_middleware.journal import JournalWriter
 from t23_middleware.ops.page import Pages
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder

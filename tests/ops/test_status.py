@@ -120,7 +120,7 @@ def test_each_look_adds_up_while_a_relay_takes_in_and_delivers(site: Site):
 LOOKING_WRITER = """
 import sys
 from pathlib import Path
-from t23_middleware.capture.journal import JournalWriter
+from t23_middleware.journal import JournalWriter
 from t23_middleware.ops.status import look
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder

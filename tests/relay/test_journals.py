@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from t23_middleware.relay import journals as module
 from t23_middleware.relay.journals import PIECE, Journals, Reading
 from t23_middleware.state import StateFolder
-from t23_middleware.transfer import FORMATS, LONGEST_LINE, Counts, Opening, encode
+from t23_middleware.transfer import FORMAT, LONGEST_LINE, Counts, Opening, encode
 
 from .writers import MS, alive, header, journal, living, opening, transfer
 
@@ -360,7 +360,7 @@ def test_only_locks_of_the_dead_are_removed(folder):
 
 def test_a_lock_stays_as_long_as_a_journal_of_its_writer(folder):
     path = journal(folder, "1-a")
-    path.write_bytes(encode(header("1-a", format=max(FORMATS) + 1)))
+    path.write_bytes(encode(header("1-a", format=FORMAT + 1)))
     lock = folder.journals / "1-a.lock"
     lock.touch()
     journals = Journals(folder, {})
@@ -538,7 +538,7 @@ def test_a_journal_without_a_readable_header_is_read_as_one_of_this_boot(folder)
 
 def test_a_journal_in_another_format_is_not_read_not_removed_and_keeps_no_relay(folder):
     path = journal(folder, "1-a")
-    path.write_bytes(encode(header("1-a", format=max(FORMATS) + 1)) + b"whatever it says\n")
+    path.write_bytes(encode(header("1-a", format=FORMAT + 1)) + b"whatever it says\n")
     journals = Journals(folder, {})
     reading = take(journals)
     assert (reading.facts, reading.places, +reading.counts) == ([], {}, Counter())

@@ -31,7 +31,7 @@ from t23_middleware.relay.outbox import OutboxCorrupt, OutboxError, OutboxFull, 
 from t23_middleware.relay.process import Relay
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder, lock_is_held
-from t23_middleware.transfer import FORMATS, Opening, Part, Play, Transfer, encode
+from t23_middleware.transfer import FORMAT, Opening, Part, Play, Transfer, encode
 
 from ..harness import PATIENCE, ROOT, until
 from ..ports import free_port
@@ -99,9 +99,7 @@ def test_an_automatic_relay_with_nothing_to_do_leaves(api, folder):
 def foreign_journal(folder: StateFolder, name: str = "9-later") -> Path:
     """One of a later version, which says more in its first line than this one knows."""
     path = journal(folder, name, b"what that version writes\n")
-    fields = json.dumps(
-        ["writer", name, max(FORMATS) + 1, "9.0", "boot", 1, "digest", {"more": True}]
-    ).encode()
+    fields = json.dumps(["writer", name, FORMAT + 1, "9.0", "boot", 1, "digest", {"more": True}]).encode()
     path.write_bytes(b"%08x %b\nwhat that version writes\n" % (zlib.crc32(fields), fields))
     return path
 
@@ -115,7 +113,7 @@ def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, fol
     made(api, folder).run()
     assert theirs.read_bytes() == written
     assert [record.getMessage() for record in caplog.records] == [
-        f"{theirs.name} is of another version (format {max(FORMATS) + 1}); it waits for that one"
+        f"{theirs.name} is of another version (format {FORMAT + 1}); it waits for that one"
     ]
     foreign_journal(folder, "9-more")
     assert folder.holds_work()
@@ -460,7 +458,7 @@ def leased(folder: StateFolder) -> int:
 _PACED_WRITER = """
 import sys, time
 from pathlib import Path
-from t23_middleware.capture.journal import JournalWriter
+from t23_middleware.journal import JournalWriter
 from t23_middleware.state import StateFolder
 from tests.relay.writers import encode, opening, transfer
 writer = JournalWriter(StateFolder(Path(sys.argv[1])), "0.1.0", "digest")

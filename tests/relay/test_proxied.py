@@ -15,14 +15,13 @@ import pytest
 
 from t23_middleware.ops import standin
 from t23_middleware.ops.standin import StandInServer
-from t23_middleware.relay import journals, process
+from t23_middleware.relay import process
 from t23_middleware.relay.outbox import SQLiteOutbox, Stats
 from t23_middleware.relay.process import Relay
 from t23_middleware.state import StateFolder
 from t23_middleware.transfer import (
     OFFLOADED,
     PROXY,
-    PROXY_FORMAT,
     Line,
     Opening,
     Part,
@@ -77,7 +76,7 @@ def closed(opening: Opening, sent: int = FILM, after: float = 0.01) -> Transfer:
 
 def journal(folder: StateFolder, *lines: Line, name: str = WRITER) -> Path:
     path = folder.journals / f"{name}.000000.journal"
-    path.write_bytes(b"".join(map(encode, (header(name, format=PROXY_FORMAT), *lines))))
+    path.write_bytes(b"".join(map(encode, (header(name), *lines))))
     return path
 
 
@@ -338,18 +337,6 @@ def test_rotations_under_load_and_relays_that_are_killed_at_random_lose_none_and
             os.close(killed._lock)
     relay(api, folder, log).run()
     assert told(api) == {f"p{number}": [100_000] for number in range(1, count + 1)}
-
-
-def test_an_older_relay_leaves_such_journals_to_its_successor(api, folder, log, monkeypatch):
-    play = opening(1)
-    path = journal(folder, play, closed(play))
-    with monkeypatch.context() as patch:
-        patch.setattr(journals, "FORMATS", frozenset((1,)))
-        made(api, folder).run()
-    assert path.exists()
-    log.write_text(says(1, 500_000))
-    relay(api, folder, log).run()
-    assert told(api) == {"s1": [500_000]}
 
 
 def test_an_outbox_of_a_version_before_gets_its_table(api, folder, log):

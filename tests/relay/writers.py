@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from t23_middleware.state import StateFolder, boot_id
+from t23_middleware.state import StateFolder, boot_id, network_namespace
 from t23_middleware.transfer import FORMAT, Line, Opening, Part, Play, Transfer, Writer, encode
 
 MS = 1_000_000
@@ -18,7 +18,7 @@ BOOT = boot_id()
 _WRITER = """
 import sys
 from pathlib import Path
-from t23_middleware.capture.journal import JournalWriter
+from t23_middleware.journal import JournalWriter
 from t23_middleware.state import StateFolder, boot_id
 writer = JournalWriter(StateFolder(Path(sys.argv[1])), sys.argv[2], sys.argv[3])
 print(writer.name, flush=True)
@@ -97,7 +97,7 @@ def alive(folder: StateFolder, name: str) -> Iterator[None]:
 
 
 def header(name: str, *, boot: str = BOOT, format: int = FORMAT, digest: str = "digest") -> Writer:
-    return Writer(name, format, "0.1.0", boot, 1_700_000_000_000, digest)
+    return Writer(name, format, "0.1.0", boot, 1_700_000_000_000, digest, network_namespace())
 
 
 def opening(

@@ -15,9 +15,9 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import StateError
-from ..state import StateFolder, boot_id, hold_lock
-from ..transfer import FORMAT, Counts, Transfer, Writer, decode, encode
+from .errors import StateError
+from .state import StateFolder, boot_id, hold_lock, network_namespace
+from .transfer import FORMAT, Counts, Transfer, Writer, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,12 @@ class JournalWriter:
     knows that the writer does. Never raises: what the disk refuses is kept aside, tried again, and at last counted.
     """
 
-    def __init__(self, folder: StateFolder, version: str, digest: str, format: int = FORMAT) -> None:
+    def __init__(self, folder: StateFolder, version: str, digest: str) -> None:
         self._folder = folder
         self._pid = os.getpid()
         self.name = _new_name()
-        self._header = Writer(self.name, format, version, boot_id(), time.time_ns() // 1_000_000, digest)
+        started_ms = time.time_ns() // 1_000_000
+        self._header = Writer(self.name, FORMAT, version, boot_id(), started_ms, digest, network_namespace())
         self._files: _Files | None = None
         self._lock_file: int | None = None
         #: The journal that was abandoned; another thread may be about to write to it.

@@ -1,0 +1,38 @@
+"""The kernel's account of a TCP connection: ``struct tcp_info`` (linux/tcp.h), as ``getsockopt`` and netlink give it."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+#: Option of ``getsockopt(IPPROTO_TCP, …)``, and the bytes of the answer that are read here.
+TCP_INFO = 11
+SIZE = 216
+#: The connection was reset or is closed on both sides: nothing more will be acknowledged.
+CLOSED = 7
+
+#: tcpi_state, tcpi_bytes_acked, tcpi_notsent_bytes, tcpi_bytes_sent and tcpi_bytes_retrans.
+_FIELDS = struct.Struct("=B119xQ16xI52xQQ")
+
+
+class TCPInfo(NamedTuple):
+    """How far a connection is, in bytes since its start."""
+
+    state: int
+    #: Bytes that the peer's kernel acknowledged. An acknowledged FIN adds 1 (``tcp_ack()`` in net/ipv4/tcp_input.c).
+    acked: int
+    #: Bytes that were written into the connection: sent once, or still in the send buffer.
+    position: int
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more will be acknowledged."""
+        return self.state == CLOSED
+
+
+def read_tcp_info(answer: bytes) -> TCPInfo | None:
+    """What *answer* says; ``None`` for the shorter structure of a kernel before 4.19."""
+    if len(answer) < SIZE:
+        return None
+    state, acked, not_sent, sent, sent_again = _FIELDS.unpack_from(answer)
+    return TCPInfo(state, acked, max(sent - sent_again + not_sent, acked))
