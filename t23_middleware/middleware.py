@@ -44,20 +44,17 @@ class T23Middleware:
         if environ.get("REQUEST_METHOD") != "GET":
             return self.app(environ, start_response)
         response = Response(environ, start_response, capture)
-        response.lend_wrapper()
         try:
             body = self.app(environ, response.start)
         except BaseException:
             response.abandon()
             raise
-        finally:
-            response.take_wrapper_back()
-        return response.body(body)
+        return response.body(body)  # type: ignore[no-any-return]
 
     def _is_inner(self, environ: WSGIEnvironment) -> bool:
-        if SEEN not in environ:
-            environ[SEEN] = True
-            return False
+        outer = environ.setdefault(SEEN, self)
+        if outer is self:
+            return False  # also where the app is called again with the same environ
         if not self._told_of_two:
             self._told_of_two = True
             log.warning(

@@ -325,6 +325,11 @@ class Settings:
         _choice("exact", "declared"),
         "`exact`, or `declared`: where exactness would cost sendfile, report Content-Length instead and say so",
     )
+    acked: bool = _setting(
+        True,
+        _switch,
+        "count what the client's kernel acknowledged, where the kernel can be asked; `0`: what the server handed over",
+    )
     fast_files: bool = _setting(
         True,
         _switch,

@@ -1,100 +1,115 @@
 """Counted iterables: a chunk counts as the server asks for the one after it, for one that failed was not sent.
 
-Files that a server wraps itself (``wsgi.file_wrapper``) are counted in :mod:`.files`, so that sendfile stays.
+Files that a server sends itself (``wsgi.file_wrapper``) are counted in :mod:`.files`, so that sendfile stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from time import monotonic
-from typing import Protocol
-
-#: Bytes of an iterated body after which its progress is written down, for the case that the worker is killed.
-PROGRESS_EVERY = 8 << 20
-#: Seconds between two such lines at least: at a fast client's speed they would cost 6 % of its throughput.
-PROGRESS_PAUSE = 0.5
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Protocol
 
 
 class Ending(Protocol):
-    """What a counted body tells of itself."""
+    """What a counted body reports of itself. Nothing of it raises."""
 
-    def progress(self, counted: int) -> None: ...
+    def progress(self, counted: int, held: int = 0) -> int:
+        """The server has taken *counted* bytes, of which it holds *held*; returns the count of the next call."""
 
-    def end(self, counted: int, *, declared: int = 0) -> None: ...
+    def end(self, counted: int, offered: int) -> None:
+        """The body is over: the server has written at least *counted* bytes of it, and was given *offered*."""
 
 
 class CountedIterable:
-    """Round an app's iterable: hands on the same chunks, and tells at close how many bytes were taken.
+    """Round an app's iterable: hands on the same chunks, and reports at its end how many bytes were taken.
 
-    A class with its own ``close()``, since a generator that was never started never closes; its ``__iter__`` hands
-    out a generator, which costs a third of a ``__next__``.
+    A body ends by ``close()``, by ``close()`` of its iterator (``yield from`` in an outer middleware), by its last
+    chunk, or by being dropped. The app's own ``close()`` runs as often as it would without this object. Its
+    ``__iter__`` returns a generator, which costs a third of a ``__next__`` per chunk.
     """
 
     def __init__(self, body: Iterable[bytes], ending: Ending) -> None:
         self._body = body
-        self._counts: list[Callable[[], int]] = []
         self._ending: Ending | None = ending
+        self._chunks: Callable[[], object] | None = None
+        self._sizes: Callable[[], tuple[int, int]] = _nothing
 
     def __iter__(self) -> Iterator[bytes]:
-        # A variable that close() sees through a closure costs less per chunk than an attribute.
-        taken, told, quiet_until = 0, PROGRESS_EVERY, monotonic() + PROGRESS_PAUSE
-        self._counts.append(lambda: taken)
-        for chunk in self._body:
-            yield chunk
-            taken += len(chunk)
-            if taken >= told:
-                told = taken + PROGRESS_EVERY
-                if monotonic() >= quiet_until:
-                    quiet_until = monotonic() + PROGRESS_PAUSE
-                    self._tell_progress()
+        iterator = iter(self._body)
+        if self._chunks is not None:
+            # gevent adds up a list's lengths in a second pass, before it sends the first chunk (pywsgi.py,
+            # ``finalize_headers``).
+            return iterator
+        chunks = self._count(iterator)
+        self._chunks = weakref.ref(chunks)
+        return chunks
 
-    def _tell_progress(self) -> None:
-        if self._ending is not None:
-            self._ending.progress(self._taken())
-
-    def _taken(self) -> int:
-        return sum(count() for count in self._counts)
+    def _count(self, iterator: Iterator[bytes]) -> Generator[bytes, None, None]:
+        # Variables that a closure sees cost less per chunk than attributes.
+        taken, offered, mark = 0, 0, 1
+        self._sizes = lambda: (taken, offered)
+        ending = self._ending
+        try:
+            for chunk in iterator:
+                offered += len(chunk) if type(chunk) is bytes else size_of(chunk)
+                yield chunk
+                taken = offered
+                if taken >= mark and ending is not None:
+                    mark = ending.progress(taken)
+        except GeneratorExit:
+            # A weak reference to a generator that is being dropped is dead already: then the app's iterator is dropped
+            # too, and not closed.
+            if self._chunks is not None and self._chunks() is not None:
+                _close(iterator)
+            raise
+        finally:
+            self._finish()
 
     def close(self) -> None:
         """End the count, and close the app's body as the server would have."""
-        ending, self._ending = self._ending, None
-        if ending is None:
-            return
         try:
-            close = getattr(self._body, "close", None)
-            if close is not None:
-                close()
+            _close(self._body)
         finally:
-            self._finish(ending)
+            self._finish()
 
-    def _finish(self, ending: Ending) -> None:
-        ending.end(self._taken())
+    def __del__(self) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        ending, self._ending = self._ending, None
+        if ending is not None:
+            ending.end(*self._sizes())
 
 
 class CountedSequence(CountedIterable):
     """Round a list: servers that see one chunk in it give the answer a Content-Length (PEP 3333)."""
 
-    def __iter__(self) -> Iterator[bytes]:
-        if not self._counts:
-            return super().__iter__()
-        # gevent goes through it again to add up the lengths, before it sends the first chunk (gevent/pywsgi.py:835).
-        return iter(self._body)
-
     def __len__(self) -> int:
         return len(self._body)  # type: ignore[arg-type]
 
 
-class BegunLater:
-    """Round a counted body whose app has not called ``start_response`` yet: *begin* is called at its first chunk."""
+def counted_iterable(body: Iterable[bytes], ending: Ending) -> CountedIterable:
+    """The counted form of *body*."""
+    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending)
 
-    def __init__(self, body: CountedIterable, begin: Callable[[], object]) -> None:
-        self._body = body
-        self._begin = begin
-        self.close = body.close
 
-    def __iter__(self) -> Iterator[bytes]:
-        chunks = iter(self._body)
-        for chunk in chunks:
-            self._begin()
-            yield chunk
-            yield from chunks
+def size_of(chunk: Any) -> int:
+    """Bytes of what an app gives as a chunk, whatever its type; 0 where it can't be told."""
+    try:
+        return chunk.nbytes if type(chunk) is memoryview else memoryview(chunk).nbytes
+    except TypeError:
+        pass
+    try:
+        return len(chunk)
+    except Exception:
+        return 0
+
+
+def _nothing() -> tuple[int, int]:
+    return 0, 0
+
+
+def _close(body: Any) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()

@@ -1,7 +1,7 @@
-"""Files that a server wraps itself (``wsgi.file_wrapper``): counted without taking them out of its hands.
+"""Files that a server sends itself (``wsgi.file_wrapper``): counted without taking them out of its hands.
 
-A server sends what its own wrapper made in its own way, mostly by sendfile(2). So the wrapper stays the server's,
-and the file inside it is ours: its position, or the kernel's account, tells what was sent.
+The app gets the server's own wrapper. What it returns is looked at afterwards: the server's wrapper stays the body, and
+the file inside it is exchanged for one that knows its position.
 """
 
 from __future__ import annotations
@@ -11,149 +11,325 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from enum import Enum
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .body import Ending
+from ..transfer import Opening
+from .body import size_of
+from .connection import UwsgiServer, uwsgi_server
 
-#: Bytes of a block where we read a file for a server that can't be left to it.
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+#: Bytes of a block, where we choose how a file is read: frameworks and servers read 4 to 8 KiB.
 BLOCK = 1 << 16
+#: Attributes that hold the file: of gunicorn's and wsgiref's wrapper, and of waitress'.
+_FILES = ("filelike", "file")
+#: Attributes that hold the size of a block: of gunicorn's and wsgiref's wrapper, and of werkzeug's.
+_BLOCK_SIZES = ("blksize", "buffer_size")
+#: Modules of these wrappers.
+_WRAPPERS = ("gunicorn.http.wsgi", "wsgiref.util", "werkzeug.wsgi")
 
 
-class Witness(Enum):
-    """What tells how much of a wrapped file a server sent."""
+class FileEnding(Protocol):
+    """What a file reports at its end. Nothing of it raises."""
 
-    #: The file's position: the server reads or seeks it in Python (gunicorn, waitress, wsgiref).
-    POSITION = "position"
-    #: The thread's account: the server sends the descriptor from C, in the request's own thread (uWSGI).
-    ACCOUNT = "account"
-    #: Nothing: the server sends the descriptor from C and leaves no trace (bjoern, mod_wsgi), so we hand out blocks.
-    BLOCKS = "blocks"
-    #: Nothing, and the server shall have its way: what was to be sent is believed (``T23_COUNT=declared``).
-    LENGTH = "length"
+    @property
+    def has_link(self) -> bool:
+        """Whether the kernel can be asked how far the connection is."""
+
+    def progress(self, counted: int, held: int = 0) -> int: ...
+
+    def end_file(self, counted: int, offered: int) -> None:
+        """The server has sent at least *counted* bytes, and was given *offered*."""
+
+    def end_unseen(self, offered: int) -> None:
+        """The server drops the file now and sends up to *offered* bytes afterwards."""
+
+    def end_declared(self, length: int) -> None:
+        """*length* bytes are believed to be sent."""
+
+
+class FileWay(NamedTuple):
+    """How files leave, as the operator chose."""
+
+    #: ``T23_FAST_FILES``.
+    fast: bool = True
+    #: ``T23_COUNT=declared``.
+    declared: bool = False
+
+
+def counted_file(
+    body: Any, environ: WSGIEnvironment, opening: Opening, ending: FileEnding, way: FileWay
+) -> tuple[Any, bool]:
+    """The body for the server in place of *body*, and whether it reports its own end; if not, it is an iterable."""
+    wrapper: Any = environ.get("wsgi.file_wrapper")
+    if _is_python_class(wrapper):
+        ranged = _wrapper_in_range(body, opening) if way.fast else None
+        if isinstance(ranged, wrapper):
+            if _count_inside(ranged, opening, ending, in_range=True):
+                return ranged, True
+            _let_range_seek(body, ranged)
+        elif isinstance(body, wrapper) and _count_inside(body, opening, ending):
+            return body, True
+    elif wrapper is not None:
+        if (server := uwsgi_server()) is not None and hasattr(body, "read"):
+            return _counted_by_uwsgi(body, server, opening, ending, way)
+        if isinstance(wrapper, type) and isinstance(body, wrapper):
+            return _counted_in_c(body, opening, ending, way)
+    if way.fast and opening.length is not None:
+        _read_larger_blocks(body)
+    return body, False
+
+
+# Servers whose wrapper is a class in Python: gunicorn, waitress, wsgiref.
 
 
 class PositionedFile:
-    """A file that keeps its own position, for a server that wraps it.
+    """A file that keeps its own position, inside a server's wrapper.
 
-    The descriptor's own position is no witness: gunicorn sets it back after sendfile (gunicorn/http/wsgi.py,
-    ``sendfile``). Before that ``socket.sendfile`` seeks the file to what it sent, also when it fails.
+    The descriptor's own position says nothing: gunicorn sets it back after sendfile (gunicorn/http/wsgi.py,
+    ``sendfile``). Before that ``socket.sendfile`` seeks the file to what it sent, also when it fails. *offered* is how
+    many bytes the server was given, where that is known; *stop* is where the file ends for it.
     """
 
-    def __init__(self, file: Any, *, in_blocks: bool) -> None:
+    def __init__(
+        self, file: Any, ending: FileEnding, offered: int | None, stop: int | None, *, seeks_back: bool
+    ) -> None:
         self._file = file
-        self._in_blocks = in_blocks
-        self._position = 0
-        self._armed_at = 0
-        self._end: int | None = None
-        self._ending: Ending | None = None
-        self._meter: ReadMeter | None = None
-        self._declared: int | None = None
+        self._ending: FileEnding | None = ending
+        self._offered = offered
+        self._stop = stop
+        #: waitress reads a piece, seeks back, and reads again as much as it sent.
+        self._seeks_back = seeks_back
+        self._start = self._position = _place(file)
+        #: Where the file stood when the server read the last time: all before that has been sent.
+        self._taken: int | None = None
+        self._mark = 1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def __iter__(self) -> Iterator[bytes]:
-        # uWSGI's wrapper is the file itself, and werkzeug's Range would then take it line by line.
-        return self if self._in_blocks else iter(self._file)
-
-    def __next__(self) -> bytes:
-        data = self.read(BLOCK)
-        if not data:
-            raise StopIteration
-        return data  # type: ignore[no-any-return]
+    def __iter__(self) -> Any:
+        return iter(self._file)
 
     def read(self, *size: int) -> Any:
-        if self._end is not None:
-            size = (self._left(*size),)
-        data = self._file.read(*size)
-        self._position += len(data)
+        if not self._seeks_back:
+            self._taken = self._position
+        if self._ending is not None and self._position - self._start >= self._mark:
+            self._mark = self._ending.progress(self._position - self._start)
+        data = self._file.read(*size) if self._stop is None else self._read_in_range(*size)
+        self._position += size_of(data)
+        return data
+
+    def _read_in_range(self, size: int | None = -1) -> Any:
+        """A server that reads to the end of the file (gunicorn with ``--no-sendfile`` or TLS) must meet the range's end."""
+        left = max((self._stop or 0) - self._position, 0)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = self._file.read(wanted)
+        if wanted and not data and self._seeks_back:
+            # waitress would ask for the missing rest for ever (waitress/channel.py, ``_flush_some``).
+            raise OSError("the file got shorter while it was sent")
         return data
 
     def seek(self, *place: int) -> Any:
         answer = self._file.seek(*place)
-        self._position = self._file.tell()
+        self._position = _place(self._file)
         return answer
 
-    def cut_to(self, start: int, stop: int) -> bool:
-        """Stand at *start* and end at *stop*, so that the server's own way sends just that; whether it could be done.
-
-        Only a plain file on disk of which nothing was read: a GzipFile's descriptor is the compressed file's, and
-        after a read the descriptor and ``tell()`` differ. *stop* is what a server that reads to the end of the file
-        (gunicorn with ``--no-sendfile`` or TLS) must meet.
-        """
-        if not _is_plain(self._file) or self._file.tell() != 0 or self._raw_position() != 0:
-            return False
-        self.seek(start)
-        if self._raw_position() != start:
-            self.seek(0)
-            return False
-        self._end = stop
-        return True
-
-    def arm(self, ending: Ending, meter: ReadMeter | None, declared: int | None) -> None:
-        """Count from here, where the app is done with the file and the server begins."""
-        self._ending = ending
-        self._armed_at = self._position = self._place()
-        self._meter = meter
-        self._declared = declared
-
     def close(self) -> None:
-        """End the count; waitress closes twice when a client leaves, and the file sees both."""
-        ending, self._ending = self._ending, None
-        sent = 0 if ending is None else self._sent()
+        """End the count. waitress closes twice when a client leaves, and the file sees both."""
         try:
             close = getattr(self._file, "close", None)
             if close is not None:
                 close()
         finally:
+            ending, self._ending = self._ending, None
             if ending is not None:
-                ending.end(sent, declared=int(self._declared is not None))
+                self._report(ending)
 
-    def _sent(self) -> int:
-        if self._declared is not None:
-            return self._declared
-        moved = self._position - self._armed_at
-        if moved == 0 and self._meter is not None:
-            return self._meter.read_since()
-        return max(moved, 0)
-
-    def _left(self, size: int | None = -1) -> int:
-        left = max((self._end or 0) - self._position, 0)
-        return left if size is None or size < 0 else min(size, left)
-
-    def _place(self) -> int:
-        """Where the file stands; what cannot tell (a pipe) is counted from 0."""
-        try:
-            return int(self._file.tell())
-        except (AttributeError, OSError, ValueError):
-            return 0
-
-    def left_on_disk(self) -> int | None:
-        """Bytes between the file's position and its end; ``None`` for what is no file."""
-        try:
-            return int(os.fstat(self._file.fileno()).st_size - self._file.tell())
-        except (AttributeError, OSError, ValueError):
-            return None
-
-    def _raw_position(self) -> int:
-        return os.lseek(self._file.fileno(), 0, os.SEEK_CUR)
+    def _report(self, ending: FileEnding) -> None:
+        moved = max(self._position - self._start, 0)
+        if self._taken is not None and ending.has_link:
+            # Of the last block only the kernel knows how much left.
+            ending.end_file(self._taken - self._start, moved)
+        elif self._taken is not None:
+            ending.end_file(moved, moved)
+        else:
+            ending.end_file(moved, max(self._offered or moved, moved))
 
 
-def _is_plain(file: Any) -> bool:
-    """Whether *file* is what ``open(path, "rb")`` gives, on a regular file."""
+def _is_python_class(wrapper: Any) -> bool:
+    """gunicorn's wrapper has no ``__next__`` before version 24, only the ``__getitem__`` of old sequences."""
+    if not isinstance(wrapper, type):
+        return False
+    reads = getattr(wrapper, "__next__", None) or getattr(wrapper, "__getitem__", None)
+    return isinstance(reads, FunctionType)
+
+
+def _count_inside(body: Any, opening: Opening, ending: FileEnding, *, in_range: bool = False) -> bool:
+    """Exchange the file inside the server's wrapper *body*; whether it could be done."""
+    name = next((name for name in _FILES if hasattr(body, name)), None)
+    file = None if name is None else getattr(body, name)
+    if name is None or isinstance(file, PositionedFile):
+        return False  # the latter was counted by another middleware of ours
+    stop = None
+    try:
+        if in_range:
+            first, length = opening.part.first or 0, opening.length or 0
+            stop = first + length
+            if not _stand_at(file, first):
+                return False
+        offered = _left_on_disk(file) if opening.length is None else opening.length
+        counted = PositionedFile(file, ending, offered, stop, seeks_back=hasattr(body, "prepare"))
+        _read_larger_blocks(body)
+        setattr(body, name, counted)
+        # gunicorn's and wsgiref's wrapper take over the file's close when they are made, and may have none.
+        if "close" in vars(body) or not hasattr(body, "close"):
+            body.close = counted.close
+    except Exception:  # a file of the app's own that fails where the server would not have asked
+        return False
+    return True
+
+
+def _wrapper_in_range(body: Any, opening: Opening) -> Any:
+    """What werkzeug's Range *body* wraps, if nobody has read it and it sends just the bytes of *opening*; else ``None``.
+
+    Players always send a Range, and werkzeug then reads 8 KiB blocks in Python, whatever the server could do. Its
+    class is private (werkzeug/wsgi.py, ``_RangeWrapper``): one that has changed goes the app's own way.
+    """
+    kind = getattr(sys.modules.get("werkzeug.wsgi"), "_RangeWrapper", None)
+    if kind is None or type(body) is not kind or opening.status != 206:
+        return None
+    state = [getattr(body, name, None) for name in ("start_byte", "byte_range", "read_length", "end_reached")]
+    if opening.part.size != opening.length or state != [opening.part.first, opening.length, 0, False]:
+        return None
+    inner = getattr(body, "iterable", None)
+    if type(inner) is _SEQUENCE_ITERATOR:  # gunicorn's wrapper before version 24
+        inner = inner.__reduce__()[1][0]
+    return inner
+
+
+class _Sequence:
+    def __getitem__(self, index: int) -> int:
+        raise IndexError
+
+
+_SEQUENCE_ITERATOR = type(iter(_Sequence()))
+
+
+def _stand_at(file: Any, start: int) -> bool:
+    """Stand at *start*; whether it could be done.
+
+    Only a plain file on disk of which nothing was read: a GzipFile's descriptor is the compressed file's, and after a
+    read the descriptor and ``tell()`` differ.
+    """
     raw = file.raw if type(file) is io.BufferedReader else file
-    return type(raw) is io.FileIO and stat.S_ISREG(os.fstat(raw.fileno()).st_mode)
+    if type(raw) is not io.FileIO or not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+        return False
+    if file.tell() != 0 or os.lseek(raw.fileno(), 0, os.SEEK_CUR) != 0:
+        return False
+    file.seek(start)
+    if os.lseek(raw.fileno(), 0, os.SEEK_CUR) != start:
+        file.seek(0)
+        return False
+    return True
+
+
+def _let_range_seek(body: Any, inner: Any) -> None:
+    """Without ``seekable`` on the server's wrapper, werkzeug's Range reads and drops all that lies before its start.
+
+    It seeks from the file's start, and what it drops begins where the file stands, so only a file at 0 is sought.
+    """
+    file: Any = getattr(inner, "filelike", None)
+    try:
+        if body.iterable is inner and file.seekable() and file.tell() == 0:
+            inner.seek, inner.tell = file.seek, file.tell
+            body.seekable = True
+    except Exception:  # a file of the app's own that fails where the server would not have asked
+        return
+
+
+def _read_larger_blocks(body: Any) -> None:
+    """Have a wrapper of gunicorn's, wsgiref's or werkzeug's, or werkzeug's Range round one, read larger blocks.
+
+    Not of what can't be sought: it may be a live pipe, of which a large block would wait for more than the app does.
+    """
+    for wrapper in (body, getattr(body, "iterable", None)):
+        if type(wrapper).__module__ not in _WRAPPERS:
+            continue
+        file: Any = getattr(wrapper, "filelike", None) or getattr(wrapper, "file", None)
+        for name in _BLOCK_SIZES:
+            try:
+                if type(getattr(wrapper, name, None)) is int and file.seekable():
+                    setattr(wrapper, name, max(getattr(wrapper, name), BLOCK))
+            except Exception:  # a file of the app's own that fails where the server would not have asked
+                return
+
+
+def _place(file: Any) -> int:
+    """Where the file stands; what cannot tell (a pipe) is counted from 0."""
+    try:
+        return int(file.tell())
+    except Exception:
+        return 0
+
+
+def _left_on_disk(file: Any) -> int | None:
+    """Bytes between the file's position and its end; ``None`` for what is no file."""
+    try:
+        return max(int(os.fstat(file.fileno()).st_size - file.tell()), 0)
+    except Exception:
+        return None
+
+
+# uWSGI: its wrapper is a function in C that gives the file back, and sends that very file from position 0
+# (plugins/python/wsgi_subhandler.c).
+
+
+def _counted_by_uwsgi(
+    file: Any, server: UwsgiServer, opening: Opening, ending: FileEnding, way: FileWay
+) -> tuple[Any, bool]:
+    offered = _size_on_disk(file) if opening.length is None else opening.length
+    if not server.sends_in_this_thread:
+        if ending.has_link and offered is not None:
+            ending.end_unseen(offered)
+            return file, True
+        return _counted_in_c(file, opening, ending, way)
+    meter = None if ending.has_link else _meter()
+    if meter is None and not ending.has_link:
+        return _counted_in_c(file, opening, ending, way)
+
+    def end() -> None:
+        taken = 0 if meter is None else meter.read_since()
+        ending.end_file(taken, taken if meter is not None else max(offered or 0, taken))
+
+    return file, _after_close(file, end)
+
+
+def _after_close(file: Any, then: Callable[[], object]) -> bool:
+    """Call *then* whenever the file is closed; whether the file takes a ``close`` of ours."""
+    try:
+        close = file.close
+
+        def closed() -> None:
+            try:
+                close()
+            finally:
+                then()
+
+        file.close = closed
+    except (AttributeError, TypeError):
+        return False
+    return True
 
 
 class ReadMeter:
     """What this thread read since now, by Linux's own account: sendfile(2) is in it.
 
-    uWSGI sends the bare descriptor from C and leaves its position alone, so that this is the only witness.
+    The only witness of uWSGI's sendfile where the kernel can't be asked about the connection, as on a UNIX socket.
     """
 
     def __init__(self) -> None:
@@ -172,6 +348,14 @@ class ReadMeter:
             return 0
 
 
+def _meter() -> ReadMeter | None:
+    """``None`` after a change of user: the account is then root's (proc(5), PTRACE_MODE_READ)."""
+    try:
+        return ReadMeter()
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _thread_io() -> bytes:
     with Path("/proc/thread-self/io").open("rb", buffering=0) as account:
         return account.read(512)
@@ -181,6 +365,42 @@ def _rchar(text: bytes) -> int:
     return int(text.split(None, 2)[1])
 
 
+def _size_on_disk(file: Any) -> int | None:
+    try:
+        return int(os.fstat(file.fileno()).st_size)
+    except Exception:
+        return None
+
+
+# Servers that send a file from C and say nothing: bjoern, mod_wsgi, uWSGI where it sends in another thread.
+
+
+def _counted_in_c(body: Any, opening: Opening, ending: FileEnding, way: FileWay) -> tuple[Any, bool]:
+    """The server's own way with the length that the app declared (``T23_COUNT=declared``), or an iterable of blocks.
+
+    mod_wsgi gives the file's length where the app does not, but only of its own wrapper (wsgi_adapter.c:1236); bjoern
+    cuts such a file off. Both keep their own way without a Content-Length.
+    """
+    file = _file_in_c(body)
+    if opening.length is not None and not way.declared:
+        return (body if file is None else Blocks(file, body)), False
+    length = _left_on_disk(file) if opening.length is None else opening.length
+    if length is None:
+        return body, False
+    if not _after_close(file, lambda: ending.end_declared(length)):
+        ending.end_declared(length)
+    return body, True
+
+
+def _file_in_c(body: Any) -> Any:
+    """The file inside a wrapper: mod_wsgi gives it by name, bjoern as the iterator of its wrapper, uWSGI as the body."""
+    try:
+        file = getattr(body, "filelike", None) or (body if hasattr(body, "read") else iter(body))
+    except Exception:
+        return None
+    return file if hasattr(file, "read") else None
+
+
 class Blocks:
     """An iterable in Python over a file, for servers whose own wrapper hides what it sent.
 
@@ -188,190 +408,16 @@ class Blocks:
     (wsgi_subhandler.c:95-127).
     """
 
-    def __init__(self, file: Any, size: int = BLOCK, *, may_seek: bool = True) -> None:
-        self.file = file
-        self.is_read = False
-        # What can't be sought may be a live pipe, of which a large block would wait for more than the app does.
-        self._size = max(size, BLOCK) if hasattr(file, "seekable") and file.seekable() else size
-        if may_seek:
-            for name in ("seekable", "seek", "tell"):
-                if hasattr(file, name):
-                    setattr(self, name, getattr(file, name))
+    def __init__(self, file: Any, body: Any) -> None:
+        self._file = file
+        if hasattr(body, "close"):
+            self.close = body.close
 
     def __iter__(self) -> Blocks:
         return self
 
     def __next__(self) -> bytes:
-        self.is_read = True
-        data = self.file.read(self._size)
+        data = self._file.read(BLOCK)
         if not data:
             raise StopIteration
         return data  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        close = getattr(self.file, "close", None)
-        if callable(close):  # Falcon takes files whose close is no function
-            close()
-
-
-class FileWay(NamedTuple):
-    """How wrapped files leave, as the operator chose."""
-
-    #: ``T23_FAST_FILES``.
-    fast: bool = True
-    #: ``T23_COUNT=declared``.
-    declared: bool = False
-
-
-class LentWrapper:
-    """Stands in for the server's ``wsgi.file_wrapper`` during one request and remembers what it wrapped.
-
-    Servers recognise their own wrapper (by ``isinstance`` or identity), so what this makes is the server's, round a
-    :class:`PositionedFile`. *original* is ``None`` where the server has none.
-    """
-
-    def __init__(self, original: Any, way: FileWay) -> None:
-        self.original = original
-        self._way = way
-        self._witness = Witness.BLOCKS
-        self._made: list[tuple[Any, PositionedFile]] = []
-        self._blocks: list[tuple[Blocks, Callable[[Any], Any]]] = []
-
-    def __call__(self, file: Any, *block_size: int, **named: int) -> Any:
-        if self.original is not None:
-            self._witness = witness_of(self.original, self._way)
-        if self._witness is Witness.BLOCKS:
-            # What stands in for werkzeug's own wrapper seeks as that does.
-            may_seek = self.original is None or _stands_at_0(file)
-            blocks = Blocks(file, *block_size, *named.values(), may_seek=may_seek)
-            if self.original is not None:
-                self._blocks.append((blocks, lambda given: self.original(given, *block_size, **named)))
-            return blocks
-        positioned = PositionedFile(file, in_blocks=self._way.fast)
-        body = self.original(positioned, *block_size, **named)
-        self._made.append((body, positioned))
-        if self._way.fast and self._witness is Witness.POSITION:
-            _make_seekable(body, file, positioned)
-        return body
-
-    def __instancecheck__(self, body: object) -> bool:
-        return isinstance(body, Blocks) or any(body is made for made, _ in self._made)
-
-    def as_the_server_has_it(self, body: Any) -> Any:
-        """The server's own wrapper in place of our blocks, where nobody counts them; else *body*."""
-        make = self._wrapper_for(body)
-        return body if make is None else make(body.file)
-
-    def as_declared(self, body: Any, ending: Ending) -> Any:
-        """The same for a body without a Content-Length, and what the file has left is believed to be sent; else ``None``.
-
-        mod_wsgi says the file's length where the app does not, but only of its own wrapper (wsgi_adapter.c:1236).
-        """
-        positioned, make = self._file_in(body), self._wrapper_for(body)
-        if make is not None:
-            positioned = PositionedFile(body.file, in_blocks=False)
-            body = make(positioned)
-        left = None if positioned is None else positioned.left_on_disk()
-        if positioned is None or left is None:
-            return None
-        positioned.arm(ending, None, left)
-        return body
-
-    def _wrapper_for(self, body: object) -> Callable[[Any], Any] | None:
-        return next((make for made, make in self._blocks if made is body and not made.is_read), None)
-
-    def shorten(self, body: Any, start: int | None, length: int | None) -> Any:
-        """The server's own wrapper in place of werkzeug's Range round it, where that sends the same; else *body*.
-
-        Players always send a Range, and werkzeug then reads 8 KiB blocks in Python, whatever the server could do.
-        """
-        if not self._way.fast or self._witness is not Witness.POSITION or start is None or length is None:
-            return body
-        inner = _unread_range(body, start, length)
-        file = None if inner is None else self._file_in(inner)
-        return inner if file is not None and file.cut_to(start, start + length) else body
-
-    def arm(self, body: object, ending: Ending, length: int | None) -> bool:
-        """Count the file inside *body*, if *body* is what the server's wrapper made here; whether it was.
-
-        By identity: an inner middleware or werkzeug's Range may have wrapped it, and then its iterator counts.
-        *length* is the response's Content-Length in bytes.
-        """
-        file = self._file_in(body)
-        if file is None:
-            return False
-        meter = _meter() if self._witness is Witness.ACCOUNT else None
-        declared = length if self._witness is Witness.LENGTH else None
-        if (meter or declared) is None and self._witness is not Witness.POSITION:
-            return False
-        file.arm(ending, meter, declared)
-        return True
-
-    def _file_in(self, body: object) -> PositionedFile | None:
-        return next((file for made, file in self._made if made is body), None)
-
-
-def _stands_at_0(file: Any) -> bool:
-    try:
-        return bool(file.tell() == 0)
-    except (AttributeError, OSError, ValueError):
-        return False
-
-
-def _make_seekable(body: Any, file: Any, positioned: PositionedFile) -> None:
-    """Without ``seekable`` on the wrapper, werkzeug's Range reads and throws away all that lies before its start.
-
-    It seeks ``iter(body)``, which is *body* only where that is an iterator (not in gunicorn before version 24), and
-    it seeks from the file's start, while what it throws away begins where the file stands.
-    """
-    if hasattr(body, "seekable") or not hasattr(body, "__next__"):
-        return
-    if not hasattr(file, "seekable") or not file.seekable() or not _stands_at_0(file):
-        return
-    body.seekable, body.seek, body.tell = file.seekable, positioned.seek, positioned.tell
-
-
-def _unread_range(body: Any, start: int, length: int) -> Any:
-    """What werkzeug's Range wraps, if *body* is one that nobody has read and that sends just these bytes.
-
-    Its class is private (werkzeug/wsgi.py, ``_RangeWrapper``): one that has changed simply goes the app's own way.
-    """
-    kind = getattr(sys.modules.get("werkzeug.wsgi"), "_RangeWrapper", None)
-    if kind is None or type(body) is not kind:
-        return None
-    state = [getattr(body, name, None) for name in ("start_byte", "byte_range", "read_length", "end_reached")]
-    return getattr(body, "iterable", None) if state == [start, length, 0, False] else None
-
-
-def witness_of(wrapper: Any, way: FileWay) -> Witness:
-    """What tells how much *wrapper* sent."""
-    if isinstance(wrapper, type):
-        # gunicorn's wrapper has no __next__ before version 24, only the __getitem__ of old sequences.
-        reads = getattr(wrapper, "__next__", None) or getattr(wrapper, "__getitem__", None)
-        if isinstance(reads, FunctionType):
-            return Witness.POSITION
-    elif _uwsgi_accounts():
-        return Witness.ACCOUNT
-    return Witness.LENGTH if way.declared else Witness.BLOCKS
-
-
-@cache
-def _uwsgi_accounts() -> bool:
-    """Found out once: mod_wsgi makes a new wrapper for each request, which no memory of wrappers would outlive."""
-    return _uwsgi_sends_in_this_thread() and _meter() is not None
-
-
-def _meter() -> ReadMeter | None:
-    """``None`` after a change of user: the account is then root's (proc(5), PTRACE_MODE_READ)."""
-    try:
-        return ReadMeter()
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _uwsgi_sends_in_this_thread() -> bool:
-    try:
-        import uwsgi  # type: ignore[import-not-found,import-untyped,unused-ignore]  # exists only inside the server
-    except ImportError:
-        return False
-    return not any(name in uwsgi.opt for name in ("offload-threads", "async", "gevent", "ugreen", "asyncio"))

@@ -1,16 +1,19 @@
-"""What a server holds of a body: it took it, has not sent it, and throws it away when the client leaves.
+"""What a server holds of a body: it took it, has not sent it, and drops it when the client leaves.
 
-Most servers hand a chunk to the kernel before they ask for the next one, and :mod:`.body` is right about them. The
-two here run far ahead of the client, and tell how far to whoever knows where to look.
+Most servers write a chunk to the kernel before they ask for the next one, and :mod:`.body` is right about them. The
+two here run far ahead of the client; their own objects say how far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .body import CountedIterable, Ending
+from ..tcp_info import TCPInfo
+from ..transfer import Connection
+from .body import Ending
+from .connection import Link, SocketLink
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -18,6 +21,10 @@ if TYPE_CHECKING:
 
 class Holder(Protocol):
     """A server's end of the connection, during one response."""
+
+    @property
+    def link(self) -> Link:
+        """The way to the kernel's account of the connection."""
 
     def sends(self) -> bool:
         """Whether a chunk that is handed out now may reach the client."""
@@ -28,12 +35,17 @@ class Holder(Protocol):
     def held(self) -> int:
         """Bytes that it took and has not sent yet."""
 
+    def is_at_end(self) -> None:
+        """A file that the server sends itself is at its end: all before it is sent or dropped."""
+
     def finish(self, taken: int, ending: Ending) -> None:
-        """No more will come: end *ending*, once it is known what was sent of *taken* bytes."""
+        """No more will come: end *ending*, once it is known how much was sent of *taken* bytes."""
 
 
 #: What is used of a waitress channel; a version without one of them is counted like other servers.
-_CHANNEL = ("adj", "connected", "current_outbuf_count", "outbuf_lock", "outbufs", "total_outbufs_len")
+_CHANNEL = (
+    "adj", "connected", "current_outbuf_count", "outbuf_lock", "outbufs", "socket", "total_outbufs_len",
+)  # fmt: skip
 
 
 def holder_of(environ: WSGIEnvironment) -> Holder | None:
@@ -66,6 +78,7 @@ class WaitressQueue:
     def __init__(self, channel: Any) -> None:
         self._channel = channel
         self._mark: _Mark | None = None
+        self.link: WaitressLink = WaitressLink(channel)
 
     def sends(self) -> bool:
         return True  # it raises into the app's thread else
@@ -74,25 +87,58 @@ class WaitressQueue:
         """See to it that a mark stands in the queue while something does."""
         if self._channel.total_outbufs_len and (self._mark is None or self._mark.is_passed):
             with self._channel.outbuf_lock:
-                self._mark = _Mark(self._channel)
+                self._mark = _Mark(self._channel, self.link)
 
     def held(self) -> int:
         return self._channel.total_outbufs_len  # type: ignore[no-any-return]
 
+    def is_at_end(self) -> None:
+        self.link.keep()
+
     def finish(self, taken: int, ending: Ending) -> None:
         with self._channel.outbuf_lock:
             if self._channel.connected and self._channel.total_outbufs_len:
-                _Mark(self._channel, lambda unsent: ending.end(taken - unsent))
+                _Mark(self._channel, self.link, lambda unsent: ending.end(taken - unsent, taken - unsent))
                 return
         lost = 0 if self._mark is None else self._mark.lost
-        ending.end(taken - lost)
+        ending.end(taken - lost, taken - lost)
+
+
+class WaitressLink:
+    """The socket of a waitress channel, with what stands in the channel's queue before it.
+
+    waitress closes the socket before the app's ``close()`` runs, so the last account is kept that a mark saw.
+    """
+
+    runs_ahead = False
+    is_encrypted = False  # waitress speaks no TLS
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self._socket = SocketLink(channel.socket)
+        self._last: TCPInfo | None = None
+
+    def ask(self) -> TCPInfo | None:
+        if self._last is not None:
+            return self._last
+        with self._channel.outbuf_lock:
+            info = self._socket.ask()
+            return info and info._replace(position=info.position + self._channel.total_outbufs_len)
+
+    def keep(self) -> None:
+        """Keep what the socket says now, without what stands in the queue."""
+        self._last = self._socket.ask()
+
+    def name(self, position: int) -> Connection | None:
+        return self._socket.name(position)
 
 
 class _Mark:
     """An empty buffer at the end of a channel's queue; made while its ``outbuf_lock`` is held."""
 
-    def __init__(self, channel: Any, told: Callable[[int], object] | None = None) -> None:
+    def __init__(self, channel: Any, link: WaitressLink, told: Callable[[int], object] | None = None) -> None:
         self._channel = channel
+        self._link = link
         self._told = told
         self.is_passed = False
         #: Bytes of the queue that were thrown away.
@@ -110,6 +156,8 @@ class _Mark:
         self.is_passed = self not in queue
         if not self.is_passed:
             self.lost = self._channel.total_outbufs_len
+        if told is not None or self.lost:
+            self._link.keep()
         if told is not None:
             # What stands behind the last mark of a response is not its body.
             told(self.lost - sum(map(len, queue[queue.index(self) :])) if self.lost else 0)
@@ -120,6 +168,7 @@ class UvicornCycle:
 
     def __init__(self, cycle: Any) -> None:
         self._cycle = cycle
+        self.link: UvicornLink = UvicornLink(getattr(cycle, "transport", None))
 
     def sends(self) -> bool:
         return not self._cycle.disconnected
@@ -130,41 +179,54 @@ class UvicornCycle:
     def held(self) -> int:
         return 0
 
+    def is_at_end(self) -> None:
+        pass
+
     def finish(self, taken: int, ending: Ending) -> None:
-        ending.end(taken)
+        ending.end(taken, taken)
 
 
-class CountedHeld(CountedIterable):
-    """Round an app's iterable, for a server that holds what it took."""
+class UvicornLink:
+    """The socket of a uvicorn connection; between it and the app are a2wsgi's queue and the transport's buffer."""
 
-    def __init__(self, body: Iterable[bytes], ending: Ending, holder: Holder) -> None:
-        super().__init__(body, ending)
+    runs_ahead = True
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        ask = getattr(transport, "get_extra_info", lambda name: None)
+        self._socket = SocketLink(ask("socket"))
+        self.is_encrypted = ask("ssl_object") is not None
+
+    def ask(self) -> TCPInfo | None:
+        info = self._socket.ask()
+        return info and info._replace(position=info.position + self._transport.get_write_buffer_size())
+
+    def name(self, position: int) -> Connection | None:
+        return self._socket.name(position)
+
+
+class HeldEnding:
+    """Between a counted body and *ending*, for a server that holds what it took: looks at the server after each chunk."""
+
+    def __init__(self, ending: Ending, holder: Holder) -> None:
+        self._ending = ending
         self._holder = holder
+        self._counted = 0
+        self._mark = 1
+        self._may_arrive = True
         #: Bytes that were taken when nothing could arrive any more.
         self._in_vain = 0
 
-    def __iter__(self) -> Iterator[bytes]:
-        for chunk in super().__iter__():
-            # Looked at before: a client may leave with the last chunk of a whole answer in its hands.
-            may_arrive = self._holder.sends()
-            yield chunk
-            self._holder.took()
-            if not may_arrive:
-                self._in_vain += len(chunk)
+    def progress(self, counted: int, held: int = 0) -> int:
+        if not self._may_arrive:
+            self._in_vain += counted - self._counted
+        self._counted = counted
+        self._holder.took()
+        # Asked before the next chunk: a client may leave with the last chunk of a whole answer in its hands.
+        self._may_arrive = self._holder.sends()
+        if counted >= self._mark:
+            self._mark = self._ending.progress(counted - self._in_vain, self._holder.held())
+        return counted + 1
 
-    def _taken(self) -> int:
-        return super()._taken() - self._in_vain
-
-    def _tell_progress(self) -> None:
-        if self._ending is not None:
-            self._ending.progress(self._taken() - self._holder.held())
-
-    def _finish(self, ending: Ending) -> None:
-        self._holder.finish(self._taken(), ending)
-
-
-class CountedHeldSequence(CountedHeld):
-    """Round a list."""
-
-    def __len__(self) -> int:
-        return len(self._body)  # type: ignore[arg-type]
+    def end(self, counted: int, offered: int) -> None:
+        self._holder.finish(counted - self._in_vain, self._ending)

@@ -12,8 +12,6 @@ from ..state import StateFolder
 from ..transfer import (
     APP,
     Opening,
-    Part,
-    Play,
     close_line,
     open_line,
     opening_text,
@@ -50,16 +48,15 @@ class _Process:
         self._numbers = count(1)
         self._seen: set[str] = set()
 
-    def begin(
-        self, play: Play, part: Part, status: int, length: int | None, counted_by: str = APP
-    ) -> Recording:
-        """Write the open line of a response that starts now."""
+    def begin(self, opening: Opening) -> Recording:
+        """Write the open line of a response that starts now: *opening* gets its number and its times."""
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-        opening = Opening(next(self._numbers), now_ns, now_ms, play, part, status, length, counted_by)
+        opening = opening._replace(number=next(self._numbers), started_ns=now_ns, started_ms=now_ms)
         text = opening_text(opening)
         if self.journal.write(open_line(text)):
             self.launcher.begun()
-        return Recording(self, opening, text) if counted_by == APP else NamedRecording(self, opening, text)
+        kind = Recording if opening.counted_by == APP else NamedRecording
+        return kind(self, opening, text)
 
     def see(self, name: str) -> None:
         """What a counted response came through: counted once per process, with the next line."""
@@ -75,7 +72,7 @@ class _Process:
 
 
 class Recording:
-    """A response that is being counted; its end is written once, whoever ends it how often."""
+    """A response that is being counted; its end is written once."""
 
     __slots__ = ("_process", "_text", "opening")
 
@@ -84,21 +81,24 @@ class Recording:
         self._text = text
         self.opening = opening
 
-    def progress(self, counted: int) -> None:
-        """Write down that *counted* body bytes went out so far."""
+    def progress(self, counted: int, position: int | None) -> None:
+        """Write down that *counted* body bytes went out so far; the connection is at *position*."""
         if self._process is not None:
             now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-            self._process.journal.write(progress_line(self._text, now_ns, now_ms, counted, None))
+            self._process.journal.write(progress_line(self._text, now_ns, now_ms, counted, position))
 
-    def end(self, counted: int, declared: int) -> None:
-        """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does."""
+    def end(self, counted: int, declared: int, position: int | None) -> None:
+        """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does.
+
+        *position* is the connection's after the body, where the client's kernel has not acknowledged all of it.
+        """
         process, self._process = self._process, None
         if process is None:
             return
         length = self.opening.length
         sent = counted if length is None else min(counted, length)
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-        if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared, None)):
+        if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared, position)):
             process.launcher.written()
 
 
@@ -122,8 +122,8 @@ class NamedRecording(Recording):
         self.opening = self.opening._replace(counted_by=APP)
         self._text = opening_text(self.opening)
 
-    def end(self, counted: int, declared: int) -> None:
+    def end(self, counted: int, declared: int, position: int | None) -> None:
         """As for others, but not where the journal began anew: under its new name the log has no line of this response,
         and under the old one, which the relay most likely read, the log's line decides."""
         if self._process is not None and self._writer == self._process.journal.name:
-            super().end(counted, declared)
+            super().end(counted, declared, position)

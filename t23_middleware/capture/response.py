@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterable, Sized
+from typing import TYPE_CHECKING, Any
 
 from ..media import SEGMENT_ENDINGS, MediaTypes
 from ..settings import Settings
 from ..transfer import APP, OFFLOADED, PLAY_HEADER, PROXY, Opening
-from .body import PROGRESS_EVERY, BegunLater, CountedIterable, CountedSequence
-from .files import FileWay, LentWrapper
-from .held import CountedHeld, CountedHeldSequence, Holder, hides_leaving, holder_of
+from .body import CountedIterable, counted_iterable, size_of
+from .connection import has_own_connection, link_of, uwsgi_server
+from .files import FileWay, counted_file
+from .held import HeldEnding, Holder, hides_leaving, holder_of
 from .identity import Identifier, NotCounted
 from .ranges import asked_part, part_of
 from .recorder import NamedRecording, Recorder, Recording
+from .span import Count, Span
 
 if TYPE_CHECKING:
     from _typeshed import OptExcInfo
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FILE_WRAPPER = "wsgi.file_wrapper"
+#: Bytes of a body after which its progress is written down, for the case that the worker is killed.
+PROGRESS_EVERY = 8 << 20
+#: Seconds between two such lines at least: at a fast client's speed they would cost 6 % of its throughput.
+PROGRESS_PAUSE = 0.5
 #: Headers by which an app leaves a file to the proxy: nginx's, Apache's (and Flask's ``USE_X_SENDFILE``), lighttpd's,
 #: LiteSpeed's and Perlbal's.
 OFFLOADING = frozenset(
@@ -41,6 +47,8 @@ class Capture:
         #: Whether a proxy's log says what was sent, so that it must be told the play's name.
         self.has_proxy_log = bool(settings.proxy_log)
         self.counted_by = PROXY if settings.proxy_log else APP
+        #: Whether the kernel is asked what the client took; a proxy's log knows better.
+        self.asks_kernel = settings.acked and not settings.proxy_log
 
     def count(self, name: str) -> None:
         """Count an event that is no transfer."""
@@ -65,12 +73,15 @@ class Response:
         "_counted_by",
         "_decided",
         "_environ",
+        "_given",
         "_headers",
         "_holder",
-        "_lent",
-        "_named",
+        "_is_late",
+        "_mark",
         "_path",
+        "_quiet_until",
         "_recording",
+        "_span",
         "_start",
         "_status",
         "_void",
@@ -83,165 +94,186 @@ class Response:
         self._start = start_response
         self._capture = capture
         self._status: str | None = None
-        self._headers: list[tuple[str, str]] = []
+        self._headers: Iterable[Any] = ()
         #: Who counts it; ``None`` for what is not counted.
         self._counted_by: str | None = None
         self._decided = False
+        #: The app calls ``start_response`` as late as its first chunk (PEP 3333).
+        self._is_late = False
+        #: Bytes that ``write()`` was given, and those that it sent.
+        self._given = 0
         self._written = 0
-        self._lent: LentWrapper | None = None
+        self._mark = 1
+        self._quiet_until = 0.0
         self._recording: Recording | None = None
+        self._span: Span | None = None
         self._void = False
         self._holder: Holder | None = None
 
     # What happens while the app runs.
 
-    def lend_wrapper(self) -> None:
-        """Exchange the server's file wrapper for one that remembers what it wrapped, if the request may name a play."""
-        original = self._environ.get(FILE_WRAPPER)
-        way = self._capture.file_way
-        #: Whether the request, as it came, may name a play.
-        self._named = self._missing() is None
-        if self._named and (original is not None or way.fast):
-            self._lent = self._environ[FILE_WRAPPER] = LentWrapper(original, way)
-
-    def take_wrapper_back(self) -> None:
-        """Put the server's own wrapper back: gunicorn compares bodies with it after the app returned (sync.py)."""
-        there: object = self._environ.get(FILE_WRAPPER)
-        if self._lent is None or there is not self._lent:
-            return
-        if self._lent.original is None:
-            del self._environ[FILE_WRAPPER]
-        else:
-            self._environ[FILE_WRAPPER] = self._lent.original
-
     def start(
-        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None = None
+        self, status: str, headers: Any, exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], object]:
         """``start_response`` as the app sees it (PEP 3333)."""
+        headers, self_headers = _twice(headers)
+        former = self._status, self._headers, self._counted_by
         if self._capture.has_proxy_log:
-            write = self._start_named(status, headers, exc_info)
-        else:
+            # The proxy reads the play's name from the headers, so it is decided before the server has them.
+            self._status, self._headers = status, self_headers
+            self._counted_by = self._who_counts()
+            headers = self._named(headers)
+        try:
             write = (
                 self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
             )
-            self._status, self._headers = status, headers
+        except BaseException:
+            self._status, self._headers, self._counted_by = former
+            raise
+        if not self._capture.has_proxy_log:
+            self._status, self._headers = status, self_headers
             self._counted_by = self._who_counts()
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
             if self._recording is not None:
                 self._set_void(self._recording)
             return write
+        if self._is_late:
+            self._begin()
         # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
         return write if write is None else self._counting(write)
 
-    def _start_named(
-        self, status: str, headers: list[tuple[str, str]], exc_info: OptExcInfo | None
-    ) -> Callable[[bytes], object]:
-        """The same with the play's name for the proxy: so it is decided before the server has the headers."""
-        former = self._status, self._headers, self._counted_by
-        self._status, self._headers = status, headers
-        self._counted_by = self._who_counts()
-        if self._counted_by is not None and self._begin() and isinstance(self._recording, NamedRecording):
-            headers = [*headers, (PLAY_HEADER, self._recording.play_id)]
-        try:
-            return (
-                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
-            )
-        except BaseException:
-            self._status, self._headers, self._counted_by = former
-            raise
+    def _named(self, headers: Any) -> Any:
+        """*headers* with the play's name for the proxy."""
+        if self._counted_by is None or not self._begin() or not isinstance(self._recording, NamedRecording):
+            return headers
+        return [*headers, (PLAY_HEADER, self._recording.play_id)]
 
     def _set_void(self, recording: Recording) -> None:
         """What was opened is not what goes out, so that nobody need wait for its end."""
         self._void = True
         if isinstance(recording, NamedRecording):
             recording.void()
-        self.end(0)
+        self.end(0, 0)
 
     def abandon(self) -> None:
         """The app raised: what ``write()`` sent before is all there was."""
-        if self._recording is not None and not self._written:
+        if self._recording is not None and not self._given:
             self._set_void(self._recording)
         if self._holder is not None:
             self._holder.finish(0, self)
         else:
-            self.end(0)
+            self.end(0, 0)
 
     # What happens to its body.
 
-    def body(self, body: Iterable[bytes]) -> Iterable[bytes]:
+    def body(self, body: Any) -> Any:
         """The body for the server: counted where this is a play, else the very object that the app returned."""
         if self._status is None:
-            # The app may call start_response as late as its first chunk (PEP 3333, "The start_response() Callable").
-            return BegunLater(self._iterated(body), self._begin) if self._missing() is None else body
+            self._is_late = True
+            return self._iterated(body) if self._missing() is None and _is_iterable(body) else body
+        if isinstance(body, CountedIterable):
+            return body  # the app called itself with the same environ, and that call is counted
         if self._counted_by is None or not self._begin() or self._recording is None:
-            return self._untouched(body)
+            return body
         if self._counted_by == OFFLOADED:
-            self.end(0)  # the file is the proxy's to send, and to count
-            return self._untouched(body)
-        if self._lent is not None:
-            opening = self._recording.opening
-            if opening.length is None and "mod_wsgi.version" in self._environ:
-                own = self._lent.as_declared(body, self)
-                if own is not None:
-                    return own  # type: ignore[no-any-return]
-            body = _by_the_servers_way(self._lent, body, opening)
-            if self._lent.arm(body, self, opening.length):
-                return body
+            self.end(0, 0)  # the file is the proxy's to send, and to count
+            return body
+        if type(body) in (bytes, bytearray) and uwsgi_server() is not None:
+            self.end_unseen(len(body))  # uWSGI sends it as it is, and has nothing to close
+            return body
         if type(body) is list and self._environ.get("SERVER_SOFTWARE") == "Granian":
             # It joins a list, sends it from Rust, and never closes it (granian/wsgi.py:59).
-            self.end(sum(map(len, body)))
+            size = sum(map(size_of, body))
+            self.end(size, size)
             return body
-        return self._iterated(body)
-
-    def _untouched(self, body: Iterable[bytes]) -> Iterable[bytes]:
-        return body if self._lent is None else self._lent.as_the_server_has_it(body)
+        if not _is_iterable(body):
+            self.end(0, 0)  # for the server to judge
+            return body
+        body, ends_itself = counted_file(
+            body, self._environ, self._recording.opening, self, self._capture.file_way
+        )
+        return body if ends_itself else self._iterated(body)
 
     def _iterated(self, body: Iterable[bytes]) -> CountedIterable:
-        has_length = hasattr(body, "__len__")
         self._holder = self._holder or holder_of(self._environ)
+        return counted_iterable(body, self if self._holder is None else HeldEnding(self, self._holder))
+
+    def progress(self, counted: int, held: int = 0) -> int:
+        """The server has taken *counted* bytes of the body and holds *held* of them; returns the next mark."""
+        counted += self._written
+        position = None if self._span is None else self._span.measure(counted)
+        if counted < PROGRESS_EVERY:
+            # The first two chunks measure the head and the framing; a small body needs no more.
+            self._mark = PROGRESS_EVERY if self._mark > 1 else counted + 1
+        else:
+            self._mark = counted + PROGRESS_EVERY
+            now = time.monotonic()
+            if self._recording is not None and not self._void and now >= self._quiet_until:
+                self._quiet_until = now + PROGRESS_PAUSE
+                try:
+                    self._recording.progress(counted - held, position)
+                except Exception:
+                    _say_not_recorded()
+        return self._mark - self._written
+
+    def end(self, counted: int, offered: int) -> None:
+        """The body is over: the server has written at least *counted* bytes of it, and was given *offered*."""
+        counted, offered = max(self._written + counted, 0), max(self._given + offered, 0)
+        if self._span is None or self._void:
+            self._record_end(Count(counted))
+        else:
+            self._record_end(self._span.end(counted, offered))
+
+    # What a file reports, see :class:`.files.FileEnding`.
+
+    @property
+    def has_link(self) -> bool:
+        """Whether the kernel can be asked how far the connection is."""
+        return self._span is not None
+
+    def end_file(self, counted: int, offered: int) -> None:
+        """As :meth:`end`, of a file that the server sends itself."""
         if self._holder is not None:
-            return (CountedHeldSequence if has_length else CountedHeld)(body, self, self._holder)
-        return (CountedSequence if has_length else CountedIterable)(body, self)
+            self._holder.is_at_end()
+        self.end(counted, offered)
 
-    def progress(self, counted: int) -> None:
-        """So far *counted* bytes of the body went out beside what ``write()`` sent."""
-        if self._recording is not None and not self._void:
-            try:
-                self._recording.progress(self._written + counted)
-            except Exception:
-                _say_not_recorded()
+    def end_unseen(self, offered: int) -> None:
+        """The server drops the body now and sends up to *offered* bytes afterwards."""
+        offered += self._written
+        self._record_end(Count(offered) if self._span is None else self._span.end_unseen(offered))
 
-    def end(self, counted: int, *, declared: int = 0) -> None:
-        """The body is over, and *counted* bytes of it went out beside what ``write()`` sent."""
+    def end_declared(self, length: int) -> None:
+        """*length* bytes are believed to be sent."""
+        self._record_end(Count(self._written + length), declared=1)
+
+    def _record_end(self, count: Count, declared: int = 0) -> None:
         if self._recording is None:
             return
         try:
-            self._recording.end(0 if self._void else max(self._written + counted, 0), declared)
+            self._recording.end(0 if self._void else count.sent, declared, count.position)
         except Exception:
             _say_not_recorded()
 
     def _counting(self, write: Callable[[bytes], object]) -> Callable[[bytes], object]:
         def counted_write(data: bytes) -> object:
-            if self._begin() and self._holder is None:
-                self._holder = holder_of(self._environ)
+            self._begin()
             may_arrive = self._holder is None or self._holder.sends()
+            size = size_of(data) if may_arrive else 0
+            self._given += size
             answer = write(data)
-            if may_arrive:
-                self._wrote(len(data))
+            if size:
+                self._written += size
+                if self._written >= self._mark:
+                    self.progress(0)
             return answer
 
         return counted_write
 
-    def _wrote(self, size: int) -> None:
-        before, self._written = self._written, self._written + size
-        if self._holder is not None:
-            self._holder.took()
-        if before // PROGRESS_EVERY != self._written // PROGRESS_EVERY:
-            self.progress(0 if self._holder is None else -self._holder.held())
+    # Whether it is counted.
 
     def _begin(self) -> bool:
-        """Decide, once, whether this response is counted, and open its record; whether it is."""
+        """Write the open line, once and if this is a play; whether it is one."""
         if not self._decided and self._status is not None:
             self._decided = True
             try:
@@ -270,55 +302,90 @@ class Response:
             if not self._capture.has_proxy_log:
                 process.tell("offloaded")
                 return None
-            return process.begin(play, *asked_part(self._environ.get("HTTP_RANGE")), None, OFFLOADED)
+            part, status = asked_part(self._environ.get("HTTP_RANGE"))
+            return process.begin(Opening(0, 0, 0, play, part, status, None, OFFLOADED))
         if "HTTP_X_FORWARDED_FOR" in self._environ or "HTTP_VIA" in self._environ:
             process.see("behind_proxy")
         if hides_leaving(self._start):
             process.see("leaving_unseen")
         status = int(said[:3])
-        length = _whole_number(self._header("content-length"))
-        part = part_of(status, length, self._header("content-range"), self._environ.get("HTTP_RANGE"))
-        return process.begin(play, part, status, length, self._counted_by)
+        length = _whole_number(_header(self._headers, "content-length"))
+        content_range = _header(self._headers, "content-range")
+        part = part_of(status, length, content_range, self._environ.get("HTTP_RANGE"))
+        opening = Opening(0, 0, 0, play, part, status, length, self._counted_by)
+        return process.begin(self._on_connection(opening, said))
+
+    def _on_connection(self, opening: Opening, status: str) -> Opening:
+        """*opening* with its connection, where the kernel can be asked about it."""
+        self._holder = holder_of(self._environ)
+        if not self._capture.asks_kernel or not has_own_connection(self._environ):
+            return opening
+        link = link_of(self._environ, self._start) if self._holder is None else self._holder.link
+        info = None if link is None else link.ask()
+        if link is None or info is None:
+            return opening
+        head = len("HTTP/1.1 \r\n\r\n") + len(status)
+        head += sum(len(name) + len(value) + len(": \r\n") for name, value in _pairs(self._headers))
+        connection = link.name(info.position + head)
+        if connection is None:
+            return opening
+        self._span = Span(link, info.position, head, is_framed=opening.length is None)
+        return opening._replace(connection=connection)
 
     def _who_counts(self) -> str | None:
-        """Who counts this response; ``None`` where nobody does, since it is no media."""
-        if (self._named or (self._capture.has_proxy_log and self._missing() is None)) and self._offloads():
+        """Who counts this response; ``None`` where nothing does, since it is no media."""
+        if self._missing() is None and self._offloads():
             return OFFLOADED
-        if self._status is None or self._status[:3] not in ("200", "206"):
+        if not isinstance(self._status, str) or self._status[:3] not in ("200", "206"):
             return None
-        try:
-            content_type = self._header("content-type")
-        except (AttributeError, TypeError, ValueError):
-            return None  # no list of pairs of strings: for the server to judge, and it took them
+        content_type = _header(self._headers, "content-type")
         if content_type is None or not self._capture.counts_type(content_type):
             return None
         return None if self._path.endswith(SEGMENT_ENDINGS) else self._capture.counted_by
 
     def _offloads(self) -> bool:
         """Whether the app leaves the file of a play to the proxy, which alone then knows what it is."""
-        try:
-            for name, _ in self._headers:
-                if name.lower() in OFFLOADING:
-                    return not self._path.endswith(SEGMENT_ENDINGS)
-        except (AttributeError, TypeError, ValueError):
-            pass  # no list of pairs of strings
-        return False
-
-    def _header(self, wanted: str) -> str | None:
-        for name, value in self._headers:
-            if name.lower() == wanted:
-                return value
-        return None
+        return any(name in OFFLOADING for name, _ in _pairs(self._headers)) and not self._path.endswith(
+            SEGMENT_ENDINGS
+        )
 
 
-def _by_the_servers_way(lent: LentWrapper, body: Iterable[bytes], opening: Opening) -> Iterable[bytes]:
-    if opening.status != 206 or opening.length is None or opening.part.size != opening.length:
-        return body
+def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
+    """*headers* for the server, and once more for us: servers take any iterable, which may be read only once."""
+    if type(headers) is list or type(headers) is tuple:
+        return headers, headers
     try:
-        shortened: Iterable[bytes] = lent.shorten(body, opening.part.first, opening.length)
-    except (OSError, ValueError, AttributeError):  # a file that is closed, or no file after all
-        return body
-    return shortened
+        items = list(headers)
+    except TypeError:
+        return headers, ()  # for the server to judge
+    return headers if isinstance(headers, Sized) else iter(items), items
+
+
+def _pairs(headers: Iterable[Any]) -> Iterable[tuple[str, str]]:
+    """Names in lower case and values; servers take more types than PEP 3333 allows."""
+    for item in headers:
+        try:
+            name, value = item
+            yield _text(name).lower(), _text(value)
+        except Exception:  # for the server to judge, and it took them
+            continue
+
+
+def _header(headers: Iterable[Any], wanted: str) -> str | None:
+    for name, value in _pairs(headers):
+        if name == wanted:
+            return value
+    return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return bytes(value).decode("latin-1") if isinstance(value, (bytes, bytearray)) else str(value)
+
+
+def _is_iterable(body: Any) -> bool:
+    return hasattr(type(body), "__iter__") or hasattr(type(body), "__getitem__")
 
 
 def _whole_number(text: str | None) -> int | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from wsgiref.util import FileWrapper as WsgirefWrapper
 
 import pytest
 from flask import Flask, Response, send_file
@@ -17,11 +17,9 @@ from gunicorn.http.wsgi import FileWrapper
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from waitress.buffers import ReadOnlyFileBasedBuffer
 
 from t23_middleware.capture import files
-from t23_middleware.capture.body import CountedIterable
-from t23_middleware.capture.files import Blocks, FileWay, LentWrapper, Witness, witness_of
+from t23_middleware.capture.body import counted_iterable
 
 from .servers import OldFileWrapper, as_gunicorn, as_waitress, ask, media, request
 
@@ -357,21 +355,6 @@ def test_waitress_reads_seeks_back_and_skips_and_the_count_is_what_it_sent(
     assert journals.sent()[before:] == [len(expected)]
 
 
-def test_a_file_that_the_app_read_from_before_is_counted_from_there(
-    wrap: Any, journals: Any, film: Path
-) -> None:
-    def app(environ: dict[str, Any], start_response: Any) -> Any:
-        start_response("200 OK", HEADERS)
-        wrapper = environ["wsgi.file_wrapper"](film.open("rb"))
-        wrapper.seek(1000)
-        assert next(wrapper) == FILM[1000 : 1000 + 32768]
-        return wrapper
-
-    answer = as_waitress(wrap(app), request())
-    assert answer.body == FILM[33768:]
-    assert journals.sent() == [len(FILM) - 33768]
-
-
 @pytest.mark.parametrize(
     ("serve", "name"), [(as_gunicorn, "blksize"), (as_waitress, "block_size")], ids=["gunicorn", "waitress"]
 )
@@ -433,56 +416,6 @@ def test_a_file_that_was_wrapped_and_not_returned_reports_nothing(
     assert journals.files() == []
 
 
-def test_a_server_with_a_wrapper_in_c_gets_blocks_that_are_counted(
-    wrap: Any, journals: Any, film: Path
-) -> None:
-    environ = request(**{"wsgi.file_wrapper": io.FileIO})  # any type that is written in C
-    answer = ask(wrap(wrapped_file(film)), environ)
-    assert answer.body == FILM
-    assert environ["wsgi.file_wrapper"] is io.FileIO
-    assert journals.sent() == [len(FILM)]
-
-
-def test_wrapped_bodies_pass_for_instances_of_the_wrapper_while_the_app_runs(film: Path) -> None:
-    for original in (FileWrapper, io.FileIO):
-        lent: Any = LentWrapper(original, FileWay())
-        with film.open("rb") as file:
-            assert isinstance(lent(file), lent)
-            assert not isinstance([], lent)
-
-
-def test_the_witness_of_each_kind_of_wrapper() -> None:
-    for known in (FileWrapper, OldFileWrapper, ReadOnlyFileBasedBuffer, WsgirefWrapper):
-        assert witness_of(known, FileWay()) is Witness.POSITION
-    assert witness_of(io.FileIO, FileWay()) is Witness.BLOCKS
-    assert witness_of(lambda file, size=8192: file, FileWay()) is Witness.BLOCKS
-
-
-def test_wrappers_that_are_made_anew_for_each_request_are_not_remembered(wrap: Any, film: Path) -> None:
-    import weakref
-
-    class PerRequest:
-        def wrapper(self, file: Any, size: int = 8192) -> Any:
-            return FileWrapper(file, size)
-
-    maker = PerRequest()
-    gone = weakref.ref(maker)
-    ask(wrap(wrapped_file(film)), request(**{"wsgi.file_wrapper": maker.wrapper}))
-    del maker
-    import gc
-
-    gc.collect()
-    assert gone() is None
-
-
-def test_blocks_can_be_sought_only_where_the_file_can(film: Path) -> None:
-    with film.open("rb") as file:
-        blocks: Any = Blocks(file, 10)
-        blocks.seek(100_000)
-        assert next(blocks) == FILM[100_000 : 100_000 + 65536]
-    assert not hasattr(Blocks(iter(())), "seek")
-
-
 # uWSGI: its wrapper hands back the file, and sends the descriptor from C in the request's own thread.
 
 
@@ -491,13 +424,10 @@ def in_uwsgi(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     def running(**options: bytes) -> None:
         from types import SimpleNamespace
 
-        monkeypatch.setitem(
-            sys.modules, "uwsgi", SimpleNamespace(opt={k.replace("_", "-"): v for k, v in options.items()})
-        )
-        files._uwsgi_accounts.cache_clear()
+        opt = {name.replace("_", "-"): value for name, value in options.items()}
+        monkeypatch.setitem(sys.modules, "uwsgi", SimpleNamespace(opt=opt, connection_fd=lambda: -1))
 
     yield running
-    files._uwsgi_accounts.cache_clear()
 
 
 def uwsgi_wrapper(file: Any, size: int = 0) -> Any:
@@ -529,39 +459,6 @@ def test_uwsgi_closing_in_another_thread_counts_nothing_rather_than_anything(
     closer.start()
     closer.join()
     assert journals.sent() == [0]
-
-
-@pytest.mark.parametrize("option", ["offload_threads", "gevent", "async", "asyncio", "ugreen"])
-def test_uwsgi_that_sends_elsewhere_gets_blocks(in_uwsgi: Any, option: str) -> None:
-    in_uwsgi(**{option: b"1"})
-    assert witness_of(uwsgi_wrapper, FileWay()) is Witness.BLOCKS
-
-
-def test_uwsgi_whose_account_can_not_be_read_gets_blocks(
-    in_uwsgi: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused() -> bytes:
-        raise PermissionError
-
-    in_uwsgi()
-    monkeypatch.setattr(files, "_thread_io", refused)
-    assert witness_of(uwsgi_wrapper, FileWay()) is Witness.BLOCKS
-
-
-def test_an_account_that_fails_in_mid_life_leaves_the_iterator_to_count(
-    wrap: Any, journals: Any, film: Path, in_uwsgi: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused() -> bytes:
-        raise OSError(24, "Too many open files")
-
-    in_uwsgi()
-    assert witness_of(uwsgi_wrapper, FileWay()) is (
-        Witness.ACCOUNT if sys.platform == "linux" else Witness.BLOCKS
-    )
-    monkeypatch.setattr(files, "_thread_io", refused)
-    answer = ask(wrap(wrapped_file(film)), request(**{"wsgi.file_wrapper": uwsgi_wrapper}))
-    assert answer.body == FILM
-    assert journals.sent() == [len(FILM)]
 
 
 # Flask's send_file, on each server.
@@ -625,14 +522,123 @@ def test_a_film_that_the_client_has_is_not_counted(wrap: Any, journals: Any, sit
     assert journals.files() == []
 
 
-def test_a_counted_iterable_hands_out_what_it_was_given_whatever_that_is() -> None:
-    ended: list[int] = []
+@pytest.mark.parametrize("option", ["offload_threads", "gevent", "async", "asyncio", "ugreen"])
+def test_uwsgi_sending_elsewhere_gets_blocks(
+    wrap: Any, journals: Any, film: Path, in_uwsgi: Any, option: str
+) -> None:
+    """Without a connection that the kernel can be asked about, a file that leaves in another thread is iterated."""
+    in_uwsgi(**{option: b"1"})
+    app = wrap(wrapped_file(film, length=len(FILM)))
+    assert ask(app, request(**{"wsgi.file_wrapper": uwsgi_wrapper})).body == FILM
+    assert journals.sent() == [len(FILM)]
 
-    class Ending:
-        def end(self, counted: int) -> None:
-            ended.append(counted)
 
-    body = CountedIterable([b"", bytearray(b"ab"), memoryview(b"cde")], Ending())  # type: ignore[list-item]
-    assert [bytes(chunk) for chunk in body] == [b"", b"ab", b"cde"]
+def test_uwsgi_with_unreadable_account(
+    wrap: Any, journals: Any, film: Path, in_uwsgi: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that changed its user can't read its own account; the file is then iterated."""
+
+    def refused() -> bytes:
+        raise PermissionError
+
+    in_uwsgi()
+    monkeypatch.setattr(files, "_thread_io", refused)
+    app = wrap(wrapped_file(film, length=len(FILM)))
+    assert ask(app, request(**{"wsgi.file_wrapper": uwsgi_wrapper})).body == FILM
+    assert journals.sent() == [len(FILM)]
+
+
+# Ways in which a body ends.
+
+
+class Ends:
+    """Remembers what a counted body reports."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[int, int]] = []
+
+    def progress(self, counted: int, held: int = 0) -> int:
+        return counted + 1
+
+    def end(self, counted: int, offered: int) -> None:
+        self.ended.append((counted, offered))
+
+
+def handed_on(body: Any) -> Iterator[bytes]:
+    """What an outer middleware does that is written as a generator (werkzeug's debugger)."""
+    yield from body
+
+
+@pytest.mark.parametrize("made", [Chunks, list, iter], ids=["iterator", "list", "list iterator"])
+def test_closed_outer_generator_ends_count(made: Any) -> None:
+    """The app's close() runs as often as without us, and the count ends."""
+    bare, own, ends = made([b"ab", b"c"]), made([b"ab", b"c"]), Ends()
+    for body in (bare, counted_iterable(own, ends)):
+        outer = handed_on(body)
+        next(outer)
+        outer.close()  # type: ignore[attr-defined]
+    assert getattr(own, "closed", 0) == getattr(bare, "closed", 0)
+    assert ends.ended == [(0, 2)]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_dropped_body_ends_count(taken: int) -> None:
+    """A server or bridge that never closes: the count ends, and nothing of the app is closed that would not be."""
+    own, ends = Chunks([b"ab", b"c", b"d"]), Ends()
+    body = counted_iterable(own, ends)
+    chunks = iter(body)
+    for _ in range(taken):
+        next(chunks)
+    del chunks, body
+    assert own.closed == 0
+    assert ends.ended == [[(0, 0), (0, 2), (2, 3)][taken]]
+
+
+def test_last_chunk_ends_count() -> None:
+    """A body that was read to its end has ended, though something still holds it."""
+    ends = Ends()
+    body = counted_iterable(Chunks([b"ab", b"c"]), ends)
+    assert list(body) == [b"ab", b"c"]
+    assert ends.ended == [(3, 3)]
+
+
+def test_each_close_reaches_app() -> None:
+    """A server that closes twice closes the app's body twice, as without us; the count ends once."""
+    own, ends = Chunks([b"ab"]), Ends()
+    body = counted_iterable(own, ends)
     body.close()
-    assert ended == [5]
+    body.close()
+    assert own.closed == 2
+    assert ends.ended == [(0, 0)]
+
+
+def test_failing_iter_fails_at_once() -> None:
+    """A body whose iter() fails does so when the server asks for its iterator, as without us."""
+
+    class Fails:
+        def __iter__(self) -> Iterator[bytes]:
+            raise LookupError("no body today")
+
+    ends = Ends()
+    with pytest.raises(LookupError):
+        iter(counted_iterable(Fails(), ends))
+
+
+ODD_CHUNKS = [
+    (bytearray(b"ab"), 2),
+    (memoryview(b"cde"), 3),
+    (memoryview(array("I", [1, 2, 3])), 12),
+    (array("H", [1, 2]), 4),
+    ("text", 4),
+    (None, 0),
+    (7, 0),
+]
+
+
+@pytest.mark.parametrize(("chunk", "size"), ODD_CHUNKS, ids=repr)
+def test_odd_chunks_pass_unchanged(chunk: Any, size: int) -> None:
+    """Chunks of any type are handed on as they are, and bytes-like ones count in bytes."""
+    ends = Ends()
+    body = counted_iterable([b"", chunk], ends)
+    assert list(body)[1] is chunk
+    assert ends.ended == [(size, size)]

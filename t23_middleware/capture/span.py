@@ -1,0 +1,95 @@
+"""A response's span of its connection: turns positions of the connection into body bytes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .connection import Link
+
+#: Bytes that a server may add to the head that the app gave: Date, Server, Connection. Until the head was measured, a
+#: difference up to this size is taken for it.
+HEAD_DOUBT = 1024
+#: A TLS record holds up to 16 KiB, and 22 bytes more with TLS 1.3; measured in the response itself where that is possible.
+TLS_SHARE = 16384 / 16406
+
+
+class Count(NamedTuple):
+    """How much of a body is known to have been sent."""
+
+    #: Body bytes that the client's kernel acknowledged, or that the server handed over where *position* is given.
+    sent: int
+    #: The connection's position after the body, where the client's kernel has not acknowledged all of it yet.
+    position: int | None = None
+
+
+class Span:
+    """From the connection's position before a response to the one after its body.
+
+    *start* is the position before the response, *head* the length of its status line and headers as the app gave
+    them. *is_framed* says that more than the body's own bytes is written: TLS records, or chunks (RFC 9112, 7.1).
+    """
+
+    def __init__(self, link: Link, start: int, head: int, *, is_framed: bool) -> None:
+        self._link = link
+        self._least = start
+        #: Position before the first byte of the body.
+        self.start = start + head
+        self._share = TLS_SHARE if link.is_encrypted else 1.0
+        self._is_framed = is_framed or link.is_encrypted
+        self._first: tuple[int, int] | None = None
+
+    def measure(self, counted: int) -> int | None:
+        """The server has written *counted* bytes of the body and no more: learn the head and the framing from it.
+
+        Returns the connection's position, ``None`` where it can't be asked.
+        """
+        info = None if self._link.runs_ahead else self._link.ask()
+        if info is None:
+            return None
+        if self._first is None:
+            self._first = (counted, info.position)
+        elif self._is_framed and info.position > self._first[1]:
+            self._share = min((counted - self._first[0]) / (info.position - self._first[1]), 1.0)
+        self._begin_before(*self._first)
+        return info.position
+
+    def end(self, counted: int, offered: int) -> Count:
+        """The response is over: the server has written at least *counted* bytes of its body, at most *offered*."""
+        info = self._link.ask()
+        if info is None or self._link.runs_ahead:
+            # The server has closed its socket, or holds bytes of its own: the relay knows more from the kernel.
+            handed, position = counted, self._position_after(counted)
+        else:
+            position = info.position
+            handed = self._handed(position, counted, offered)
+        if info is None:
+            return Count(handed, position)
+        if info.acked >= position:
+            return Count(handed)
+        if info.is_closed:
+            return Count(min(max(self._body_bytes(info.acked), 0), handed))
+        return Count(handed, position)
+
+    def end_unseen(self, offered: int) -> Count:
+        """The server goes on to write *offered* bytes after it has dropped the body: the relay finds out how many."""
+        return Count(offered, self._position_after(offered))
+
+    def _handed(self, position: int, counted: int, offered: int) -> int:
+        """Body bytes that were written when the connection stood at *position*."""
+        written = self._body_bytes(position)
+        if self._first is not None:
+            return min(max(written, counted), offered)
+        # The head is at least as long as the app gave it, so *written* is too high by what the server added.
+        handed = min(written, offered) if written - counted > HEAD_DOUBT or written >= offered else counted
+        self._begin_before(handed, position)
+        return handed
+
+    def _body_bytes(self, position: int) -> int:
+        return round((position - self.start) * self._share)
+
+    def _position_after(self, sent: int) -> int:
+        return self.start + round(sent / self._share)
+
+    def _begin_before(self, sent: int, position: int) -> None:
+        """*sent* bytes of the body were written when the connection stood at *position*."""
+        self.start = max(position - round(sent / self._share), self._least)
