@@ -19,6 +19,9 @@ class Ending(Protocol):
     def end(self, counted: int, offered: int) -> None:
         """The body is over: the server has written at least *counted* bytes of it, and was given *offered*."""
 
+    def drop(self, counted: int, offered: int) -> None:
+        """The same of a body that was neither closed nor read to its end."""
+
 
 class CountedIterable:
     """Round an app's iterable: hands on the same chunks, and reports at its end how many bytes were taken.
@@ -57,13 +60,15 @@ class CountedIterable:
                 if taken >= mark and ending is not None:
                     mark = ending.progress(taken)
         except GeneratorExit:
-            # A weak reference to a generator that is being dropped is dead already: then the app's iterator is dropped
-            # too, and not closed.
+            # A weak reference to a generator that is being dropped is dead already, as after a `break`: then the app's
+            # iterator is dropped too, and the server may still close the body.
             if self._chunks is not None and self._chunks() is not None:
-                _close(iterator)
+                try:
+                    _close(iterator)
+                finally:
+                    self._finish()
             raise
-        finally:
-            self._finish()
+        self._finish()
 
     def close(self) -> None:
         """End the count, and close the app's body as the server would have."""
@@ -73,7 +78,9 @@ class CountedIterable:
             self._finish()
 
     def __del__(self) -> None:
-        self._finish()
+        ending, self._ending = self._ending, None
+        if ending is not None:
+            ending.drop(*self._sizes())
 
     def _finish(self) -> None:
         ending, self._ending = self._ending, None

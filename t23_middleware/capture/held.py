@@ -230,3 +230,6 @@ class HeldEnding:
 
     def end(self, counted: int, offered: int) -> None:
         self._holder.finish(counted - self._in_vain, self._ending)
+
+    def drop(self, counted: int, offered: int) -> None:
+        self.end(counted, offered)

@@ -225,6 +225,10 @@ class Response:
         else:
             self._record_end(self._span.end(counted, offered))
 
+    def drop(self, counted: int, offered: int) -> None:
+        """The body was dropped: bridges do so as soon as they have sent a whole Content-Length (asgiref/wsgi.py)."""
+        self.end(offered if self._span is None else counted, offered)
+
     # What a file reports, see :class:`.files.FileEnding`.
 
     @property

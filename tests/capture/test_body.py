@@ -563,6 +563,9 @@ class Ends:
     def end(self, counted: int, offered: int) -> None:
         self.ended.append((counted, offered))
 
+    def drop(self, counted: int, offered: int) -> None:
+        self.end(counted, offered)
+
 
 def handed_on(body: Any) -> Iterator[bytes]:
     """What an outer middleware does that is written as a generator (werkzeug's debugger)."""
