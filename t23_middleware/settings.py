@@ -325,6 +325,20 @@ class Settings:
         _choice("exact", "declared"),
         "`exact`, or `declared`: where exactness would cost sendfile, report Content-Length instead and say so",
     )
+    acked: bool = _setting(
+        True,
+        _switch,
+        "`1`: count what the client's kernel acknowledged, where the kernel can be asked; `0`: what the server handed"
+        " over",
+        relay=True,
+    )
+    drain_wait: float = _setting(
+        600.0,
+        _seconds,
+        "seconds that a response waits until the client's kernel has acknowledged all of it or is gone; then the last"
+        " known count is reported",
+        relay=True,
+    )
     fast_files: bool = _setting(
         True,
         _switch,
