@@ -52,13 +52,15 @@ class JournalWriter:
     """Writes the lines of one process; after a fork the child makes its own.
 
     Its lock file is locked before the first line and never closed while the process lives: that is how the relay
-    knows that the writer does. Never raises: what the disk refuses is kept aside, tried again, and at last counted.
+    knows that the writer does. *prefix* begins its name. Never raises: what the disk refuses is kept aside, tried
+    again, and at last counted.
     """
 
-    def __init__(self, folder: StateFolder, version: str, digest: str) -> None:
+    def __init__(self, folder: StateFolder, version: str, digest: str, *, prefix: str = "") -> None:
         self._folder = folder
         self._pid = os.getpid()
-        self.name = _new_name()
+        self._prefix = prefix
+        self.name = self._new_name()
         started_ms = time.time_ns() // 1_000_000
         self._header = Writer(self.name, FORMAT, version, boot_id(), started_ms, digest, network_namespace())
         self._files: _Files | None = None
@@ -76,6 +78,15 @@ class JournalWriter:
         self._failing = False
         self._counts: Counter[str] = Counter()
         self._counts_due = 0.0
+
+    def close(self) -> None:
+        """Give up the lock: nothing more is written. A worker never does; its death is what the relay waits for."""
+        files, self._files = self._files, None
+        open_now = (self._lock_file, self._abandoned, *(files[:2] if files else ()))
+        self._lock_file = self._abandoned = None
+        for descriptor in open_now:
+            if descriptor is not None:
+                os.close(descriptor)
 
     def count(self, name: str) -> None:
         """Count an event that is no transfer.
@@ -221,7 +232,7 @@ class JournalWriter:
             if descriptor is not None:
                 os.close(descriptor)
         self._abandoned, self._files, self._lock_file = files.journal, None, None
-        self.name = _new_name()
+        self.name = self._new_name()
         self._header = self._header._replace(name=self.name)
 
     def _path(self, sequence: int) -> Path:
@@ -290,6 +301,5 @@ class JournalWriter:
             self._failing = False
             log.warning("plays can be written down again", extra={"t23_event": "journal_writable"})
 
-
-def _new_name() -> str:
-    return f"{os.getpid()}-{os.urandom(8).hex()}"
+    def _new_name(self) -> str:
+        return f"{self._prefix}{os.getpid()}-{os.urandom(8).hex()}"

@@ -328,7 +328,16 @@ class Settings:
     acked: bool = _setting(
         True,
         _switch,
-        "count what the client's kernel acknowledged, where the kernel can be asked; `0`: what the server handed over",
+        "`1`: count what the client's kernel acknowledged, where the kernel can be asked; `0`: what the server handed"
+        " over",
+        relay=True,
+    )
+    drain_wait: float = _setting(
+        600.0,
+        _seconds,
+        "seconds that a response waits until the client's kernel has acknowledged all of it or is gone; then the last"
+        " known count is reported",
+        relay=True,
     )
     fast_files: bool = _setting(
         True,

@@ -12,12 +12,16 @@ import os
 import stat
 import struct
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import StateError
 from .transfer import FORMAT
+
+#: Seconds for which it matters that a worker ended: far more than one waits.
+LEAVING_MOST = 600.0
 
 
 class Holder(NamedTuple):
@@ -45,6 +49,8 @@ class StateFolder:
         self.outbox = path / "outbox.db"
         #: Its time: all that was written down before then is delivered (kept with ``T23_EPHEMERAL``).
         self.delivered = path / "delivered"
+        #: Workers that wait for that at their end: a line with process id and time in ns for each.
+        self.leaving = path / "leaving"
         #: Exists while the outbox may hold something to deliver: a look that needs no SQL.
         self.unfinished = path / "unfinished"
         #: The journals that are another version's: a line with format and name for each.
@@ -80,6 +86,30 @@ class StateFolder:
             return Holder(**json.loads(self.relay_lock.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
+
+    def say_leaving(self) -> None:
+        """This worker ends, and waits for its reports. Raises :class:`OSError`."""
+        descriptor = os.open(self.leaving, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(descriptor, f"{os.getpid()} {time.time_ns()}\n".encode())
+        finally:
+            os.close(descriptor)
+
+    def leaving_workers(self) -> dict[str, int]:
+        """Process id -> time in ns since the epoch at which that worker said that it ends."""
+        try:
+            lines = [line.split() for line in self.leaving.read_text(errors="replace").splitlines()]
+        except OSError:
+            return {}
+        return {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
+
+    def forget_leaving(self) -> None:
+        """Remove what workers said that are gone for long."""
+        try:
+            if time.time() - self.leaving.stat().st_mtime > LEAVING_MOST:
+                self.leaving.unlink()
+        except OSError:
+            pass  # there is none
 
     def _remedy(self, why: str) -> str:
         return (

@@ -7,6 +7,7 @@ once, so that the relay's parent is init. This was seen to survive SIGTERM and S
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -64,8 +65,13 @@ class RelayLauncher:
 
         Servers that end without running exit handlers (waitress, werkzeug, bjoern at SIGTERM) don't come here.
         """
+        if os.getpid() != self._pid:
+            return
         deadline = time.monotonic() + self._settings.exit_seconds
-        while os.getpid() == self._pid and time.monotonic() < deadline and not self._is_delivered():
+        with contextlib.suppress(OSError):  # what drains then takes its time
+            self._folder.say_leaving()
+        self._written_ns = time.time_ns()
+        while time.monotonic() < deadline and not self._is_delivered():
             time.sleep(0.02)
 
     def _is_delivered(self) -> bool:

@@ -11,14 +11,14 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..relay.axis import Event
+from ..relay.axis import Step
 from ..relay.intake import LATE_NS
 from ..relay.journals import Fact, Journals
 from ..relay.playback import Playback
 from ..relay.report import Report
 from ..relay.viewing import Viewing
 from ..state import StateFolder
-from ..transfer import APP, Opening, Play, Progress, Transfer
+from ..transfer import APP, Acknowledged, Opening, Play, Progress, Transfer
 
 #: Viewings that are kept, and responses of each.
 MOST_STRIPS = 12
@@ -96,6 +96,8 @@ class Strips:
             pass  # nothing of it is kept
 
     def _take(self, fact: Fact) -> None:
+        if isinstance(fact.what, Acknowledged):
+            return
         what = _as_the_app_counts(fact.what)
         if isinstance(what, Opening):
             self._playback.opened(fact.writer, what)
@@ -167,7 +169,7 @@ class Strips:
         ]
 
 
-def _as_the_app_counts(what: Event) -> Event:
+def _as_the_app_counts(what: Step) -> Step:
     """Behind nginx too: its log is not followed here, and without it a response would never end."""
     if isinstance(what, Opening):
         return what._replace(counted_by=APP)

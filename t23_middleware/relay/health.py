@@ -16,6 +16,9 @@ OPEN_RESPONSES = "open_responses"
 #: Names of the notes on plays that wait for their line in the proxy's log: how many, since when the oldest does, and
 #: when the latest line ended; times are ms since the epoch.
 AWAITED, AWAITED_SINCE, LAST_LINE = "awaited", "awaited_since_ms", "proxy_line_ms"
+#: Names of the notes on what clients' kernels acknowledged: how many responses drain, why the kernel can't be asked
+#: (empty where it can), and how many live writers are in another network namespace.
+DRAINING, ACKED, ELSEWHERE = "draining", "kernel_problem", "writers_elsewhere"
 
 _PREFIX = "api:"
 #: Milliseconds for which a later answer is not worth a note.

@@ -13,11 +13,12 @@ from typing import NamedTuple
 from ..media import MediaTypes
 from ..settings import Settings
 from ..state import StateFolder, boot_id
-from ..transfer import Opening, Progress, Writer
+from ..transfer import Acknowledged, Opening, Progress, Writer
 from .axis import Axis
 from .bounds import Bounds, taken_as_lost
 from .crash import crash_point
-from .health import AWAITED, AWAITED_SINCE, LAST_LINE, OPEN_RESPONSES
+from .draining import Kernel
+from .health import ACKED, AWAITED, AWAITED_SINCE, DRAINING, ELSEWHERE, LAST_LINE, OPEN_RESPONSES
 from .history import MINUTE_MS
 from .journals import Fact, Journals, Reading
 from .outbox import Ingest, SQLiteOutbox
@@ -60,6 +61,7 @@ class Intake:
         self._folder = folder
         self._outbox = outbox
         self._bounds = bounds
+        self._kernel = Kernel(settings, folder)
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
         self._looked_for_dead = 0.0
         self._minute = 0
@@ -72,15 +74,22 @@ class Intake:
         self._in_hand: _Look | None = None
         self._gone: list[str] = []
         self._foreign = self._folder.foreign_journals()
-        self._journals = Journals(self._folder, self._outbox.places())
         self._playback = Playback(
             per=self._settings.report_per,
             idle_s=self._settings.stream_idle,
             min_bytes=self._settings.min_bytes,
             proxy_wait_s=self._settings.proxy_wait,
             counts_type=MediaTypes(self._settings.media_types).counts,
+            drain_wait_s=self._settings.drain_wait,
         )
         self._playback.restore(self._outbox.viewings(), self._axis(), time.monotonic_ns())
+        self._kernel.begin(self._playback.drains)
+        self._journals = Journals(
+            self._folder,
+            self._outbox.places(),
+            mine=lambda: self._kernel.writer_name,
+            network=self._kernel.network,
+        )
         self._join = self._joining(self._outbox.proxy_rows())
 
     def look(self) -> None:
@@ -108,6 +117,7 @@ class Intake:
         self._outbox.forget_journals(self._gone)
         self._gone = []
         self._note_foreign()
+        self._folder.forget_leaving()
         self._begin_minute()
 
     def take_smaller_pieces(self) -> None:
@@ -115,14 +125,30 @@ class Intake:
         if self._in_hand and self._bounds.piece < self._in_hand.piece:
             self.begin()
 
-    def conclude(self) -> bool:
-        """Tell of the streams that are not over, since nobody may be here when they are; whether there were any."""
+    def conclude(self, *, streams: bool = True) -> bool:
+        """Tell what the kernel knows now of what drains, and with *streams* of those that are not over, since nobody
+        may be here when they are; whether there were any."""
         if self._in_hand:  # the next relay judges that anew, and all that follows from it
             return False
-        reports = self._playback.conclude(time.time_ns() // MS)
-        if reports:
-            self._bounds.ingest(Ingest(reports, list(self._playback.changed(self._axis())), {}, {}))
+        self._kernel.ask(now=True)
+        reports = self._playback.conclude(time.time_ns() // MS) if streams else self._playback.end_draining()
+        changed = list(self._playback.changed(self._axis()))
+        if changed:
+            counts = dict(self._playback.counts)
+            self._bounds.ingest(Ingest(reports, changed, {}, counts, self._notes()))
+            self._playback.counts.clear()
         return bool(reports)
+
+    def end(self) -> None:
+        """Ask the kernel no more; what it told and was not judged waits in a journal for the next relay."""
+        name = self._kernel.writer_name
+        self._kernel.stop()
+        if name:
+            self._outbox.forget_journals(self._journals.remove_taken(name))
+
+    def stop(self) -> None:
+        """Ask the kernel no more, whatever happened."""
+        self._kernel.stop()
 
     # What is known now.
 
@@ -145,6 +171,11 @@ class Intake:
     def awaited(self) -> int:
         """Responses that only the proxy's line is missing of."""
         return self._playback.awaited
+
+    @property
+    def draining(self) -> int:
+        """Responses that only the client's kernel is not done with."""
+        return len(self._playback.drains)
 
     def all_read(self) -> bool:
         """Whether nothing is written that was not taken."""
@@ -187,6 +218,7 @@ class Intake:
         wall_ns, piece = time.time_ns(), self._bounds.piece
         self._join.look(time.monotonic_ns(), wall_ns // MS)
         self._say_log_problems()
+        self._kernel.ask()
         until_ns = self._join.until(time.monotonic_ns() - LATE_NS)
         return _Look(wall_ns, piece, self._journals.read(until_ns, piece))
 
@@ -215,10 +247,13 @@ class Intake:
                 reports += self._playback.opened(fact.writer, fact.what)
             elif isinstance(fact.what, Progress):
                 self._playback.progressed(fact.writer, fact.what)
+            elif isinstance(fact.what, Acknowledged):
+                reports += self._playback.acknowledged(fact.what)
             else:
                 reports += self._playback.closed(fact.writer, fact.what)
                 reading.counts["declared"] += fact.what.declared
         reports += self._end_what_the_dead_left(reading.until_ns)
+        reports += self._end_what_nobody_waits_for()
         reports += self._join.hold(reading.until_ns)
         passed_ns = time.monotonic_ns() - reading.until_ns
         return reports + self._playback.advance(reading.until_ns, (time.time_ns() - passed_ns) // MS)
@@ -232,6 +267,20 @@ class Intake:
             reports += self._playback.lost(writer, number, at_ns, time.time_ns() // MS)
         return reports
 
+    def _end_what_nobody_waits_for(self) -> list[Report]:
+        """Of what drains: all where the kernel can't be asked, and what workers that wait to end are done with."""
+        drains = self._playback.drains
+        if self._kernel.network is None:
+            return self._playback.end_draining()
+        if not (self._settings.ephemeral and drains and (leaving := self._folder.leaving_workers())):
+            return []
+        ids = [
+            id for id in drains.ids() if drains.since_ms(id) * MS <= leaving.get(id[0].partition("-")[0], 0)
+        ]
+        if ids:
+            self._kernel.ask(now=True)
+        return self._playback.end_draining(ids)
+
     def _counts(self, reading: Reading) -> Counter[str]:
         counts = reading.counts + self._playback.counts + self._join.take_counts()
         self._playback.counts.clear()
@@ -239,6 +288,9 @@ class Intake:
 
     def _notes(self) -> dict[str, str]:
         notes = {OPEN_RESPONSES: str(len(list(self._playback.open_responses())))}
+        notes[DRAINING] = str(self.draining)
+        notes[ACKED] = self._kernel.problem
+        notes[ELSEWHERE] = str(self._writers_elsewhere())
         if self._settings.proxy_log or self.awaited or self._told_awaited:
             self._told_awaited = self.awaited > 0
             notes[AWAITED] = str(self.awaited)
@@ -246,6 +298,13 @@ class Intake:
         if self._join.last_line_ms:
             notes[LAST_LINE] = str(self._join.last_line_ms)
         return notes
+
+    def _writers_elsewhere(self) -> int:
+        """Writers whose connections can't be asked about, for they are in another network namespace."""
+        network = self._kernel.network
+        if network is None:
+            return 0
+        return sum(writer.network != network for writer in self._journals.live_writers())
 
     def _begin_minute(self) -> None:
         """The history's gauges, once a minute; pages tell by them when a relay ran."""

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,14 +16,16 @@ from ..state import StateFolder, boot_id, hold_lock, lock_is_held
 from ..transfer import (
     FORMAT,
     LONGEST_LINE,
+    Acknowledged,
     Counts,
     ForeignLine,
     Line,
     TornLine,
+    Transfer,
     Writer,
     decode,
 )
-from .axis import Event, placed_by_wall_clock, time_of
+from .axis import Event, placed_by_wall_clock, time_of, without_connection
 from .crash import crash_point
 from .report import CLOCK_SET_MS
 
@@ -40,6 +42,8 @@ LOOK_AT_WRITERS_EVERY = 0.5
 #: Of a line that says nothing of its time: it never has to wait for its turn.
 ANY_TIME = -(1 << 63)
 
+#: How the name of a relay's own writer begins.
+RELAY = "relay-"
 _NAME = re.compile(r"([^.]+)\.(\d+)\.journal")
 #: What a line must hold to be one that can't be stored: a long number, or the escape of half a surrogate pair.
 _SUSPECT = re.compile(rb"[\[,:] ?-?\d{19}|\\u[dD]")
@@ -120,10 +124,23 @@ class _Piece(NamedTuple):
 
 
 class Journals:
-    """The folder of journals; *places* says up to where each was taken in already."""
+    """The folder of journals; *places* says up to where each was taken in already.
 
-    def __init__(self, folder: StateFolder, places: dict[str, int]) -> None:
+    *mine* gives the name of this process's own writer, ``""`` where it has none. *network* is the inode of the network
+    namespace whose connections the kernel can be asked about; what is told of others is left out.
+    """
+
+    def __init__(
+        self,
+        folder: StateFolder,
+        places: dict[str, int],
+        *,
+        mine: Callable[[], str] = str,
+        network: int | None = None,
+    ) -> None:
         self._folder = folder
+        self._mine = mine
+        self._network = network
         self._places = places
         self._followed: dict[str, _Journal] = {}
         self._newest: dict[str, int] = {}
@@ -157,10 +174,9 @@ class Journals:
             self._followed[name].offset = offset
 
     def live_writers(self) -> list[Writer]:
-        """Headers of the writers that live, the newest-started last."""
-        headers = {
-            j.writer: j.header for j in self._followed.values() if j.header and j.writer in self._living
-        }
+        """Headers of the writers that live, the newest-started last; relays' own are none."""
+        living = self._workers()
+        headers = {j.writer: j.header for j in self._followed.values() if j.header and j.writer in living}
         return sorted(headers.values(), key=lambda header: header.started_ms)
 
     def forget_removed(self) -> None:
@@ -168,8 +184,11 @@ class Journals:
         self._followed = {name: journal for name, journal in self._followed.items() if journal.path.exists()}
 
     def has_live_writer(self) -> bool:
-        """Whether any writer lives, whatever it wrote."""
-        return bool(self._living)
+        """Whether any writer lives, whatever it wrote; relays' own are none."""
+        return bool(self._workers())
+
+    def _workers(self) -> set[str]:
+        return {name for name in self._living if not name.startswith(RELAY)}
 
     def dead_writers(self, among: Iterable[str]) -> set[str]:
         """Those of *among* that died and of whom everything is read."""
@@ -195,6 +214,18 @@ class Journals:
         self._remove_locks()
         forgotten, self._places = list(self._places), {}
         return finished + forgotten
+
+    def remove_taken(self, writer: str) -> list[str]:
+        """Unlink the journals of *writer*, which has ended, and its lock where all that it wrote was taken."""
+        self._find()
+        files = {name: journal for name, journal in self._followed.items() if journal.writer == writer}
+        if any(journal.has_grown() for journal in files.values()):
+            return []
+        for name, journal in files.items():
+            journal.path.unlink(missing_ok=True)
+            del self._followed[name]
+        self._lock_of(writer).unlink(missing_ok=True)
+        return list(files)
 
     def foreign(self) -> dict[str, str]:
         """Name -> format of the journals that only another version's relay can read."""
@@ -233,6 +264,8 @@ class Journals:
         if time.monotonic() - self._looked >= LOOK_AT_WRITERS_EVERY:
             self._looked = time.monotonic()
             self._living.clear()
+        # Our own lock must not be looked at: that would give it up (see hold_lock).
+        self._living = self._workers() | {name for name in (self._mine(),) if name}
         names = {lock.name.removesuffix(".lock") for lock in self._folder.journals.glob("*.lock")}
         self._living |= {name for name in names - self._living if lock_is_held(self._lock_of(name))}
 
@@ -302,7 +335,18 @@ class Journals:
         elif isinstance(line.what, Counts):
             reading.counts.update(line.what.counts)
         elif isinstance(line.what, Event):
-            reading.facts.append(Fact(line.at_ns, journal.writer, line.what))
+            self._put_event(line.at_ns, line.what, journal, reading)
+
+    def _put_event(self, at_ns: int, what: Event, journal: _Journal, reading: Reading) -> None:
+        """Of another network namespace nothing can be asked, and of another boot nothing any more."""
+        header = journal.header
+        known = header is not None and self._network is not None and header.network == self._network
+        if known and header is not None and header.boot == self._boot:
+            reading.facts.append(Fact(at_ns, journal.writer, what))
+        elif not isinstance(what, Acknowledged):
+            if known and isinstance(what, Transfer) and what.position is not None:
+                reading.counts["unknown_end"] += 1
+            reading.facts.append(Fact(at_ns, journal.writer, without_connection(what)))
 
     def _read_bytes(self, journal: _Journal, size: int) -> bytes:
         unreadable, journal.unreadable = journal.unreadable, False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -67,8 +66,7 @@ class RelayOnce(Relay):
         # An answer that does not come in time is the next relay's: the report may have arrived, and is sent again.
         self._delivery.stop(max(min(self._settings.exit_seconds, self._left()), 0.0))
         self._say_progress()
-        self._say_whether_finished()
-        os.close(self._lock)
+        self._end()
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
@@ -86,8 +84,7 @@ class RelayOnce(Relay):
         self._intake.look_for_the_dead()
         self._take_in()
         self._took_all = self._took_all and not self._store_fails
-        if not self._intake.has_live_writer():
-            self._conclude()
+        self._conclude(streams=not self._intake.has_live_writer())
 
     def _deliver(self) -> None:
         moved = time.monotonic()

@@ -7,24 +7,23 @@ what is told. The state is handed out as text, for the transaction that takes th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 from ..transfer import APP, OFFLOADED, Opening, Progress, Transfer, decode, encode
 from .axis import NO_AXIS, Axis
+from .drained import BEFORE_ALL_NS, Drained
+from .drains import Drain
 from .given_out import GivenOut
 from .proxy_line import ProxyLine
 from .report import Report
 from .segments import player_of
-from .viewer import CLOCK_FELL_NS, Key, Viewer, Viewers, key_of
+from .viewer import CLOCK_FELL_NS, Key, Viewer, key_of
 from .viewing import MOST_OPEN, PROBE, Response, Viewing, is_probe
 
 #: A viewing is dropped after this time without a request or an open response: longer than a pause worth joining.
 FORGET_NS = 30 * 60 * 1_000_000_000
 #: A response is given up after this time: no viewing lasts as long, but its close line may have been lost.
 OPEN_MOST_NS = 24 * 3600 * 1_000_000_000
-#: Before any time: those of another boot lie before this one's beginning.
-BEFORE_ALL_NS = -(1 << 63)
 #: Sessions at a video that are kept, at 1 to 2 KB each; the one that was silent longest makes room.
 MOST_VIEWERS = 200_000
 #: How far the proxy's clock may be off before the app's is believed instead, in ms. Apache tells whole seconds.
@@ -34,7 +33,7 @@ CLOCK_OFF_MS = 2000
 _Id = tuple[str, int]
 
 
-class Playback:
+class Playback(Drained):
     """Turns openings and transfers into reports.
 
     *per* is ``"response"``: each counted response is a report as it closes, or ``"stream"``: one report per
@@ -43,7 +42,8 @@ class Playback:
     report (``None``: the smaller of 512 KiB and an eighth of the file).
 
     A response that a proxy counts stays open until the line of the proxy's log, for *proxy_wait_s* seconds after the
-    app is done with it; *counts_type* tells which content types of that log are media.
+    app is done with it; *counts_type* tells which content types of that log are media. One that the client's kernel
+    has not all of makes its report when that has it or is gone, *drain_wait_s* seconds after its end at the latest.
     """
 
     def __init__(
@@ -54,11 +54,12 @@ class Playback:
         min_bytes: int | None = None,
         proxy_wait_s: float = 21600.0,
         counts_type: Callable[[str], bool] = lambda content_type: True,
+        drain_wait_s: float = 600.0,
     ) -> None:
+        super().__init__(drain_wait_s)
         self._per_stream = per == "stream"
         self._idle_ns = int(idle_s * 1e9)
         self._min_bytes = min_bytes
-        self._viewers = Viewers()
         self._open: dict[_Id, Key] = {}
         self._proxy_wait_ms = int(proxy_wait_s * 1000)
         self._counts_type = counts_type
@@ -66,13 +67,11 @@ class Playback:
         self._awaited: dict[_Id, int] = {}
         #: The ids that proxies may tell of.
         self.given_out = GivenOut()
-        self._changed: dict[Key, None] = {}
-        self._clock_ns = BEFORE_ALL_NS
-        #: Named events since the caller last took them: ``late``, ``repeated``, ``below_minimum``,
-        #: ``interrupted``, ``interrupted_unknown``, ``ignored_empty``, ``ignored_probe``, ``responses_given_up``,
-        #: ``viewings_dropped``, ``state_unreadable``; of what a proxy counts ``unconfirmed``, ``no_proxy_line`` (plays
-        #: that are lost), ``proxy_cached``, ``proxy_not_played``, ``proxy_clock_differs``.
-        self.counts: Counter[str] = Counter()
+        # Named events in self.counts: ``late``, ``repeated``, ``below_minimum``,
+        # ``interrupted``, ``interrupted_unknown``, ``ignored_empty``, ``ignored_probe``, ``responses_given_up``,
+        # ``viewings_dropped``, ``state_unreadable``; of what drains ``unknown_end``, ``drain_wait_over``; of what a
+        # proxy counts ``unconfirmed``, ``no_proxy_line`` (plays that are lost), ``proxy_cached``,
+        # ``proxy_not_played``, ``proxy_clock_differs``.
 
     # Facts.
 
@@ -103,23 +102,13 @@ class Playback:
             self._changed[viewer.key] = None
 
     def lost(self, writer: str, number: int, at_ns: int, at_ms: int) -> list[Report]:
-        """The writer of an open response died: it ends with what is known of it.
-
-        Where nothing is known it makes no report, and what follows of its viewing is ``skip=1``.
-        """
+        """The writer of an open response died: it ends with its connection, or with what is known of it."""
         viewer, found = self._find(writer, number)
         if viewer is None or found is None:
             return []
         if found[1].counted_by != APP:
             return self._await_line(viewer, *found, at_ms)
-        known = None if found[1].known is None else decode(found[1].known.encode())
-        if isinstance(known, Progress):
-            self.counts["interrupted"] += 1
-            return self.closed(writer, Transfer(known.opening, at_ns, known.at_ms, known.sent))
-        viewer.last_ns = max(viewer.last_ns, at_ns)
-        self._viewers.touch(viewer)
-        self.counts["interrupted_unknown"] += 1
-        return self._lose_unknown(viewer, *found, at_ns)
+        return self._orphan(viewer, *found, at_ns, at_ms)
 
     def logged(self, line: ProxyLine, at_ns: int) -> list[Report] | None:
         """A proxy's log says what it sent; ``None`` where no response is open that has the line's id."""
@@ -144,7 +133,7 @@ class Playback:
         if self._clock_ns - now_ns > CLOCK_FELL_NS:
             self._clock_ns = now_ns
         self._clock_ns = max(self._clock_ns, now_ns)
-        reports = self._give_up_lines(now_ms)
+        reports = self._give_up_lines(now_ms) + self._end_overdue(now_ms)
         for viewer in self._viewers.fall_idle(now_ns, min(self._idle_ns, FORGET_NS)):
             reports += self._age(viewer, now_ns)
         for viewer in self._viewers.silent(now_ns, FORGET_NS):
@@ -153,7 +142,7 @@ class Playback:
 
     def conclude(self, now_ms: int) -> list[Report]:
         """The relay shuts down: every stream that can be told is told."""
-        reports: list[Report] = []
+        reports = self.end_draining()
         for viewer in self._viewers:
             for viewing in viewer.viewings:
                 reports += self._tell(viewer, viewing, over=True)
@@ -191,6 +180,7 @@ class Playback:
             for viewing in viewer.viewings:
                 self._open.update({(each.writer, each.number): viewer.key for each in viewing.open})
         self._restore_awaited()
+        self._restore_draining()
 
     def _restore_awaited(self) -> None:
         open_now = [found for id in self._open if (found := self._find(*id)[1]) is not None]
@@ -203,7 +193,7 @@ class Playback:
 
     def open_responses(self) -> Iterable[_Id]:
         """Writer and number of what the app has open now."""
-        return self._open.keys() - self._awaited.keys()
+        return self._open.keys() - self._awaited.keys() - set(self.drains.ids())
 
     @property
     def latest_ns(self) -> int:
@@ -259,6 +249,8 @@ class Playback:
         response = Response.of(writer, opening)
         if opening.counted_by != APP:
             response.known = encode(opening).decode().rstrip()
+        else:
+            self._watch(response, opening)
         viewing = viewer.place(response, opening.play.skip)
         self._open[writer, opening.number] = viewer.key
         if len(viewing.open) <= MOST_OPEN:
@@ -266,6 +258,8 @@ class Playback:
         oldest = viewing.open[0]
         if oldest.awaited_since_ms is not None:
             return self._give_up_line(viewer, viewing, oldest)
+        if oldest.draining_since_ms is not None:
+            return self._give_up_orphan(viewer, viewing, oldest)
         self._give_up(viewing, oldest, opening.started_ns)
         return []
 
@@ -292,9 +286,8 @@ class Playback:
 
     def _close(self, viewer: Viewer, writer: str, transfer: Transfer) -> list[Report]:
         number = transfer.opening.number
-        self._open.pop((writer, number), None)
-        self._awaited.pop((writer, number), None)
         found = viewer.find(writer, number)
+        self._forget_id((writer, number))
         if found is None:
             return []
         if self._is_nothing(transfer):
@@ -308,13 +301,22 @@ class Playback:
     ) -> list[Report]:
         first = viewing.is_first(response)
         scrub = viewing.end(response, transfer)
+        drain = Drain.of(response.writer, transfer)
         if self._per_stream:
-            viewing.assign(response, transfer, scrub=scrub)
-            return []
+            known = transfer if drain is None else transfer._replace(sent=0)
+            segment = viewing.assign(response, known, scrub=scrub)
+            if drain is None:
+                return []
+            drain.segment_ns = None if segment is None else segment.started_ns
+            return self._drain(viewer, viewing, response, drain)
         said = transfer.opening.play.skip
         skip = said if said in (0, 1) else int(not first)
         viewing.claimed = viewing.claimed or first or skip == 0
-        return [viewer.report(transfer.ended_ms, transfer.sent, skip, player_of(transfer.opening.play))]
+        report = viewer.report(transfer.ended_ms, transfer.sent, skip, player_of(transfer.opening.play))
+        if drain is None:
+            return [report]
+        drain.hold(report)
+        return self._drain(viewer, viewing, response, drain)
 
     def _lose(self, viewing: Viewing, response: Response, at_ns: int) -> None:
         self._forget_response(response)
@@ -332,8 +334,12 @@ class Playback:
         return self._settle(viewer)
 
     def _forget_response(self, response: Response) -> None:
-        self._open.pop((response.writer, response.number), None)
-        self._awaited.pop((response.writer, response.number), None)
+        self._forget_id((response.writer, response.number))
+
+    def _forget_id(self, id: _Id) -> None:
+        self._open.pop(id, None)
+        self._awaited.pop(id, None)
+        self.drains.forget(id)
 
     # What a proxy counts.
 
@@ -442,7 +448,7 @@ class Playback:
             current = viewer.viewings[-1]
             former = viewing is not current and current.sent > 0
             reports += self._tell(viewer, viewing, over=former or viewing.is_complete)
-            if former and not viewing.open:
+            if former and not viewing.is_busy:
                 reports += self._drop(viewer, viewing)
         self._changed[viewer.key] = None
         if not viewer.viewings:
@@ -459,7 +465,9 @@ class Playback:
             skip = segment.skip if viewing.begun and not viewing.claimed else 1
             viewing.claimed = viewing.claimed or skip == 0
             self._changed[viewer.key] = None
-            yield viewer.report(segment.ended_ms, segments.take(segment), skip, segment.player)
+            ended_ms, sent = segment.ended_ms, segments.take(segment)
+            if sent > 0:  # else all of it drained to nothing
+                yield viewer.report(ended_ms, sent, skip, segment.player)
 
     def _tell_late(self, viewer: Viewer, viewing: Viewing) -> Iterator[Report]:
         """The viewing ends: what came after its segment was told rides on nothing any more."""
@@ -478,21 +486,21 @@ class Playback:
             for response in [each for each in viewing.open if _is_forgotten(each, now_ns)]:
                 self._give_up(viewing, response, response.started_ns + OPEN_MOST_NS)
                 self._changed[viewer.key] = None
-            idle_ns = -1 if viewing.open else now_ns - viewing.last_ns
-            if idle_ns >= self._idle_ns:
+            if not viewing.is_busy and now_ns - viewing.quiet_since_ns >= self._idle_ns:
                 reports += self._tell(viewer, viewing, over=True)
-            if idle_ns >= FORGET_NS:
+            if not viewing.open and now_ns - viewing.last_ns >= FORGET_NS:
                 reports += self._drop(viewer, viewing)
         if not viewer.viewings:
             self._forget(viewer)
         return reports
 
     def _drop(self, viewer: Viewer, viewing: Viewing) -> list[Report]:
+        reports = self._end_drains_of(viewer, viewing)
         for response in viewing.open:
             self._forget_response(response)
         viewing.open = ()
         viewer.remove(viewing)
-        reports = [*self._tell(viewer, viewing, over=True), *self._tell_late(viewer, viewing)]
+        reports += [*self._tell(viewer, viewing, over=True), *self._tell_late(viewer, viewing)]
         if viewing.segments is not None and viewing.segments.untold:
             self.counts["below_minimum"] += 1
         return reports
@@ -510,6 +518,8 @@ class Playback:
         for viewing in viewer.viewings:
             for response in [each for each in viewing.open if each.awaited_since_ms is not None]:
                 reports += self._give_up_line(viewer, viewing, response)
+            for response in [each for each in viewing.open if each.draining_since_ms is not None]:
+                reports += self._give_up_orphan(viewer, viewing, response)
         reports += [report for viewing in viewer.viewings for report in self._drop(viewer, viewing)]
         self._forget(viewer)
         return reports
@@ -534,4 +544,6 @@ def _check(viewer: Viewer) -> None:
 
 def _is_forgotten(response: Response, now_ns: int) -> bool:
     """Whether nobody will close it any more; what waits for a proxy has a bound of its own."""
-    return response.awaited_since_ms is None and now_ns - response.started_ns > OPEN_MOST_NS
+    if response.awaited_since_ms is not None or response.draining_since_ms is not None:
+        return False
+    return now_ns - response.started_ns > OPEN_MOST_NS

@@ -95,6 +95,14 @@ class Relay:
         if self._told_to_stop and self._conclude():
             self._delivery.step()
         self._delivery.stop(self._settings.exit_seconds)
+        self._end()
+
+    def _end(self) -> None:
+        """Give up the lock."""
+        try:
+            self._intake.end()
+        except (OutboxError, OSError) as error:
+            self._say_store_fails(error)
         self._say_whether_finished()
         os.close(self._lock)
 
@@ -146,7 +154,7 @@ class Relay:
             os.utime(self._folder.delivered, ns=(until_ns, until_ns))
 
     def _should_leave(self) -> bool:
-        if not self._automatic or self._intake.is_in_hand:
+        if not self._automatic or self._intake.is_in_hand or self._intake.draining:
             return False
         stays = LEAVE_AWAITED_AFTER if self._intake.awaited else LEAVE_AFTER
         if time.monotonic() - self._moved < stays or self._intake.has_live_writer():
@@ -155,10 +163,10 @@ class Relay:
             return False
         return not self._conclude()
 
-    def _conclude(self) -> bool:
-        """Tell of the streams that are not over; whether there were any."""
+    def _conclude(self, *, streams: bool = True) -> bool:
+        """Tell of what drains and, with *streams*, of those that are not over; whether there were any."""
         try:
-            told = self._intake.conclude()
+            told = self._intake.conclude(streams=streams)
         except OutboxError as error:
             self._say_store_fails(error)
             return False
@@ -221,6 +229,7 @@ class Relay:
         try:
             yield
         finally:
+            self._intake.stop()
             client.close()
             self._outbox.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -108,8 +107,7 @@ class RotatedRelay(Relay):
         self._delivery.stop(0)
         stats, counts = self._outbox.stats(), Counter(self._outbox.counters())
         self._taken = Taken(stats.captured - before.captured, stats.waiting, counts - counted, self._why)
-        self._say_whether_finished()
-        os.close(self._lock)
+        self._end()
 
     def _make_intake(self) -> Intake:
         self._rotated = RotatedIntake(self._settings, self._folder, self._outbox, self._bounds)

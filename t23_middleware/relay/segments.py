@@ -60,13 +60,13 @@ class Segments:
         """The segment that was current then; ``None`` where it is forgotten."""
         return next((segment for segment in reversed(self.all) if segment.started_ns <= time_ns), None)
 
-    def add(self, segment: Segment | None, transfer: Transfer) -> None:
-        """Give *segment* the bytes of *transfer*; they are late where it was told or forgotten."""
+    def add(self, segment: Segment | None, sent: int, ended_ms: int) -> None:
+        """Give *segment* the bytes of a response; they are late where it was told or forgotten."""
         if segment is None or segment.told:
-            self.late += transfer.sent
+            self.late += sent
         else:
-            segment.sent += transfer.sent
-            segment.ended_ms = max(segment.ended_ms, transfer.ended_ms)
+            segment.sent += sent
+            segment.ended_ms = max(segment.ended_ms, ended_ms)
 
     def concluded(self, oldest_open_ns: int | None, *, over: bool) -> Iterator[Segment]:
         """Those to which nothing can be added, the last one only if the viewing is *over*.

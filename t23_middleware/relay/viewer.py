@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from ..transfer import Play
 from .axis import NO_AXIS, Axis
+from .drains import Drain
 from .report import Report
 from .segments import Player
 from .stored import dumps, loads, move_times
@@ -79,6 +80,14 @@ class Viewer:
         viewing.admit(response)
         return viewing
 
+    def draining(self, writer: str, number: int) -> tuple[Viewing, Drain] | None:
+        """What drains of that name, and its viewing."""
+        for viewing in self.viewings:
+            for drain in viewing.draining:
+                if drain.number == number and drain.writer == writer:
+                    return viewing, drain
+        return None
+
     def take_back(self, viewing: Viewing, response: Response, ended_ns: int) -> None:
         """*response* handed over nothing: where *viewing* began with it, that viewing never was."""
         seed = viewing.open[0] is response and not (viewing.sent or viewing.begun)
@@ -116,8 +125,7 @@ class Viewer:
         if self.axis[0] != axis[0]:
             move_times(self, self.axis[1] - axis[1], now_ns)
             for viewing in self.viewings:
-                for response in viewing.open:
-                    response.move_to(axis)
+                viewing.move_to(axis)
 
     def dump(self, axis: Axis) -> str:
         """Its state as compact JSON; its times are on *axis*."""

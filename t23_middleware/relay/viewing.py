@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..transfer import APP, Opening, Part, Transfer, decode, encode
-from .axis import Axis, Event, placed_by_wall_clock
+from .axis import Axis, Step, placed_by_wall_clock, without_connection
+from .drains import GONE, Drain
 from .segments import Segment, Segments
 
 #: A viewing starts at most this far into the file: the container's header is there, in every player that was
@@ -88,6 +89,11 @@ class Response:
     awaited_since_ms: int | None = None
     #: The proxy's line, where that came before the app was done.
     line: str | None = None
+    #: Since when its writer is dead and its connection is not, in ms since the epoch.
+    draining_since_ms: int | None = None
+    #: Whether its connection is gone, and what the client's kernel had acknowledged of that, where it is known.
+    is_gone: bool = False
+    acked: int | None = None
 
     @classmethod
     def of(cls, writer: str, opening: Opening) -> Response:
@@ -112,8 +118,10 @@ class Response:
         """Its line is of another boot: place what that tells by the wall clock."""
         if self.known is not None:
             what = decode(self.known.encode())
-            if isinstance(what, Event):
-                self.known = encode(placed_by_wall_clock(what, axis[1])).decode().rstrip()
+            if isinstance(what, Step):
+                placed = placed_by_wall_clock(without_connection(what), axis[1])
+                self.known = encode(placed).decode().rstrip()
+        self.draining_since_ms = None
 
     @property
     def may_begin(self) -> bool:
@@ -164,6 +172,10 @@ class Viewing:
     open: tuple[Response, ...] = ()
     #: What is told per stream.
     segments: Segments | None = None
+    #: Those that only the client's kernel is not done with; they decide nothing any more.
+    draining: tuple[Drain, ...] = ()
+    #: When the last of them was.
+    drained_ns: int | None = None
 
     # What a new response finds.
 
@@ -316,8 +328,11 @@ class Viewing:
 
     # What is told per stream.
 
-    def assign(self, response: Response, transfer: Transfer, *, scrub: bool) -> None:
-        """Give the bytes of *response* to the segment that it opens or belongs to; the app's own word beats ours."""
+    def assign(self, response: Response, transfer: Transfer, *, scrub: bool) -> Segment | None:
+        """Give the bytes of *response* to the segment that it opens or belongs to; the app's own word beats ours.
+
+        The segment, or ``None`` where it is told or forgotten.
+        """
         self.segments = self.segments or Segments()
         said = transfer.opening.play.skip
         if said == 0:
@@ -330,7 +345,14 @@ class Viewing:
             )
             if said == 1 and segment is not None and segment.skip == 0:
                 segment = self.segments.open(1, response.started_ns, transfer)
-        self.segments.add(segment, transfer)
+        self.segments.add(segment, transfer.sent, transfer.ended_ms)
+        return None if segment is None or segment.told else segment
+
+    def add_drained(self, drain: Drain, count: int) -> None:
+        """Give the segment of *drain* its bytes, which are known now."""
+        self.segments = self.segments or Segments()
+        segment = None if drain.segment_ns is None else self.segments.at(drain.segment_ns)
+        self.segments.add(segment, count, drain.ended_ms)
 
     def _first_segment(self, transfer: Transfer) -> Segment | None:
         assert self.segments is not None
@@ -361,8 +383,26 @@ class Viewing:
 
     @property
     def oldest_open_ns(self) -> int | None:
-        """Start of the oldest response that is open."""
-        return min((response.started_ns for response in self.open), default=None)
+        """Start of the oldest response that is open, or of the oldest segment whose bytes are not known yet."""
+        drains = [drain.segment_ns for drain in self.draining if drain.segment_ns is not None]
+        return min([*drains, *(response.started_ns for response in self.open)], default=None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a response of it is open, or drains."""
+        return bool(self.open or self.draining)
+
+    @property
+    def quiet_since_ns(self) -> int:
+        """The latest request or end, or when a response had drained."""
+        return self.last_ns if self.drained_ns is None else max(self.last_ns, self.drained_ns)
+
+    def move_to(self, axis: Axis) -> None:
+        """It is of another boot, whose connections are gone."""
+        for response in self.open:
+            response.move_to(axis)
+        for drain in self.draining:
+            drain.cookie = GONE
 
 
 def _close_smallest_gap(runs: list[tuple[int, int]]) -> None:

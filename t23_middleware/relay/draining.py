@@ -1,0 +1,238 @@
+"""Asks the kernel about the connections that matter, and writes what it tells into the relay's own journal.
+
+The end of a connection is heard in the listener's thread and written at once, so that a relay that is killed loses
+none. What was never heard (the relay was not there, or the kernel dropped it) is asked by dump, as is the progress
+of what drains; that costs a twentieth of a core at most, however many connections there are.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..journal import JournalWriter
+from ..settings import Settings
+from ..state import StateFolder, network_namespace
+from ..transfer import Acknowledged, encode
+from ..version import VERSION
+from .crash import crash_point
+from .drains import Drains, Watched
+from .journals import RELAY
+from .sock_diag import Listener, Row, dump
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two dumps at least, and the part of the time that they may take.
+ASK_EVERY = 0.2
+SHARE = 0.05
+#: Ends are kept for so many seconds, and so many of them: the open line may not be read yet.
+KEEP_ENDS = 10.0
+MOST_ENDS = 20_000
+#: Dumps that miss a connection before it is given up: its end may be heard after the first.
+ROUNDS = 2
+_NEVER_NS = 1 << 62
+MS = 1_000_000
+
+
+class _End(NamedTuple):
+    """A connection that is gone."""
+
+    at_ns: int
+    acked: int | None
+
+
+@dataclass
+class _Seen:
+    """What dumps told of a connection."""
+
+    #: When the last did that had it; 0 for never.
+    at_ns: int = 0
+    #: How many had it not since.
+    missed: int = 0
+    #: All that was written into it, as was told last.
+    position: int | None = None
+    #: The highest acknowledged count that was written down.
+    written: int = -1
+
+
+class Kernel:
+    """What the kernel tells of connections, for one relay on *folder*.
+
+    Call :meth:`begin` before journals are read, then :meth:`ask` at each look; :meth:`stop` at the end. Nothing here
+    raises: where the kernel tells nothing, :attr:`problem` says why, and responses end with the server's count.
+    """
+
+    def __init__(self, settings: Settings, folder: StateFolder) -> None:
+        self._writer = JournalWriter(folder, VERSION, settings.relay_digest(), prefix=RELAY)
+        self._wanted = settings.acked
+        self._listener: Listener | None = None
+        self._drains = Drains(0.0)
+        self._changing = threading.Lock()
+        #: Cookie -> how it ended; the oldest first. Which of them matter, an open line may tell later.
+        self._ends: dict[int, _End] = {}
+        self._heard_since_ns = 0
+        #: Port -> since when its connections are heard; others since :attr:`_heard_since_ns`.
+        self._ports: dict[int, int] = {}
+        #: Cookie -> what dumps told of it.
+        self._seen: dict[int, _Seen] = {}
+        self._next_dump = 0.0
+        self._dump_fails = False
+        #: Why the kernel can't be asked; empty where it can.
+        self.problem = "" if settings.acked else "T23_ACKED=0"
+        #: The network namespace that can be asked about; ``None`` for none.
+        self.network: int | None = None
+
+    @property
+    def writer_name(self) -> str:
+        """Of the journal that this writes; ``""`` where none is written."""
+        return "" if self._listener is None else self._writer.name
+
+    def begin(self, drains: Drains) -> None:
+        """Listen, and look after *drains* from now on."""
+        self._drains = drains
+        self._seen.clear()
+        if self._listener is None and self._wanted:
+            self._listen()
+
+    def _listen(self) -> None:
+        self._heard_since_ns = time.monotonic_ns()
+        try:
+            dump([1])
+            self._listener = Listener(self._heard, self._missed)
+        except OSError as error:
+            self._say_problem(error)
+        else:
+            self.problem = ""
+            self.network = network_namespace()
+
+    def _say_problem(self, error: OSError) -> None:
+        new, self.problem = not self.problem, str(error.strerror or error)
+        if new:
+            log.warning(
+                "the kernel does not tell what clients acknowledged (%s): responses are reported with what the server"
+                " handed over. A systemd unit needs AF_NETLINK in RestrictAddressFamilies=; T23_ACKED=0 ends this line",
+                self.problem,
+                extra={"t23_event": "kernel_silent", "t23_reason": self.problem},
+            )
+
+    def stop(self) -> None:
+        """Listen no longer."""
+        if self._listener is not None:
+            self._listener.stop()
+            self._listener = self.network = None
+            self._writer.close()
+
+    # What is asked; in the relay's own thread.
+
+    def ask(self, *, now: bool = False) -> None:
+        """Look after what drains: by a dump where one is due, or *now*."""
+        if self._listener is None:
+            return
+        self._let_through(self._listener)
+        with self._changing:
+            ends = {cookie: self._ends.get(cookie) for cookie in self._drains.take_new()}
+        for cookie, end in ends.items():
+            if end is not None:
+                self._write(cookie, end.acked, end.at_ns, gone=1)
+        if len(self._drains) and (now or time.monotonic() >= self._next_dump):
+            began = time.perf_counter()
+            self._dump()
+            took = time.perf_counter() - began
+            self._next_dump = time.monotonic() + max(ASK_EVERY, took / SHARE)
+
+    def _let_through(self, listener: Listener) -> None:
+        """Hear of the apps' ports alone. Before the first is known, all are heard."""
+        new = self._drains.ports - self._ports.keys()
+        if not new:
+            return
+        since_ns = self._heard_since_ns
+        try:
+            listener.let_through(self._drains.ports | self._ports.keys())
+            if self._ports:
+                since_ns = time.monotonic_ns()
+        except OSError as error:
+            log.warning(
+                "the kernel's notifications can't be filtered: %s",
+                error,
+                extra={"t23_event": "kernel_silent"},
+            )
+            since_ns = _NEVER_NS
+        self._ports |= dict.fromkeys(new, since_ns)
+
+    def _dump(self) -> None:
+        draining: dict[int, list[Watched]] = {}
+        for watched in self._drains.draining():
+            draining.setdefault(watched.cookie, []).append(watched)
+        at_ns = time.monotonic_ns()
+        try:
+            rows = dump({watched[0].port for watched in draining.values()})
+        except OSError as error:
+            if not self._dump_fails:
+                log.warning("the kernel can't be asked: %s", error, extra={"t23_event": "kernel_silent"})
+            self._dump_fails = True
+            return
+        self._dump_fails = False
+        self._seen = {cookie: self._seen.get(cookie) or _Seen() for cookie in draining}
+        for cookie, responses in draining.items():
+            if cookie in rows:
+                self._found(rows[cookie], responses, at_ns)
+            else:
+                self._not_found(cookie, responses)
+
+    def _found(self, row: Row, responses: list[Watched], at_ns: int) -> None:
+        seen, positions = (
+            self._seen[row.cookie],
+            [each.position for each in responses if each.position is not None],
+        )
+        seen.at_ns, seen.missed = at_ns, 0
+        if row.info is not None:
+            acked, seen.position = row.info.acked, row.info.position
+        elif row.is_done and (seen.position or positions):
+            acked = max(seen.position or 0, *positions, 0)
+        else:
+            return
+        self._drains.last[row.cookie] = acked
+        if any(seen.written < position <= acked for position in positions):
+            seen.written = acked
+            self._write(row.cookie, acked, at_ns, gone=0)
+
+    def _not_found(self, cookie: int, responses: list[Watched]) -> None:
+        """Where its end would have been heard, its socket is closed but for the server, which will close it."""
+        seen = self._seen[cookie]
+        since_ns = self._ports.get(responses[0].port, self._heard_since_ns)
+        if seen.at_ns > since_ns or min(each.started_ns for each in responses) > since_ns:
+            return
+        seen.missed += 1
+        if seen.missed == ROUNDS:
+            self._write(cookie, None, time.monotonic_ns(), gone=1)
+
+    # What is heard; in the listener's thread.
+
+    def _heard(self, row: Row) -> None:
+        end = _End(time.monotonic_ns(), None if row.info is None else row.info.acked)
+        with self._changing:
+            self._keep(row.cookie, end)
+            known = row.cookie in self._drains.cookies
+        if known:
+            self._write(row.cookie, end.acked, end.at_ns, gone=1)
+
+    def _keep(self, cookie: int, end: _End) -> None:
+        self._ends[cookie] = end
+        while self._ends:
+            oldest = next(iter(self._ends))
+            if len(self._ends) <= MOST_ENDS and end.at_ns - self._ends[oldest].at_ns < KEEP_ENDS * 1e9:
+                break
+            del self._ends[oldest]
+
+    def _missed(self) -> None:
+        with self._changing:
+            self._heard_since_ns = time.monotonic_ns()
+            self._ports = dict.fromkeys(self._ports, self._heard_since_ns)
+
+    def _write(self, cookie: int, acked: int | None, at_ns: int, *, gone: int) -> None:
+        at_ms = time.time_ns() // MS
+        self._writer.write(encode(Acknowledged(cookie, at_ns, at_ms, acked, gone)))
+        crash_point("after_acknowledged")

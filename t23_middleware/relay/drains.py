@@ -1,0 +1,206 @@
+"""Responses that the server is done with, and the client's kernel is not: what waits for the final count.
+
+Pure. A connection's position is what the server wrote into it, acknowledged is what the client's kernel took of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from ..transfer import Opening, Progress, Transfer
+from .report import Report
+from .segments import Player
+
+#: Writer and number of a response.
+Id: TypeAlias = tuple[str, int]
+#: A cookie of a connection that is gone for sure: it was another boot's.
+GONE = 0
+
+
+def final_count(sent: int, base: int, position: int, acked: int) -> int:
+    """Body bytes that the client's kernel took of a response that is over for the server.
+
+    The server handed over *sent* body bytes between the connection's positions *base* and *position*, and *acked*
+    bytes of the connection were acknowledged: at the position, all was; an acknowledged FIN adds 1.
+    """
+    missing = min(max(position - acked, 0), max(position - base, 0))
+    return max(sent - _scaled(missing, sent, position - base), 0)
+
+
+def interrupted_count(known: Opening | Progress, acked: int) -> int:
+    """The same of a response whose writer died, from the last that it wrote; 0 where its connection is not known."""
+    opening = known.opening if isinstance(known, Progress) else known
+    if opening.connection is None:
+        return 0
+    base = opening.connection.position
+    if isinstance(known, Progress) and known.position is not None:
+        count = known.sent + _scaled(acked - known.position, known.sent, known.position - base)
+    else:
+        count = acked - base
+    if opening.length is not None:
+        count = min(count, opening.length)
+    return max(count, 0)
+
+
+def _scaled(bytes: int, sent: int, written: int) -> int:
+    """*bytes* of the connection in body bytes: chunked framing and TLS write more than the body."""
+    return bytes * sent // written if 0 <= sent < written else bytes
+
+
+class Watched(NamedTuple):
+    """A response whose connection matters."""
+
+    cookie: int
+    #: The server's own port.
+    port: int
+    started_ns: int
+    #: The connection's position when the response is done; ``None`` where only the connection's end tells.
+    position: int | None
+
+
+@dataclass(slots=True, eq=False)
+class Drain:
+    """A response that waits for its final count; all that it decides is decided."""
+
+    writer: str
+    number: int
+    #: :data:`GONE` where nothing more will be told of it.
+    cookie: int
+    port: int
+    #: The connection's positions before and after the body, and the body bytes between them.
+    base: int
+    position: int
+    sent: int
+    started_ns: int
+    #: When the server was done with it.
+    ended_ms: int
+    #: Per response: of its report.
+    time_ms: int = 0
+    skip: int | None = None
+    player: Player = (None, None, None)
+    #: Per stream: start of the segment that gets its bytes; ``None`` where that is told.
+    segment_ns: int | None = None
+
+    @classmethod
+    def of(cls, writer: str, transfer: Transfer) -> Drain | None:
+        """What waits after *transfer*; ``None`` where its count is final."""
+        opening, connection = transfer.opening, transfer.opening.connection
+        if connection is None or transfer.position is None:
+            return None
+        place = (connection.cookie, connection.port, connection.position, transfer.position)
+        return cls(writer, opening.number, *place, transfer.sent, opening.started_ns, transfer.ended_ms)
+
+    @property
+    def id(self) -> Id:
+        """Of its response."""
+        return self.writer, self.number
+
+    @property
+    def watched(self) -> Watched:
+        """What is to be known of its connection."""
+        return Watched(self.cookie, self.port, self.started_ns, self.position)
+
+    def hold(self, report: Report) -> None:
+        """Its *report* waits for the count."""
+        self.time_ms, self.skip = report.time_ms, report.skip
+        self.player = (report.player_type, report.player_version, report.player_resolution)
+
+    def count(self, acked: int | None) -> int:
+        """Its body bytes that the client's kernel took; ``None``: the kernel can't tell any more."""
+        return self.sent if acked is None else final_count(self.sent, self.base, self.position, acked)
+
+
+class Drains:
+    """Which connections matter: those of open responses and of those that drain, for *wait_s* seconds each.
+
+    Another thread may look into :attr:`cookies`.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_ms = int(wait_s * 1000)
+        #: Cookie -> the responses on that connection.
+        self.cookies: dict[int, dict[Id, Watched]] = {}
+        #: Local ports of all connections that there were.
+        self.ports: set[int] = set()
+        #: The latest that the kernel told of a connection that lives: cookie -> acknowledged bytes.
+        self.last: dict[int, int] = {}
+        self._new: list[int] = []
+        self._cookie_of: dict[Id, int] = {}
+        #: Responses that drain, since when in ms since the epoch; the oldest first.
+        self._since: dict[Id, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._since)
+
+    def watch(self, id: Id, watched: Watched) -> None:
+        """A response is open or drains."""
+        self.ports.add(watched.port)
+        self._cookie_of[id] = watched.cookie
+        if watched.cookie not in self.cookies:
+            self._new.append(watched.cookie)
+            self.cookies[watched.cookie] = {}
+        self.cookies[watched.cookie][id] = watched
+
+    def take_new(self) -> list[int]:
+        """Connections that became known since the last call."""
+        new, self._new = self._new, []
+        return [cookie for cookie in new if cookie in self.cookies]
+
+    def knows(self, id: Id) -> bool:
+        """Whether its connection is known."""
+        return id in self._cookie_of
+
+    def wait(self, id: Id, since_ms: int) -> None:
+        """It drains."""
+        self._since[id] = since_ms
+
+    def since_ms(self, id: Id) -> int:
+        """Since when it drains, in ms since the epoch."""
+        return self._since[id]
+
+    def forget(self, id: Id) -> None:
+        """It is over."""
+        self._since.pop(id, None)
+        cookie = self._cookie_of.pop(id, None)
+        if cookie is None:
+            return
+        others = self.cookies[cookie]
+        del others[id]
+        if not others:
+            del self.cookies[cookie]
+            self.last.pop(cookie, None)
+
+    def on(self, cookie: int) -> list[Id]:
+        """The responses on that connection."""
+        return list(self.cookies.get(cookie, ()))
+
+    def last_of(self, id: Id) -> int | None:
+        """The acknowledged bytes of its connection, as they were known last."""
+        return self.last.get(self._cookie_of.get(id, GONE))
+
+    def ids(self) -> list[Id]:
+        """All that drain."""
+        return list(self._since)
+
+    def draining(self) -> list[Watched]:
+        """The same with their connections, but for those that are gone."""
+        return [self.cookies[self._cookie_of[id]][id] for id in self._since if id in self._cookie_of]
+
+    def overdue(self, now_ms: int, clock_fell_ms: int) -> list[Id]:
+        """Those that drained long enough; what began at a time that has not come yet is of a clock that was set back."""
+        ids = []
+        for id, since_ms in list(self._since.items()):
+            if since_ms - now_ms > clock_fell_ms:
+                del self._since[id]
+                self._since[id] = now_ms
+            elif now_ms - since_ms < self._wait_ms:
+                break
+            else:
+                ids.append(id)
+        return ids
+
+    def restore(self, since: Iterable[tuple[Id, int]]) -> None:
+        """What drained before, in any order."""
+        self._since = dict(sorted(since, key=lambda item: item[1]))

@@ -1,0 +1,214 @@
+"""What the kernel tells of TCP connections: netlink's SOCK_DIAG family, which ``ss`` uses too. Linux only.
+
+Any user may ask, about the network namespace that the process is in. Structures: linux/netlink.h,
+linux/inet_diag.h, linux/sock_diag.h; each is read only as far as its own length says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from ..tcp_info import TCPInfo, read_tcp_info
+
+_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
+_ERROR, _DONE, _OVERRUN = 2, 3, 4
+_REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_INTERRUPTED = 0x10  # NLM_F_DUMP_INTR
+#: Multicast groups of the sockets that are destroyed. A dual-stack listener's IPv4 clients come in the second.
+_DESTROYED = (1, 3)
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
+#: Bytes of a listener's receive buffer; the kernel's default holds 168 events.
+_RECEIVE_BUFFER = 8 << 20
+#: More ports than these are let through unfiltered: a jump of the filter reaches 255 instructions.
+_MOST_PORTS = 200
+
+_HEADER = struct.Struct("=IHHII")
+#: Of struct inet_diag_msg behind the header: state and cookie.
+_ROW = struct.Struct("=xB2x40xII")
+_ROW_SIZE = 72
+_ATTRIBUTE = struct.Struct("=HH")
+_INFO = 2  # INET_DIAG_INFO
+_FIN_WAIT2, _TIME_WAIT = 5, 6
+#: All states in which bytes were or will be acknowledged: not listening, nor in the handshake.
+_STATES = sum(1 << state for state in (1, 4, 5, 6, 7, 8, 9, 11))
+#: Seconds that the kernel may take for a part of a dump.
+_PATIENCE = 2.0
+
+
+class Row(NamedTuple):
+    """A connection that the kernel knows."""
+
+    cookie: int
+    #: ``None`` where the kernel keeps no account of it, or gives one that is too short.
+    info: TCPInfo | None
+    #: Whether all that was written was acknowledged, as is so where only the last of the closing handshake is left.
+    is_done: bool
+
+
+def dump(ports: Iterable[int]) -> dict[int, Row]:
+    """Cookie -> connection, of all whose local port is among *ports*. Raises :class:`OSError` where not all are told."""
+    rows: dict[int, Row] = {}
+    for port in ports:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            rows.update((row.cookie, row) for row in _dump(port, family))
+    return rows
+
+
+def _dump(port: int, family: int) -> Iterator[Row]:
+    with _netlink() as asking:  # one per question: what is left of a failed one is no answer to the next
+        asking.settimeout(_PATIENCE)
+        asking.send(_question(port, family))
+        while True:
+            for kind, flags, body in _messages(asking.recv(1 << 16)):
+                if kind == _DONE:
+                    return
+                if kind == _ERROR:
+                    raise _refusal(body)
+                if kind == _OVERRUN or flags & _INTERRUPTED:
+                    raise OSError(errno.ENOBUFS, "the kernel's answer is not whole")
+                if kind == _SOCK_DIAG_BY_FAMILY and (row := _row(body)):
+                    yield row
+
+
+def _netlink() -> socket.socket:
+    family = getattr(socket, "AF_NETLINK", None)
+    if family is None:
+        raise OSError(errno.EAFNOSUPPORT, "this system has no netlink")
+    return socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG)
+
+
+def _question(port: int, family: int) -> bytes:
+    """A dump of the TCP connections whose local port is at least and at most *port*, with their TCP_INFO."""
+    at_least = struct.pack("=BBHBBH", 2, 8, 20, 0, 0, port)  # where it is not: beyond the end, which is no
+    at_most = struct.pack("=BBHBBH", 3, 8, 12, 0, 0, port)
+    filter = _ATTRIBUTE.pack(4 + len(at_least + at_most), 1) + at_least + at_most
+    request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 1 << (_INFO - 1), _STATES) + filter
+    return _HEADER.pack(16 + len(request), _SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0) + request
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Type, flags and body of each message in *data*; ends where one is not what it should be."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
+        if not 16 <= length <= len(data) - at:
+            return
+        yield kind, flags, data[at + 16 : at + length]
+        at += (length + 3) & ~3
+
+
+def _refusal(body: bytes) -> OSError:
+    number = -struct.unpack_from("=i", body)[0] if len(body) >= 4 else errno.EPROTO
+    return OSError(number, os.strerror(number))
+
+
+def _row(body: bytes) -> Row | None:
+    if len(body) < _ROW_SIZE:
+        return None
+    state, low, high = _ROW.unpack_from(body)
+    cookie = low | high << 32
+    signed = cookie - (1 << 64) if cookie >> 63 else cookie
+    answer = _attribute(body, _INFO)
+    info = None if answer is None else read_tcp_info(answer)
+    return Row(signed, info, answer is None and state in (_FIN_WAIT2, _TIME_WAIT))
+
+
+def _attribute(body: bytes, wanted: int) -> bytes | None:
+    at = _ROW_SIZE
+    while at + 4 <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, at)
+        if length < 4:
+            return None
+        if kind == wanted:
+            return body[at + 4 : at + length]
+        at += (length + 3) & ~3
+    return None
+
+
+class Listener:
+    """Hears of each TCP socket that is destroyed, in a thread of its own.
+
+    *heard* is called there with the socket's row, *missed* when the kernel had to drop some. Raises
+    :class:`OSError` where the kernel refuses; until :meth:`let_through` all ports are heard.
+    """
+
+    def __init__(self, heard: Callable[[Row], None], missed: Callable[[], None]) -> None:
+        self._heard = heard
+        self._missed = missed
+        self._socket = _netlink()
+        try:
+            _enlarge(self._socket)
+            self._socket.bind((0, 0))
+            for group in _DESTROYED:
+                self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+            self._socket.setblocking(False)
+        except OSError:
+            self._socket.close()
+            raise
+        self._wake_out, self._wake_in = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="t23-listener", daemon=True)
+        self._thread.start()
+
+    def let_through(self, ports: Iterable[int]) -> None:
+        """Hear from now on only of sockets with these local ports. Raises :class:`OSError`."""
+        if program := _filter(sorted(ports)):
+            code = array("B", program)
+            told = struct.pack("HP", len(program) // 8, code.buffer_info()[0])
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, told)
+
+    def stop(self) -> None:
+        """End the thread; what the kernel told before is heard first."""
+        os.write(self._wake_in, b"0")
+        self._thread.join()
+        self._socket.close()
+        os.close(self._wake_out)
+        os.close(self._wake_in)
+
+    def _run(self) -> None:
+        waiting = select.poll()
+        waiting.register(self._socket, select.POLLIN)
+        waiting.register(self._wake_out, select.POLLIN)
+        while True:
+            is_over = any(descriptor == self._wake_out for descriptor, _ in waiting.poll())
+            self._hear_all()
+            if is_over:
+                return
+
+    def _hear_all(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:  # ENOBUFS
+                self._missed()
+                return
+            for kind, _, body in _messages(data):
+                if kind == _SOCK_DIAG_BY_FAMILY and (row := _row(body)):
+                    self._heard(row)
+
+
+def _enlarge(listening: socket.socket) -> None:
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+    with contextlib.suppress(OSError):  # only root may have more than net.core.rmem_max
+        listening.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
+
+
+def _filter(ports: list[int]) -> bytes:
+    """A classic BPF program: is the message's local port among *ports*? Nothing where they are too many."""
+    if len(ports) > _MOST_PORTS:
+        return struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)
+    load = struct.pack("=HBBI", 0x28, 0, 0, 20)  # the half word behind the header and four bytes: idiag_sport
+    jumps = [struct.pack("=HBBI", 0x15, len(ports) - number, 0, port) for number, port in enumerate(ports)]
+    drop, take = struct.pack("=HBBI", 0x06, 0, 0, 0), struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)
+    return load + b"".join(jumps) + drop + take
