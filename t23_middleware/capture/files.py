@@ -118,8 +118,8 @@ class PositionedFile:
     def read(self, *size: int) -> Any:
         if not self._seeks_back:
             self._taken = self._position
-        if self._ending is not None and self._position - self._start >= self._mark:
-            self._mark = self._ending.progress(self._position - self._start)
+            if self._ending is not None and self._position - self._start >= self._mark:
+                self._mark = self._ending.progress(self._position - self._start)
         data = self._file.read(*size) if self._stop is None else self._read_in_range(*size)
         self._position += size_of(data)
         return data

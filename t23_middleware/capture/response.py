@@ -328,8 +328,8 @@ class Response:
         info = None if link is None else link.ask()
         if link is None or info is None:
             return opening
-        head = len("HTTP/1.1 \r\n\r\n") + len(status)
-        head += sum(len(name) + len(value) + len(": \r\n") for name, value in _pairs(self._headers))
+        # A server that runs ahead may have sent the head already.
+        head = 0 if link.runs_ahead else _head_size(status, self._headers)
         connection = link.name(info.position + head)
         if connection is None:
             return opening
@@ -380,6 +380,12 @@ def _header(headers: Iterable[Any], wanted: str) -> str | None:
         if name == wanted:
             return value
     return None
+
+
+def _head_size(status: str, headers: Iterable[Any]) -> int:
+    """Bytes of the status line and the headers, without what the server adds."""
+    lines = sum(len(name) + len(value) + len(": \r\n") for name, value in _pairs(headers))
+    return len("HTTP/1.1 \r\n\r\n") + len(status) + lines
 
 
 def _text(value: Any) -> str:

@@ -60,8 +60,7 @@ class Span:
             # The server has closed its socket, or holds bytes of its own: the relay knows more from the kernel.
             handed, position = counted, self._position_after(counted)
         else:
-            position = info.position
-            handed = self._handed(position, counted, offered)
+            handed, position = self._handed(info.position, counted, offered)
         if info is None:
             return Count(handed, position)
         if info.acked >= position:
@@ -74,15 +73,17 @@ class Span:
         """The server goes on to write *offered* bytes after it has dropped the body: the relay finds out how many."""
         return Count(offered, self._position_after(offered))
 
-    def _handed(self, position: int, counted: int, offered: int) -> int:
-        """Body bytes that were written when the connection stood at *position*."""
+    def _handed(self, position: int, counted: int, offered: int) -> tuple[int, int]:
+        """Body bytes that were written when the connection stood at *position*, and the position after them."""
         written = self._body_bytes(position)
+        if written > offered + HEAD_DOUBT:
+            return offered, self._position_after(offered)  # more than the Content-Length: that is no body
         if self._first is not None:
-            return min(max(written, counted), offered)
+            return min(max(written, counted), offered), position
         # The head is at least as long as the app gave it, so *written* is too high by what the server added.
         handed = min(written, offered) if written - counted > HEAD_DOUBT or written >= offered else counted
         self._begin_before(handed, position)
-        return handed
+        return handed, position
 
     def _body_bytes(self, position: int) -> int:
         return round((position - self.start) * self._share)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from t23_middleware.relay.drains import final_count
+from t23_middleware.relay.sock_diag import Listener, dump
 from t23_middleware.transfer import Counts, Line, Opening, Transfer, decode
 
 from ..ports import free_port
@@ -36,8 +38,11 @@ def make_files(folder: Path) -> None:
 class Site:
     """A server that runs, its clients, and the journals that it writes."""
 
-    def __init__(self, setup: Setup, process: subprocess.Popen[bytes], port: int, folder: Path) -> None:
+    def __init__(
+        self, setup: Setup, process: subprocess.Popen[bytes], port: int, folder: Path, ends: dict[int, int]
+    ) -> None:
         self.setup = setup
+        self._ends = ends
         self.process = process
         self.port = port
         self.folder = folder
@@ -69,8 +74,22 @@ class Site:
         return closed
 
     def closed(self, session: str) -> list[int]:
-        """Bytes of each close line that *session* has now."""
-        return [line.sent for line in self._lines() if isinstance(line, Transfer) and of(line) == session]
+        """Bytes of each response of *session* that is over now, also for the client's kernel."""
+        lines = (line for line in self._lines() if isinstance(line, Transfer) and of(line) == session)
+        return [sent for line in lines if (sent := self._final(line)) is not None]
+
+    def _final(self, line: Transfer) -> int | None:
+        """The bytes that the relay would report; ``None`` while it would wait."""
+        connection = line.opening.connection
+        if connection is None or line.position is None:
+            return line.sent
+        row = dump([connection.port]).get(connection.cookie)
+        if row is not None and row.info is not None and row.info.acked < line.position:
+            return None
+        acked = self._ends.get(connection.cookie) if row is None else line.position
+        if acked is None:
+            return None  # gone, and the listener's thread has not heard it yet
+        return final_count(line.sent, connection.position, line.position, acked)
 
     def opened(self, session: str) -> bool:
         """Whether a response to *session* has been opened, now."""
@@ -119,11 +138,16 @@ def running(setup: Setup, folder: Path, served: Path, *before: str, **environ: s
             stderr=log,
             start_new_session=True,
         )
-    site = Site(setup, process, port, folder)
+    ends: dict[int, int] = {}
+    listener = Listener(
+        lambda row: ends.update({row.cookie: row.info.acked if row.info else 0}), lambda: None
+    )
+    site = Site(setup, process, port, folder, ends)
     try:
         _wait_until_it_answers(site)
         yield site
     finally:
+        listener.stop()
         _stop(process)
 
 
