@@ -25,6 +25,7 @@ from t23_middleware import T23Middleware
 #: Where ``film.mp4`` and ``long.mp4`` lie.
 FOLDER = Path(os.environ.get("SERVED_FOLDER", "."))
 BLOCK = 1 << 16
+LARGE_CHUNK = 48 << 20
 
 Environ = dict[str, Any]
 Start = Callable[..., Any]
@@ -96,6 +97,11 @@ def blocks(file: Any) -> Iterator[bytes]:
 def one_chunk(environ: Environ, start: Start) -> list[bytes]:
     begin(start, None)
     return [bytes(100_000)]
+
+
+def large_chunk(environ: Environ, start: Start) -> list[bytes]:
+    begin(start, LARGE_CHUNK)
+    return [bytes(LARGE_CHUNK)]
 
 
 def several_chunks(environ: Environ, start: Start) -> list[bytes]:
@@ -199,6 +205,7 @@ ROUTES: dict[str, Any] = {
     "late-generator": late_generator,
     "generator-without-length": generator_without_length,
     "one-chunk": one_chunk,
+    "large-chunk": large_chunk,
     "several-chunks": several_chunks,
     "write": written,
     "write-all": written_whole,

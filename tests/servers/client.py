@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.client
 import socket
 import ssl
 import struct
+import termios
 import time
 import zlib
+from array import array
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -41,6 +44,8 @@ class Client:
 
     def __init__(self, port: int, *, tls: bool = False, buffer: int | None = None) -> None:
         self._method = ""
+        #: What had come on this connection before the last request.
+        self._before = 0
         self._response: http.client.HTTPResponse | None = None
         self._connection = _Connection("127.0.0.1", port, SILENCE, tls, buffer)
 
@@ -66,6 +71,8 @@ class Client:
     def request(self, method: str, target: str, headers: Mapping[str, str] | None = None) -> None:
         named = {name.replace("_", "-"): value for name, value in (headers or {}).items()}
         self._method = method
+        kept = self._connection.sock
+        self._before = self.kernel_bytes() if kept is not None else 0
         self._connection.request(method, target, headers=named)
 
     def read_answer(self) -> Answer:
@@ -122,6 +129,22 @@ class Client:
         lines = [f"HTTP/1.1 {response.status} {response.reason}"]
         lines += [f"{name}: {value}" for name, value in response.getheaders()]
         return sum(len(line) + 2 for line in lines) + 2
+
+    def body_bytes(self, read: int) -> int:
+        """Bytes of the body that came to this client's kernel; its program has *read* so many of them.
+
+        With TLS or chunks the kernel counts more than the body: then what it has unread is scaled.
+        """
+        response, sock = self._response, self._connection.kernels
+        assert response is not None and sock is not None
+        if not isinstance(sock, ssl.SSLSocket) and not response.chunked:
+            return self.kernel_bytes() - self._before - self.head_bytes()
+        buffered = len(response.fp.peek()) if response.fp is not None else 0  # it may read from the socket
+        unread = array("i", [0])
+        fcntl.ioctl(sock.fileno(), termios.FIONREAD, unread)
+        share = 16384 / 16406 if isinstance(sock, ssl.SSLSocket) else 65536 / 65545
+        pending = sock.pending() if isinstance(sock, ssl.SSLSocket) else 0
+        return read + buffered + pending + round(unread[0] * share)
 
     def kernel_bytes(self) -> int:
         """All bytes that came to this client's kernel on the connection (``tcpi_bytes_received``, Linux)."""

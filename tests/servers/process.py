@@ -25,12 +25,15 @@ PATIENCE = 30.0
 
 FILM_BYTES = 8 << 20
 LONG_BYTES = 64 << 20
+SHORT_BYTES = 2 << 20
 
 
 def make_files(folder: Path) -> None:
-    """``film.mp4``, in which each 8 bytes are unlike all others, and ``long.mp4``, longer than all buffers."""
+    """``film.mp4``, in which each 8 bytes are unlike all others, ``long.mp4``, longer than all buffers, and ``short.mp4``,
+    which the server's send buffer takes whole."""
     numbers = b"".join(number.to_bytes(8, "little") for number in range(FILM_BYTES // 8))
     (folder / "film.mp4").write_bytes(numbers)
+    (folder / "short.mp4").write_bytes(numbers[:SHORT_BYTES])
     (folder / "long.mp4").touch()
     os.truncate(folder / "long.mp4", LONG_BYTES)
 

@@ -31,6 +31,8 @@ class Setup(NamedTuple):
     notices_leaving: bool = True
     #: After an app's exception it may reset the connection, and with it throw away what the client had not read.
     resets: bool = False
+    #: The response's socket can be reached, so that the kernel is asked what the client took.
+    asks_kernel: bool = True
     #: It answers 500 where the app's body has no byte.
     fails_on_empty: bool = False
     #: Cases in which it garbles the bare app's answer, but not ours: it does not get the file into its hands then.
@@ -63,22 +65,30 @@ SETUPS = {
     "waitress": Setup(f"waitress-serve --listen=127.0.0.1:PORT {APP}", "waitress"),
     "uwsgi http-socket": Setup(UWSGI_SOCKET, "", program="uwsgi"),
     "uwsgi threads": Setup(f"{UWSGI_SOCKET} --threads 4", "", program="uwsgi"),
-    "uwsgi http": Setup(f"{UWSGI} --http 127.0.0.1:PORT", "", program="uwsgi"),
+    # The router's own buffers lie between the app's process and the client.
+    "uwsgi http": Setup(f"{UWSGI} --http 127.0.0.1:PORT", "", program="uwsgi", asks_kernel=False),
     "uwsgi offload": Setup(
         f"{UWSGI_SOCKET} --offload-threads 2",
         "",
         program="uwsgi",
         garbles=("a file that the app has positioned",),
     ),
-    "mod_wsgi daemon": Setup(MOD_WSGI, "mod_wsgi", program="apache2", not_root=True),
-    "mod_wsgi embedded": Setup(f"{MOD_WSGI} --embedded-mode", "mod_wsgi", program="apache2", not_root=True),
+    "mod_wsgi daemon": Setup(MOD_WSGI, "mod_wsgi", program="apache2", not_root=True, asks_kernel=False),
+    "mod_wsgi embedded": Setup(
+        f"{MOD_WSGI} --embedded-mode", "mod_wsgi", program="apache2", not_root=True, asks_kernel=False
+    ),
     "mod_wsgi sendfile": Setup(
-        f"{MOD_WSGI} --embedded-mode --enable-sendfile", "mod_wsgi", program="apache2", not_root=True
+        f"{MOD_WSGI} --embedded-mode --enable-sendfile",
+        "mod_wsgi",
+        program="apache2",
+        not_root=True,
+        asks_kernel=False,
     ),
     "bjoern": Setup(
         f"{SERVE} bjoern PORT",
         "bjoern",
         has_write=False,
+        asks_kernel=False,
         garbles=("a file by file_wrapper without a length",),
     ),
     "wsgiref": Setup(f"{SERVE} wsgiref PORT", "wsgiref"),
@@ -89,6 +99,7 @@ SETUPS = {
         f"granian --interface wsgi --host 127.0.0.1 --port PORT {APP}",
         "granian",
         has_write=False,
+        asks_kernel=False,
         resets=True,
     ),
     "uvicorn a2wsgi": Setup("uvicorn --host 127.0.0.1 --port PORT tests.servers.asgi:application", "a2wsgi"),
@@ -96,6 +107,7 @@ SETUPS = {
         f"hypercorn -b 127.0.0.1:PORT wsgi:{APP}",
         "hypercorn",
         has_write=False,
+        asks_kernel=False,
         notices_leaving=False,
         fails_on_empty=True,
     ),

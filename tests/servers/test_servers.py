@@ -170,6 +170,43 @@ def test_a_client_that_leaves_early_is_counted_with_no_less_than_it_got(way: str
         assert sent < LONG_BYTES
 
 
+#: Body of a response that is cut off, and the client's receive buffer.
+CUT_OFF = {
+    "file_wrapper": ("/wrapper/long.mp4", {}, None),
+    "file_wrapper without a length": ("/wrapper-without-length/long.mp4", {}, SMALL_BUFFER),
+    "generator": ("/generator/long.mp4", {}, None),
+    "generator without a length": ("/generator-without-length/long.mp4", {}, SMALL_BUFFER),
+    "late generator": ("/late-generator/long.mp4", {}, SMALL_BUFFER),
+    "one large chunk": ("/large-chunk", {}, None),
+    "write()": ("/write-all/long.mp4", {}, None),
+    "send_file": ("/flask/long.mp4", {}, SMALL_BUFFER),
+    "Range of send_file": ("/flask/long.mp4", {"Range": "bytes=1000000-"}, None),
+    "short film by a generator": ("/generator/short.mp4", {}, SMALL_BUFFER),
+    "short film by send_file": ("/flask/short.mp4", {"Range": "bytes=0-"}, SMALL_BUFFER),
+}
+#: Bytes by which the count of a response that was cut off may differ from what the client's kernel took.
+CLOSE = 2048
+
+
+@pytest.mark.parametrize("kept_alive", [False, True], ids=["first", "second on its connection"])
+@pytest.mark.parametrize("case", CUT_OFF)
+def test_cut_off_counts_kernel_bytes(case: str, kept_alive: bool, site: Site) -> None:
+    """A client that leaves is counted with what its kernel took, also behind an earlier answer."""
+    if not site.setup.asks_kernel or (case == "write()" and not site.setup.has_write):
+        pytest.skip("the kernel can't be asked there, or there is no write()")
+    path, headers, buffer = CUT_OFF[case]
+    session = site.session()
+    with site.client(buffer=buffer) as client:
+        if kept_alive:
+            client.ask("GET", play("/one-chunk", site.session()))
+        client.request("GET", play(path, session), headers)
+        read = client.read_some(TASTE if buffer else 5_000_000)
+        stall(client)
+        took = client.body_bytes(read)
+    (sent,) = site.sent(session)
+    assert abs(sent - took) <= CLOSE, f"counted {sent}, taken {took}"
+
+
 @pytest.mark.parametrize("way", BIG)
 def test_a_client_that_never_reads_is_not_counted_as_if_it_had(way: str, site: Site) -> None:
     session = site.session()
