@@ -427,7 +427,7 @@ def handing_over(folder: Path) -> Call:
     process = Recorder(settings(folder), "0").this_process()
     play = Play("3f1f9d0c-5bd2-4b8e-9d8a-0d8f3b0f7a11", "4711")
     part = Part(0, len(CHUNK) - 1, len(CHUNK))
-    return lambda: process.begin(play, part, 200, len(CHUNK)).end(len(CHUNK), 0)
+    return lambda: process.begin(play, part, 200, len(CHUNK)).end(len(CHUNK), 0, None)
 
 
 def paused(calls: list[Call], repeat: int) -> list[list[float]]:

@@ -13,6 +13,10 @@ from typing import Any, Protocol
 class Ending(Protocol):
     """What a counted body reports of itself. Nothing of it raises."""
 
+    @property
+    def mark(self) -> int:
+        """The count at which :meth:`progress` is called first."""
+
     def progress(self, counted: int, held: int = 0) -> int:
         """The server has taken *counted* bytes, of which it holds *held*; returns the count of the next call."""
 
@@ -49,14 +53,13 @@ class CountedIterable:
 
     def _count(self, iterator: Iterator[bytes]) -> Generator[bytes, None, None]:
         # Variables that a closure sees cost less per chunk than attributes.
-        taken, offered, mark = 0, 0, 1
-        self._sizes = lambda: (taken, offered)
-        ending = self._ending
+        taken, chunk = 0, b""
+        self._sizes = lambda: (taken, taken + size_of(chunk))
+        ending, mark = self._ending, 0 if self._ending is None else self._ending.mark
         try:
             for chunk in iterator:
-                offered += len(chunk) if type(chunk) is bytes else size_of(chunk)
                 yield chunk
-                taken = offered
+                taken += len(chunk) if type(chunk) is bytes else size_of(chunk)
                 if taken >= mark and ending is not None:
                     mark = ending.progress(taken)
         except GeneratorExit:
@@ -68,6 +71,10 @@ class CountedIterable:
                 finally:
                     self._finish()
             raise
+        except BaseException:
+            chunk = b""  # the app failed after the last one was sent
+            raise
+        chunk = b""
         self._finish()
 
     def close(self) -> None:
@@ -93,6 +100,11 @@ class CountedSequence(CountedIterable):
 
     def __len__(self) -> int:
         return len(self._body)  # type: ignore[arg-type]
+
+
+def is_iterable(body: Any) -> bool:
+    """Whether a server can go through *body*."""
+    return hasattr(type(body), "__iter__") or hasattr(type(body), "__getitem__")
 
 
 def counted_iterable(body: Iterable[bytes], ending: Ending) -> CountedIterable:

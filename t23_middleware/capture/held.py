@@ -212,7 +212,9 @@ class HeldEnding:
         self._ending = ending
         self._holder = holder
         self._counted = 0
-        self._mark = 1
+        self._next = ending.mark
+        #: After each chunk.
+        self.mark = 1
         self._may_arrive = True
         #: Bytes that were taken when nothing could arrive any more.
         self._in_vain = 0
@@ -224,8 +226,8 @@ class HeldEnding:
         self._holder.took()
         # Asked before the next chunk: a client may leave with the last chunk of a whole answer in its hands.
         self._may_arrive = self._holder.sends()
-        if counted >= self._mark:
-            self._mark = self._ending.progress(counted - self._in_vain, self._holder.held())
+        if counted >= self._next:
+            self._next = self._ending.progress(counted - self._in_vain, self._holder.held())
         return counted + 1
 
     def end(self, counted: int, offered: int) -> None:

@@ -11,7 +11,10 @@ from ..settings import Settings
 from ..state import StateFolder
 from ..transfer import (
     APP,
+    Connection,
     Opening,
+    Part,
+    Play,
     close_line,
     open_line,
     opening_text,
@@ -48,14 +51,34 @@ class _Process:
         self._numbers = count(1)
         self._seen: set[str] = set()
 
-    def begin(self, opening: Opening) -> Recording:
-        """Write the open line of a response that starts now: *opening* gets its number and its times."""
+    def begin(
+        self,
+        play: Play,
+        part: Part,
+        status: int,
+        length: int | None,
+        counted_by: str = APP,
+        asked_first: int | None = None,
+        connection: Connection | None = None,
+    ) -> Recording:
+        """Write the open line of a response that starts now."""
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-        opening = opening._replace(number=next(self._numbers), started_ns=now_ns, started_ms=now_ms)
+        opening = Opening(
+            next(self._numbers),
+            now_ns,
+            now_ms,
+            play,
+            part,
+            status,
+            length,
+            counted_by,
+            asked_first,
+            connection,
+        )
         text = opening_text(opening)
         if self.journal.write(open_line(text)):
             self.launcher.begun()
-        kind = Recording if opening.counted_by == APP else NamedRecording
+        kind = Recording if counted_by == APP else NamedRecording
         return kind(self, opening, text)
 
     def see(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..transfer import Connection
 from .connection import Link
 
 #: Bytes that a server may add to the head that the app gave: Date, Server, Connection. Until the head was measured, a
@@ -25,15 +26,15 @@ class Count(NamedTuple):
 class Span:
     """From the connection's position before a response to the one after its body.
 
-    *start* is the position before the response, *head* the length of its status line and headers as the app gave
-    them. *is_framed* says that more than the body's own bytes is written: TLS records, or chunks (RFC 9112, 7.1).
+    *before* is the position before the response, *connection* names it with the position before the first byte of the
+    body, as far as the app's headers tell it. *is_framed* says that more than the body's own bytes is written: TLS records, or chunks (RFC 9112, 7.1).
     """
 
-    def __init__(self, link: Link, start: int, head: int, *, is_framed: bool) -> None:
+    def __init__(self, link: Link, before: int, connection: Connection, *, is_framed: bool) -> None:
         self._link = link
-        self._least = start
-        #: Position before the first byte of the body.
-        self.start = start + head
+        self._before = before
+        self.connection = connection
+        self._start = connection.position
         self._share = TLS_SHARE if link.is_encrypted else 1.0
         self._is_framed = is_framed or link.is_encrypted
         self._first: tuple[int, int] | None = None
@@ -86,11 +87,11 @@ class Span:
         return handed, position
 
     def _body_bytes(self, position: int) -> int:
-        return round((position - self.start) * self._share)
+        return round((position - self._start) * self._share)
 
     def _position_after(self, sent: int) -> int:
-        return self.start + round(sent / self._share)
+        return self._start + round(sent / self._share)
 
     def _begin_before(self, sent: int, position: int) -> None:
         """*sent* bytes of the body were written when the connection stood at *position*."""
-        self.start = max(position - round(sent / self._share), self._least)
+        self._start = max(position - round(sent / self._share), self._before)

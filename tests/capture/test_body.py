@@ -557,6 +557,8 @@ class Ends:
     def __init__(self) -> None:
         self.ended: list[tuple[int, int]] = []
 
+    mark = 1
+
     def progress(self, counted: int, held: int = 0) -> int:
         return counted + 1
 

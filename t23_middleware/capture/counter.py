@@ -1,0 +1,188 @@
+"""Counts the body of one response and writes its end: bytes by ``write()``, by an iterable, or by a wrapped file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .body import Ending, counted_iterable, is_iterable, size_of
+from .connection import uwsgi_server
+from .files import FileWay, counted_file
+from .held import HeldEnding, Holder
+from .recorder import NamedRecording, Recording
+from .span import Count, Span
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+log = logging.getLogger(__name__)
+
+#: Bytes of a body after which its progress is written down, for the case that the worker is killed.
+PROGRESS_EVERY = 8 << 20
+#: Seconds between two such lines at least: at a fast client's speed they would cost 6 % of its throughput.
+PROGRESS_PAUSE = 0.5
+
+
+class BodyCounter:
+    """The count of one response that is a play. Nothing of it raises but what the server's ``write()`` raised.
+
+    *span* is its span of the connection, where the kernel can be asked; *holder* the server's end of the connection,
+    where that runs ahead of the client.
+    """
+
+    __slots__ = ("_given", "_holder", "_is_void", "_quiet_until", "_recording", "_span", "_written", "mark")
+
+    def __init__(self, recording: Recording, span: Span | None = None, holder: Holder | None = None) -> None:
+        self._recording = recording
+        self._span = span
+        self._holder = holder
+        self._is_void = False
+        #: Bytes that ``write()`` was given, and those that it sent.
+        self._given = 0
+        self._written = 0
+        self._quiet_until = 0.0
+        #: The count at which :meth:`progress` is called next: after the first two chunks the span is measured.
+        self.mark = PROGRESS_EVERY if span is None else 1
+
+    @property
+    def play_id(self) -> str | None:
+        """What names the play to the proxy, where that counts."""
+        return self._recording.play_id if isinstance(self._recording, NamedRecording) else None
+
+    @property
+    def has_link(self) -> bool:
+        """Whether the kernel can be asked how far the connection is."""
+        return self._span is not None
+
+    def body(self, body: Any, environ: WSGIEnvironment, way: FileWay) -> Any:
+        """The body for the server in place of *body*, which the app returned."""
+        if type(body) in (bytes, bytearray) and uwsgi_server() is not None:
+            self.end_unseen(len(body))  # uWSGI sends it as it is, and has nothing to close
+            return body
+        if type(body) is list and environ.get("SERVER_SOFTWARE") == "Granian":
+            # It joins a list, sends it from Rust, and never closes it (granian/wsgi.py:59).
+            size = sum(map(size_of, body))
+            self.end(size, size)
+            return body
+        if not is_iterable(body):
+            self.end(0, 0)  # for the server to judge
+            return body
+        body, ends_itself = counted_file(body, environ, self._recording.opening, self, way)
+        if ends_itself:
+            return body
+        ending: Ending = self if self._holder is None else HeldEnding(self, self._holder)
+        return counted_iterable(body, ending)
+
+    def write(self, write: Callable[[bytes], object], data: bytes) -> object:
+        """Hand *data* to the server's *write*, and count it."""
+        may_arrive = self._holder is None or self._holder.sends()
+        size = size_of(data) if may_arrive else 0
+        self._given += size
+        answer = write(data)
+        self._written += size
+        if self._written >= self.mark:
+            self.progress(0)
+        return answer
+
+    def void(self) -> None:
+        """What was opened is not what goes out, so that nothing has to wait for its end."""
+        self._is_void = True
+        if isinstance(self._recording, NamedRecording):
+            self._recording.void()
+        self.end(0, 0)
+
+    def abandon(self) -> None:
+        """The app raised: what ``write()`` sent before is all there was."""
+        if not self._given:
+            self.void()
+        if self._holder is not None:
+            self._holder.finish(0, self)
+        else:
+            self.end(0, 0)
+
+    # What a body reports, see :class:`.body.Ending` and :class:`.files.FileEnding`.
+
+    def progress(self, counted: int, held: int = 0) -> int:
+        """The server has taken *counted* bytes of the body and holds *held* of them; returns the next mark."""
+        counted += self._written
+        position = None if self._span is None else self._span.measure(counted)
+        if counted >= PROGRESS_EVERY:
+            self.mark = counted + PROGRESS_EVERY
+            self._record_progress(counted - held, position)
+        else:
+            self.mark = PROGRESS_EVERY if self.mark > 1 else counted + 1
+        return self.mark - self._written
+
+    def end(self, counted: int, offered: int) -> None:
+        """The body is over: the server has written at least *counted* bytes of it, and was given *offered*."""
+        counted, offered = max(self._written + counted, 0), max(self._given + offered, 0)
+        if self._span is None or self._is_void:
+            self._record_end(Count(counted))
+        else:
+            self._record_end(self._span.end(counted, offered))
+
+    def drop(self, counted: int, offered: int) -> None:
+        """The body was dropped: bridges do so as soon as they have sent a whole Content-Length (asgiref/wsgi.py)."""
+        self.end(offered if self._span is None else counted, offered)
+
+    def end_file(self, counted: int, offered: int) -> None:
+        """As :meth:`end`, of a file that the server sends itself."""
+        if self._holder is not None:
+            self._holder.is_at_end()
+        self.end(counted, offered)
+
+    def end_unseen(self, offered: int) -> None:
+        """The server drops the body now and sends up to *offered* bytes afterwards."""
+        offered += self._written
+        self._record_end(Count(offered) if self._span is None else self._span.end_unseen(offered))
+
+    def end_declared(self, length: int) -> None:
+        """*length* bytes are believed to be sent."""
+        self._record_end(Count(self._written + length), declared=1)
+
+    def _record_progress(self, counted: int, position: int | None) -> None:
+        now = time.monotonic()
+        if self._is_void or now < self._quiet_until:
+            return
+        self._quiet_until = now + PROGRESS_PAUSE
+        try:
+            self._recording.progress(counted, position)
+        except Exception:
+            say_not_recorded()
+
+    def _record_end(self, count: Count, declared: int = 0) -> None:
+        try:
+            self._recording.end(0 if self._is_void else count.sent, declared, count.position)
+        except Exception:
+            say_not_recorded()
+
+
+class LateEnding:
+    """The ending of a body whose app has not called ``start_response`` yet: *counter* gives it once it has."""
+
+    mark = 1
+
+    def __init__(self, counter: Callable[[], BodyCounter | None]) -> None:
+        self._counter = counter
+
+    def progress(self, counted: int, held: int = 0) -> int:
+        counter = self._counter()
+        return counted + PROGRESS_EVERY if counter is None else counter.progress(counted, held)
+
+    def end(self, counted: int, offered: int) -> None:
+        if (counter := self._counter()) is not None:
+            counter.end(counted, offered)
+
+    def drop(self, counted: int, offered: int) -> None:
+        if (counter := self._counter()) is not None:
+            counter.drop(counted, offered)
+
+
+def say_not_recorded() -> None:
+    """With the traceback of the error of ours that is being handled."""
+    log.exception(
+        "a response could not be recorded; the app's answer is not touched",
+        extra={"t23_event": "not_recorded"},
+    )
