@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.ops.standin import StandInServer
-from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder
 
 from ..harness import PATIENCE, until
