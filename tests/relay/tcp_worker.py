@@ -138,6 +138,7 @@ def serving(folder: StateFolder, digest: str, **more: str) -> Iterator[TCPWorker
 class _Server:
     def __init__(self, folder: StateFolder, digest: str, host: str) -> None:
         self._writer = JournalWriter(folder, "0.1.0", digest)
+        self._folder = folder
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         dual = family == socket.AF_INET6
         self._listening = socket.create_server((host, 0), family=family, dualstack_ipv6=dual)
@@ -150,6 +151,9 @@ class _Server:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
         self._connections.append(connection)
         return len(self._connections) - 1
+
+    def say_leaving(self) -> None:
+        self._folder.say_leaving()
 
     def close(self, number: int) -> None:
         self._connections[number].close()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ import pytest
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.state import StateFolder
 
-from ..harness import PATIENCE, until
-from .readers import seen, stats
+from ..harness import PATIENCE, ROOT, until
+from .readers import rows, seen, stats
 from .tcp_worker import TCPWorker, serving
 from .test_process import RelayProcess, digest, environ
 
@@ -28,8 +30,9 @@ def run(api: StandInServer, folder: StateFolder, tmp_path: Path) -> Iterator[Run
     """Starts relays; all are ended with the test."""
     started: list[RelayProcess] = []
 
-    def begin(automatic: bool = False, **more: str) -> RelayProcess:
-        relay = RelayProcess(environ(api, folder, **more), tmp_path / "relay.log", automatic=automatic)
+    def begin(automatic: bool = False, before: Sequence[str] = (), **more: str) -> RelayProcess:
+        log = tmp_path / "relay.log"
+        relay = RelayProcess(environ(api, folder, **more), log, automatic=automatic, before=before)
         started.append(relay)
         return relay
 
@@ -316,3 +319,65 @@ def test_acked_off_counts_handed_over(api, folder, run, worker):
     worker.respond(client, "viewer", BODY, close=True)
     api.wait_for(1, PATIENCE)
     assert reported(api) == {"viewer": (0, BODY)}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
+def test_other_network_namespace_not_asked(api, folder, run, worker):
+    """The kernel tells a relay nothing of its connections: the server's count is told at once, and `check` says so."""
+    run(before=("unshare", "--net"))
+    client = worker.connect()
+    worker.respond(client, "viewer", BODY, close=True)
+    assert until(lambda: rows(folder, "SELECT sent FROM reports") == [(BODY,)])
+    notes = seen(folder).notes
+    assert (notes["writers_elsewhere"], notes["draining"], notes["kernel_problem"]) == ("1", "0", "")
+    assert "unknown_end" not in seen(folder).counters
+
+
+def test_once_tells_last_known_count(api, folder, worker):
+    """By hand, while the worker lives and the viewer stalls."""
+    client = worker.connect()
+    base = worker.respond(client, "viewer", BODY)["base"]
+    client.read(base + 40_000)
+    time.sleep(0.3)
+    took = client.took()
+    done = subprocess.run(
+        [sys.executable, "-m", "t23_middleware", "relay", "--once"],
+        env={**os.environ, **environ(api, folder)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "Sent 1 report.\nNothing is left.\n", done.stderr
+    assert reported(api) == {"viewer": (0, took - base)}
+
+
+def test_leaving_worker_gets_its_count_told(api, folder, run, worker):
+    """With T23_EPHEMERAL a worker waits for its reports at its end: its own drains wait no longer, others' do."""
+    run(T23_EPHEMERAL="1")
+    with serving(folder, digest(api, folder, T23_EPHEMERAL="1")) as other:
+        theirs = other.connect()
+        other_base = other.respond(theirs, "other", BODY)["base"]
+        client = worker.connect()
+        base = worker.respond(client, "viewer", BODY)["base"]
+        assert drains(folder, 2)
+        took = client.took()
+        before_ns = time.time_ns()
+        worker.tell("say_leaving")
+        api.wait_for(1, PATIENCE)
+        assert reported(api) == {"viewer": (0, took - base)}
+        assert until(lambda: folder.delivered.stat().st_mtime_ns > before_ns)
+        theirs.read(other_base + BODY)
+        api.wait_for(2, PATIENCE)
+    assert reported(api)["other"] == (0, BODY)
+
+
+def test_leaving_at_once_after_a_play(api, folder, run, worker):
+    """Its last close line is not read yet as it says that it leaves."""
+    run(T23_EPHEMERAL="1")
+    client = worker.connect()
+    base = worker.respond(client, "viewer", BODY)["base"]
+    worker.tell("say_leaving")
+    api.wait_for(1, PATIENCE)
+    assert reported(api) == {"viewer": (0, client.took() - base)}

@@ -91,7 +91,7 @@ def heard() -> Iterator[tuple[Listener, list[Row], list[str]]]:
 def test_filter_lets_the_ports_through(ports):
     """The wanted one stands first, in the middle or last among them."""
     with listening() as (server, port), listening() as (other, _), heard() as (listener, rows, _):
-        lower = [number for number in range(1, ports)]
+        lower = list(range(1, ports))
         listener.let_through([port, *lower] if ports < 200 else [*lower, port])
         cookies = []
         for each in (other, server, other, server):
@@ -268,3 +268,20 @@ def test_after_an_overrun_all_is_asked_anew(folder, journals):
             ours.ask(now=True)
     ours.stop()
     assert [(line.cookie, line.acked, line.gone) for line in acknowledged(journals)] == [(cookie, None, 1)]
+
+
+def test_kernel_that_is_asked_anew(folder, journals):
+    """A relay that gave up its lock and takes it again listens again, into a journal of another name."""
+    ours, names = kernel(folder), []
+    with listening() as (server, port):
+        for _ in range(2):
+            with ExitStack() as stack:
+                _, _, cookie = pair(server, stack)
+                ours.begin(watching(cookie, port))
+                ours.ask()
+                names.append(ours.writer_name)
+            assert until(lambda: cookie in [line.cookie for line in acknowledged(journals)])  # noqa: B023
+            ours.stop()
+            assert ours.writer_name == ""
+    assert len(set(names)) == 2
+    assert len(journals.files()) == 2
