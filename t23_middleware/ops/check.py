@@ -30,6 +30,7 @@ from ..state import StateFolder, lock_is_held
 from ..version import VERSION
 from . import text
 from .check_proxy import proxy_items
+from .counted import counted_items
 from .item import OK, WARN, WRONG, Item
 from .owner import act_as_owner_of
 from .status import NOTHING
@@ -104,6 +105,7 @@ def _items(settings: Settings, trial: Trial | None) -> Iterator[Item]:
     known, items = _outbox(folder)
     yield from items
     yield from proxy_items(settings, known)
+    yield from counted_items(settings, known.notes)
     yield _relay(settings, folder)
     client = AnalyticsClient(settings)
     try:

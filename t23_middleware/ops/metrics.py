@@ -103,6 +103,11 @@ class _Collector:
         status = self._status
         yield _gauge("t23_streams_open", "Counted responses that are under way.", status.open_responses)
         yield _gauge(
+            "t23_responses_draining",
+            "Responses that are sent and not yet acknowledged by their clients.",
+            status.draining,
+        )
+        yield _gauge(
             "t23_plays_awaited",
             "Plays that wait for their line in the proxy's log.",
             status.awaited.number,

@@ -157,6 +157,8 @@ def _links(links: Links, again: bool) -> Markup:
 def _figures(status: Status, history: History) -> Iterator[tuple[str, str, object]]:
     stats, oldest, day = status.stats, status.oldest_seconds, history.day
     yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in a day"
+    if status.draining:
+        yield "Draining", f"{status.draining:,}", "sent, and not yet acknowledged by their clients"
     if plays := status.awaited.number:
         age = text.duration((status.now_ms - status.awaited.since_ms) / 1000)
         yield "Waiting for the proxy", f"{plays:,}", f"for their lines in its log, the oldest for {age}"

@@ -20,6 +20,7 @@ from ..errors import UsageError
 from ..relay.health import (
     AWAITED,
     AWAITED_SINCE,
+    DRAINING,
     FAILING,
     LAST_LINE,
     OPEN_RESPONSES,
@@ -31,6 +32,7 @@ from ..relay.outbox import UNCOUNTED, NoOutbox, OutboxView, Snapshot, Stats
 from ..settings import Settings
 from ..state import Holder, StateFolder, lock_is_held
 from . import text
+from .counted import counted_words
 
 #: Seconds between two screens of ``--watch``.
 REFRESH = 2.0
@@ -94,6 +96,11 @@ class Status:
     def open_responses(self) -> int:
         """Counted responses that are under way, as the relay knew last."""
         return _noted(self.outbox, OPEN_RESPONSES)
+
+    @property
+    def draining(self) -> int:
+        """Responses that are over for the server and not for the client's kernel, as the relay knew last."""
+        return _noted(self.outbox, DRAINING)
 
     @property
     def awaited(self) -> Awaited:
@@ -200,6 +207,7 @@ def as_json(status: Status) -> dict[str, Any]:
         "text": " ".join(sentences(status)),
         "oldest_waiting_seconds": status.oldest_seconds,
         "open_responses": status.open_responses,
+        "draining": status.draining,
         "waiting_for_proxy": status.awaited.number,
         "journal_bytes": status.journal_bytes,
         "foreign_journals": status.foreign_journals,
@@ -277,6 +285,10 @@ def _of(host: str, api: Health, status: Status) -> str:
 def _idle(status: Status) -> str:
     if status.awaited.number:
         return "Nothing waits to be delivered, but plays wait for their lines in the proxy's log."
+    if status.draining:
+        return (
+            "Nothing waits to be delivered, but responses drain: their clients have not acknowledged all yet."
+        )
     if not status.exists:
         return (
             "Nothing was captured: there is no state folder yet. Is it the one of the workers' user, and do the media"
@@ -327,6 +339,10 @@ def _figures(status: Status) -> Iterator[tuple[str, int, str]]:
 
 def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
     yield "open responses", f"{status.open_responses:,}"
+    if status.draining:
+        yield "draining", f"{status.draining:,} are sent and not yet acknowledged by their clients"
+    if words := counted_words(status.outbox.notes):
+        yield "counted", words
     plays = status.awaited
     if plays.number:
         age = text.duration((status.now_ms - plays.since_ms) / 1000)

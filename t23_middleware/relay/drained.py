@@ -71,7 +71,7 @@ class Drained(ABC):
     def _end_overdue(self, now_ms: int) -> list[Report]:
         reports: list[Report] = []
         for id in self.drains.overdue(now_ms, CLOCK_FELL_NS // 1_000_000):
-            self.counts["drain_wait_over"] += 1
+            self.counts["drain_wait_over"] += self.drains.knows(id)
             reports += self._give_up_drain(id)
         return reports
 
@@ -85,9 +85,8 @@ class Drained(ABC):
             return self._tell_drained(viewer, viewing, drain, response.acked, viewing.last_ns)
         self.drains.watch(drain.id, drain.watched)
         self.drains.wait(drain.id, drain.ended_ms)
-        if len(viewing.draining) <= MOST_OPEN:
-            return []
-        return self._end_drain(viewer, viewing, viewing.draining[0])
+        all_of_viewer = [(each, drain) for each in viewer.viewings for drain in each.draining]
+        return self._end_drain(viewer, *all_of_viewer[0]) if len(all_of_viewer) > MOST_OPEN else []
 
     def _hear_of_drain(self, id: Id, told: Acknowledged) -> list[Report]:
         viewer = self._viewers.get(self._keys[id])
@@ -213,7 +212,7 @@ class Drained(ABC):
             for viewing in viewer.viewings:
                 for drain in viewing.draining:
                     self._keys[drain.id] = viewer.key
-                    since[drain.id] = 0 if drain.cookie == GONE else drain.ended_ms
+                    since[drain.id] = BEFORE_ALL_NS if drain.cookie == GONE else drain.ended_ms
                     if drain.cookie != GONE:
                         self.drains.watch(drain.id, drain.watched)
                 for response in viewing.open:

@@ -66,7 +66,8 @@ class Kernel:
     """
 
     def __init__(self, settings: Settings, folder: StateFolder) -> None:
-        self._writer = JournalWriter(folder, VERSION, settings.relay_digest(), prefix=RELAY)
+        self._folder = folder
+        self._digest = settings.relay_digest()
         self._wanted = settings.acked
         self._listener: Listener | None = None
         self._drains = Drains(0.0)
@@ -98,7 +99,8 @@ class Kernel:
             self._listen()
 
     def _listen(self) -> None:
-        self._heard_since_ns = time.monotonic_ns()
+        self._writer = JournalWriter(self._folder, VERSION, self._digest, prefix=RELAY)
+        self._heard_since_ns, self._ports = time.monotonic_ns(), {}
         try:
             dump([1])
             self._listener = Listener(self._heard, self._missed)

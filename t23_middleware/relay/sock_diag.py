@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -41,6 +42,8 @@ _INFO = 2  # INET_DIAG_INFO
 _FIN_WAIT2, _TIME_WAIT = 5, 6
 #: All states in which bytes were or will be acknowledged: not listening, nor in the handshake.
 _STATES = sum(1 << state for state in (1, 4, 5, 6, 7, 8, 9, 11))
+#: What a kernel without IPv6 answers.
+_NO_IPV6 = (errno.ENOENT, errno.EINVAL, errno.EAFNOSUPPORT)
 #: Seconds that the kernel may take for a part of a dump.
 _PATIENCE = 2.0
 
@@ -60,7 +63,11 @@ def dump(ports: Iterable[int]) -> dict[int, Row]:
     rows: dict[int, Row] = {}
     for port in ports:
         for family in (socket.AF_INET, socket.AF_INET6):
-            rows.update((row.cookie, row) for row in _dump(port, family))
+            try:
+                rows.update((row.cookie, row) for row in _dump(port, family))
+            except OSError as error:
+                if family == socket.AF_INET or error.errno not in _NO_IPV6:
+                    raise
     return rows
 
 
@@ -190,8 +197,10 @@ class Listener:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
                 return
-            except OSError:  # ENOBUFS
+            except OSError as error:
                 self._missed()
+                if error.errno != errno.ENOBUFS:
+                    time.sleep(_PATIENCE)  # it may come again at once
                 return
             for kind, _, body in _messages(data):
                 if kind == _SOCK_DIAG_BY_FAMILY and (row := _row(body)):

@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ def environ(api: StandInServer, folder: StateFolder, **more: str) -> dict[str, s
     return {"T23_API_URL": api.url, "T23_STATE_DIR": str(folder.path), **more}
 
 
-def digest(api: StandInServer, folder: StateFolder) -> str:
+def digest(api: StandInServer, folder: StateFolder, **more: str) -> str:
     """What a writer wants whose app has the same settings as the relay."""
-    return Settings(environ=environ(api, folder)).relay_digest()
+    return Settings(environ=environ(api, folder, **more)).relay_digest()
 
 
 def sessions(api: StandInServer) -> Counter[str]:
@@ -381,14 +381,16 @@ def test_a_viewing_of_another_boot_lies_where_the_wall_clock_puts_it(api, folder
 class RelayProcess:
     """``python -m t23_middleware relay``, as a service or as a worker starts it."""
 
-    def __init__(self, environ: dict[str, str], log: Path, *, automatic: bool = False) -> None:
+    def __init__(
+        self, environ: dict[str, str], log: Path, *, automatic: bool = False, before: Sequence[str] = ()
+    ) -> None:
         self._log = log
         own = {name: text for name, text in os.environ.items() if not name.startswith("T23_")}
         if automatic:
             environ = {**environ, "_T23_STARTED_BY_WORKER": "1"}
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "t23_middleware", "relay"],
+                [*before, sys.executable, "-m", "t23_middleware", "relay"],
                 env={**own, **environ},
                 cwd=ROOT,
                 stdout=output,

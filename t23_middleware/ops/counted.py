@@ -1,0 +1,43 @@
+"""How responses are counted here, in words: what the kernel tells of clients, as the relay noted it last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ..relay.health import ACKED, ELSEWHERE
+from ..settings import Settings
+from .item import OK, WARN, Item
+
+_HANDED_OVER = "what the server handed over; what a client left unread in between counts too"
+
+
+def counted_words(notes: Mapping[str, str]) -> str:
+    """What is counted; ``""`` where no relay told yet."""
+    problem = notes.get(ACKED)
+    if problem is None:
+        return ""
+    if problem:
+        return f"{_HANDED_OVER} ({problem})"
+    return "what clients' kernels acknowledged, where the server's socket can be reached"
+
+
+def counted_items(settings: Settings, notes: Mapping[str, str]) -> Iterator[Item]:
+    """The same for ``check``, with the remedy where the kernel can't be asked."""
+    problem, elsewhere = notes.get(ACKED), notes.get(ELSEWHERE, "0")
+    if not settings.acked:
+        yield Item(OK, "counting", f"{_HANDED_OVER} (T23_ACKED=0)")
+    elif problem and problem != "T23_ACKED=0":
+        said = (
+            f"{_HANDED_OVER}: the relay can't ask the kernel ({problem}). Allow it AF_NETLINK (systemd:"
+            " RestrictAddressFamilies=, containers: the seccomp profile), or set T23_ACKED=0"
+        )
+        yield Item(WARN, "counting", said)
+    elif elsewhere.isdigit() and int(elsewhere):
+        said = (
+            f"{_HANDED_OVER}: {elsewhere} workers are in another network namespace than the relay, which can't ask"
+            " about their connections. Run the relay in the workers' network (Compose: network_mode: service:app;"
+            " Kubernetes: one pod), or set T23_ACKED=0"
+        )
+        yield Item(WARN, "counting", said)
+    elif problem == "":
+        yield Item(OK, "counting", counted_words(notes))
