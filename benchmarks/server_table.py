@@ -2,7 +2,8 @@
 
 Completed transfers: counted minus received, in bytes, and the calls of sendfile(2), with us and without. Cut-off
 ones: the client takes a part, stops reading until nothing more arrives, and hangs up; counted minus what had come to
-its kernel, and in brackets minus what its program had read, in MB. A stall is the worst case: all buffers are full.
+its kernel, and in brackets minus what its program had read. A stall is the worst case: all buffers are full. The last
+column says how a cut-off response is counted.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def row(name: str, served: Path, size: int) -> str:
     if not setup.has_write:
         cells.insert(2, "no write()")
         cells.insert(len(COMPLETED) + 2, "")
+    cells.append("client's kernel" if setup.asks_kernel else "server")
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -167,31 +169,34 @@ def _fetch(site: Site, calls: Calls, way: str, asked: str, session: str, **heade
 
 
 def cut_off(site: Site, way: str, size: int) -> str:
-    """Counted minus what came to the client's kernel, and to its program, in MB."""
+    """Counted minus what came to the client's kernel, and to its program."""
     session = site.session()
     with site.client() as client:
         client.request("GET", play(f"/{way}/{FILM}", session))
         read = client.read_some(min(TASTE, size))
-        came = _all_that_comes(client)
-        # Under TLS the kernel's bytes are records, and say nothing of the body.
-        kernel = None if site.setup.tls else came - client.head_bytes()
+        _wait_until_nothing_comes(client)
+        kernel = client.body_bytes(read)
     sent = site.sent(session)
     if not sent:
         return "no count"
-    of_program = f"({(sent[0] - read) / 1e6:+.1f})"
-    return of_program if kernel is None else f"{(sent[0] - kernel) / 1e6:+.1f} {of_program}"
+    return f"{_in_words(sent[0] - kernel)} ({_in_words(sent[0] - read)})"
 
 
-def _all_that_comes(client: Client) -> int:
+def _in_words(difference: int) -> str:
+    if abs(difference) < 100_000:
+        return f"{difference:+,d}".replace("+0", "0")
+    return f"{difference / 1e6:+.1f} MB"
+
+
+def _wait_until_nothing_comes(client: Client) -> None:
     before, now = -1, client.kernel_bytes()
     while now != before:
         time.sleep(0.3)
         before, now = now, client.kernel_bytes()
-    return now
 
 
 def header() -> list[str]:
-    names = ["server", *COMPLETED, *(f"cut: {name}" for name in CUT_OFF)]
+    names = ["server", *COMPLETED, *(f"cut: {name}" for name in CUT_OFF), "cut: counted by"]
     return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
 
 
