@@ -51,11 +51,17 @@ class _Process:
         self._seen: set[str] = set()
 
     def begin(
-        self, play: Play, part: Part, status: int, length: int | None, counted_by: str = APP
+        self,
+        play: Play,
+        part: Part,
+        status: int,
+        length: int | None,
+        counted_by: str = APP,
+        asked_first: int | None = None,
     ) -> Recording:
         """Write the open line of a response that starts now."""
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-        opening = Opening(next(self._numbers), now_ns, now_ms, play, part, status, length, counted_by)
+        opening = Opening(next(self._numbers), now_ns, now_ms, play, part, status, length, counted_by, asked_first)
         text = opening_text(opening)
         if self.journal.write(open_line(text)):
             self.launcher.begun()

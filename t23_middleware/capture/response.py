@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..media import SEGMENT_ENDINGS, MediaTypes
+from ..media import BYTERANGES, SEGMENT_ENDINGS, MediaTypes
 from ..settings import Settings
 from ..transfer import APP, OFFLOADED, PLAY_HEADER, PROXY, Opening
 from .body import PROGRESS_EVERY, BegunLater, CountedIterable, CountedSequence
 from .files import FileWay, LentWrapper
 from .held import CountedHeld, CountedHeldSequence, Holder, hides_leaving, holder_of
 from .identity import Identifier, NotCounted
-from .ranges import asked_part, part_of
+from .ranges import asked_first, asked_part, asks_several, part_of
 from .recorder import NamedRecording, Recorder, Recording
 
 if TYPE_CHECKING:
@@ -266,19 +266,21 @@ class Response:
             self._capture.count(str(reason))
             return None
         process = self._capture.recorder.this_process()
+        asked = self._environ.get("HTTP_RANGE")
         if self._counted_by == OFFLOADED:
             if not self._capture.has_proxy_log:
                 process.tell("offloaded")
                 return None
-            return process.begin(play, *asked_part(self._environ.get("HTTP_RANGE")), None, OFFLOADED)
+            return process.begin(play, *asked_part(asked), None, OFFLOADED)
         if "HTTP_X_FORWARDED_FOR" in self._environ or "HTTP_VIA" in self._environ:
             process.see("behind_proxy")
         if hides_leaving(self._start):
             process.see("leaving_unseen")
         status = int(said[:3])
         length = _whole_number(self._header("content-length"))
-        part = part_of(status, length, self._header("content-range"), self._environ.get("HTTP_RANGE"))
-        return process.begin(play, part, status, length, self._counted_by)
+        part = part_of(status, length, self._header("content-range"), asked)
+        wanted = asked_first(status, length, asked)
+        return process.begin(play, part, status, length, self._counted_by, wanted)
 
     def _who_counts(self) -> str | None:
         """Who counts this response; ``None`` where nobody does, since it is no media."""
@@ -287,18 +289,18 @@ class Response:
         if self._status is None or self._status[:3] not in ("200", "206"):
             return None
         try:
-            content_type = self._header("content-type")
+            content_type = self._header("content-type") or ""
         except (AttributeError, TypeError, ValueError):
             return None  # no list of pairs of strings: for the server to judge, and it took them
-        if content_type is None or not self._capture.counts_type(content_type):
-            return None
-        return None if self._path.endswith(SEGMENT_ENDINGS) else self._capture.counted_by
+        return self._capture.counted_by if self._capture.counts_type(content_type, self._path) else None
 
     def _offloads(self) -> bool:
         """Whether the app leaves the file of a play to the proxy, which alone then knows what it is."""
         try:
             for name, _ in self._headers:
                 if name.lower() in OFFLOADING:
+                    if asks_several(self._environ.get("HTTP_RANGE")):
+                        return self._capture.counts_type(BYTERANGES, self._path)
                     return not self._path.endswith(SEGMENT_ENDINGS)
         except (AttributeError, TypeError, ValueError):
             pass  # no list of pairs of strings

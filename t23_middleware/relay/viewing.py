@@ -107,6 +107,8 @@ class Response:
             end = self.total if last is None else last + 1
             self.expected = None if self.first is None or end is None else end - self.first
         self.to_end = last is None or (self.total is not None and last + 1 >= self.total)
+        if opening.asked_first:
+            self.first = max(opening.asked_first, 0)  # judged as if the app had answered the Range
 
     def move_to(self, axis: Axis) -> None:
         """Its line is of another boot: place what that tells by the wall clock."""

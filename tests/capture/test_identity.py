@@ -71,8 +71,42 @@ def test_names_are_tried_in_their_order() -> None:
     assert play("second=2&photo_id=7", "one=a", **names).session_id == "2"
 
 
-def test_the_first_of_two_equal_parameters_counts() -> None:
-    assert play("session_id=a&session_id=b&photo_id=1&photo_id=2")[:2] == ("a", "1")
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("session_id=a&photo_id=1&photo_id=2", "bad_photo"),
+        ("photo_id=1&session_id=a&photo%5fid=2", "bad_photo"),
+        ("session_id=a&photo_id=1&photo_id=1&photo_id=2", "bad_photo"),
+        ("session_id=a&photo_id=&photo_id=2", "bad_photo"),
+        ("session_id=a&photo_id=7&photo_id=07", "bad_photo"),
+        ("session_id=a&session_id=b&photo_id=1", "bad_session"),
+        ("session_id=a&session_id=&photo_id=1", "bad_session"),
+        ("session_id=a&session%5Fid=a+&photo_id=1", "bad_session"),
+    ],
+)
+def test_two_values_name_no_play(query: str, why: str) -> None:
+    """Frameworks differ in which of two values they serve, so neither can be believed."""
+    assert reason(query, "session_id=c; photo_id=3") == why
+
+
+def test_two_equal_values_are_one() -> None:
+    """What is said twice is no contradiction, however it is encoded."""
+    query = "session_id=a+b&photo_id=1&photo%5fid=%31&session_id=a%20b"
+    assert play(query)[:2] == ("a b", "1")
+
+
+def test_two_names_are_no_contradiction() -> None:
+    """Only a name that is read counts: of several names the first, and none where the app has said it."""
+    names = {"session_param": "first,second"}
+    assert play("second=2&first=1&second=3&photo_id=7", **names).session_id == "1"
+    assert reason("second=2&second=3&photo_id=7", **names) == "bad_session"
+    said = {"t23.session_id": "app", "t23.photo_id": "9"}
+    assert play("session_id=a&session_id=b&photo_id=1&photo_id=2", environ=said)[:2] == ("app", "9")
+
+
+def test_what_names_no_play_may_contradict() -> None:
+    """The first value of other parameters is taken."""
+    assert play("session_id=a&photo_id=7&skip=1&skip=0&x=1&x=2").skip == 1
 
 
 def test_names_and_values_may_be_percent_encoded() -> None:
