@@ -35,7 +35,7 @@ class _Asked:
     """What a request asks with, parsed when it is looked at: most media URLs name all in the query."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        self._query = parse_qs(_as_utf8(environ.get("QUERY_STRING", "")), keep_blank_values=True)
+        self._query = parse_qs(_query_of(environ), keep_blank_values=True)
         self._cookie = environ.get("HTTP_COOKIE", "")
 
     def first(self, name: str) -> str | None:
@@ -80,7 +80,7 @@ class Identifier:
 
         *path* is the request's ``PATH_INFO`` as it came: apps that mount others cut theirs short.
         """
-        query = _as_utf8(environ.get("QUERY_STRING", ""))
+        query = _query_of(environ)
         if "%" in query:
             query = unquote_plus(query)  # TwentyThree's own pages write photo%5fid
         cookie = environ.get("HTTP_COOKIE", "")
@@ -229,8 +229,19 @@ def _printable_session(session: str) -> str:
     return session
 
 
+def _query_of(environ: WSGIEnvironment) -> str:
+    """The query as the app's framework reads it: Django takes bytes that are no UTF-8 for Latin-1, Flask refuses them."""
+    query: str = environ.get("QUERY_STRING", "")
+    if query.isascii():
+        return query
+    try:
+        return query.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return query
+
+
 def _as_utf8(text: str) -> str:
-    """What WSGI decoded as Latin-1, as frameworks read it."""
+    """What WSGI decoded as Latin-1, as frameworks read a header or a path: what is no UTF-8 is replaced."""
     return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
