@@ -166,8 +166,23 @@ class Viewing:
     open: tuple[Response, ...] = ()
     #: What is told per stream.
     segments: Segments | None = None
+    #: Whether a response from byte 0 on came that ends before the file does.
+    has_piece: bool = False
 
     # What a new response finds.
+
+    def joins_pieces(self, response: Response) -> bool:
+        """Whether *response*, from byte 0 on, is the first piece of a download that fetches its pieces in any order.
+
+        Such a piece ends before the file does, and comes once. A player that starts again was handed it before.
+        """
+        told = self.segments is not None and any(segment.told for segment in self.segments.all)
+        if response.to_end or self.has_piece or (told and not self.known):
+            return False
+        brief = response.started_ns - self.started_ns < BRIEF_NS
+        beside = any(not other.to_end for other in self.open)
+        return brief or beside or not any(first <= 0 for first, _ in self.handed)
+
 
     def is_playing(self, at_ns: int) -> bool:
         """Whether its startup is over: a response played, or has been open for so long that it does."""
@@ -179,9 +194,19 @@ class Viewing:
         """*response* opens."""
         self.last_ns = max(self.last_ns, response.started_ns)
         self.total = response.total or self.total
-        response.in_startup = not self.is_playing(response.started_ns)
+        brief = response.started_ns - self.started_ns < BRIEF_NS
+        response.in_startup = brief or not self.is_playing(response.started_ns)
         response.replacing = self.cut_ns is not None and response.started_ns - self.cut_ns <= REPLACED_NS
         self.open = (*self.open, response)
+        if response.first == 0 and not response.to_end:
+            self.has_piece = True
+            self._begin_after_all()
+
+    def _begin_after_all(self) -> None:
+        """The piece at byte 0 came after others: it was the beginning of a download, not the middle of something."""
+        if not self.known and self.segments is not None and self.segments.all:
+            self.segments.all[0].skip = 0
+        self.known = True
 
     def is_first(self, response: Response) -> bool:
         """Whether *response*, which is open, is the one that the viewing starts with."""
@@ -234,9 +259,13 @@ class Viewing:
         for other in self.open:
             later = other if other.started_ns > response.started_ns else response
             beside_ns = transfer.ended_ns - later.started_ns
-            ended_well = later is other and response.is_whole(transfer.sent)
-            later.neighbours += ended_well or beside_ns > REPLACED_NS
+            whole = response.is_whole(transfer.sent)
+            later.neighbours += (later is other and whole) or beside_ns > REPLACED_NS
             later.parallel = later.parallel or beside_ns > BESIDE_NS or later.neighbours >= 2
+            if whole and not response.to_end and not other.to_end:
+                lasted_ns = transfer.ended_ns - response.started_ns
+                if beside_ns * 2 >= lasted_ns:
+                    response.parallel = other.parallel = True
 
     def _big_run(self, response: Response, transfer: Transfer) -> tuple[int, int] | None:
         """What was handed over up to the end of *response* without a gap, where that plays.
@@ -352,7 +381,8 @@ class Viewing:
         if min_bytes is not None:
             return self.sent >= min_bytes
         given_up = self.known and self.playing_ns is None and self.last_ns - self.started_ns < BRIEF_NS
-        return self.sent >= self.big and not given_up
+        whole = self.total is not None and self.sent >= self.total
+        return self.sent >= self.big and (whole or not given_up)
 
     @property
     def is_complete(self) -> bool:
