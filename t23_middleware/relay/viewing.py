@@ -199,7 +199,7 @@ class Viewing:
         response.replacing = self.cut_ns is not None and response.started_ns - self.cut_ns <= REPLACED_NS
         self.open = (*self.open, response)
         if response.first == 0 and not response.to_end:
-            self.has_piece = True
+            self.has_piece = response.in_startup = True
             self._begin_after_all()
 
     def _begin_after_all(self) -> None:
