@@ -371,15 +371,41 @@ class TestWhatIsAScrub:
         near = TOTAL // 64
         assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 - near, 900_000)) == 0
         assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 + near, 900_000)) == 0
-        assert self.scrubs_after_play(response(2, 15, 20, 3_000_001 + near, 900_000)) == 1
+        assert self.scrubs_after_play(response(2, 5.01, 20, 3_000_000 + near, 900_000)) == 0
+        assert self.scrubs_after_play(response(2, 5.01, 20, 3_000_001 + near, 900_000)) == 1
+
+    def test_after_a_pause_buffers_may_lie_between(self) -> None:
+        """What is counted of a cut response is off by what buffers held; a seek goes further, or comes at once."""
+        held = TOTAL // 8
+        for pause in (0.05, 0.8, 10):
+            start = 5 + pause
+            assert self.scrubs_after_play(response(2, start, start + 5, 3_000_000 + held, 900_000)) == 0
+            assert self.scrubs_after_play(response(2, start, start + 5, 3_000_001 + held, 900_000)) == 1
 
     def test_what_lies_inside_goes_on_after_a_pause(self) -> None:
         assert self.scrubs_after_play(response(2, 15, 20, 1_500_000, 900_000)) == 0
 
     def test_what_lies_inside_is_a_scrub_where_it_replaced_what_played(self) -> None:
-        assert self.scrubs_after_play(response(2, 5.2, 20, 1_500_000, 900_000)) == 1
+        assert self.scrubs_after_play(response(2, 5.03, 20, 1_500_000, 900_000)) == 1
         assert self.scrubs_after_play(response(2, 4.9, 20, 1_500_000, 900_000)) == 1
-        assert self.scrubs_after_play(response(2, 5.31, 20, 1_500_000, 900_000)) == 0
+
+    @pytest.mark.parametrize("gap", [0.034, 0.06, 0.245, 0.8])
+    def test_a_reload_goes_on_inside(self, gap: float) -> None:
+        """A reload that the browser's cache answers asks for what it had not read yet: buffers held the rest."""
+        again = response(2, 5 + gap, 20, 13_934_592, 5_000_000)
+        assert self.scrubs_after_play(again, sent=19_922_944) == 0
+
+    def test_back_to_a_former_seek_is_one(self) -> None:
+        """A player that goes back to where it had sought once asks there again, within 0.3 s."""
+        seeks = [response(2, 5.01, 9, 11_296_019, 3_145_728), response(3, 9.01, 9.2, 12_766_815, 163_840)]
+        assert self.scrubs_after_play(*seeks, response(4, 9.3, 15, 11_296_019, 3_000_000)) == 2
+        assert self.scrubs_after_play(*seeks, response(4, 9.31, 15, 11_296_019, 3_000_000)) == 1
+
+    @pytest.mark.parametrize(("share", "scrubs"), [(0.66, 0), (0.78, 0), (0.79, 1)])
+    def test_a_slow_start_in_the_middle(self, share: float, scrubs: int) -> None:
+        """A player that starts at 60 s reads the file's header first, on a slow network for longer than 1.5 s."""
+        sent = int(share * 1_000_000)
+        assert self.scrubs_after_play(response(2, 5.01, 20, 13_533_184, 4_000_000), sent=sent) == scrubs
 
     def test_a_second_look_at_the_header_is_none(self) -> None:
         assert self.scrubs_after_play(response(2, 5.01, 20, 194_165, 900_000)) == 0
