@@ -162,7 +162,7 @@ class Viewing:
     playing_ns: int | None = None
     #: When the last response that played was cut off.
     cut_ns: int | None = None
-    #: The latest of the requests with which a seek began, where they have not led to a place yet.
+    #: End of the latest response with which a seek began, where they have not led to a place yet.
     seeking_ns: int | None = None
     #: The file's size.
     total: int | None = None
@@ -336,11 +336,11 @@ class Viewing:
             and self._is_elsewhere(response, response.first or 0)
         )
         if seeks or completes:
-            self.seeking_ns = response.started_ns
+            self.seeking_ns = transfer.ended_ns
         return seeks
 
     def _completes_seek(self, response: Response) -> bool:
-        return self.seeking_ns is not None and 0 <= response.started_ns - self.seeking_ns <= BRIEF_NS
+        return self.seeking_ns is not None and abs(response.started_ns - self.seeking_ns) <= BRIEF_NS
 
     def _hand_over(self, response: Response, run: tuple[int, int], transfer: Transfer) -> None:
         if response.is_index(self.total, transfer.sent):
