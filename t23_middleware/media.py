@@ -32,12 +32,15 @@ class MediaTypes:
         """
         if path.endswith(SEGMENT_ENDINGS):
             return False
+        if content_type.lower().startswith(BYTERANGES):
+            guessed = guess_type(path)[0]
+            return guessed is None or self._wants(guessed) or self._wants(content_type)
+        return self._wants(content_type)
+
+    def _wants(self, content_type: str) -> bool:
         verdict = self._verdicts.get(content_type)
         if verdict is None:
             kind = content_type.partition(";")[0].strip().lower()
-            if kind == BYTERANGES:
-                guessed = guess_type(path)[0]
-                return guessed is None or self.counts(guessed)
             verdict = kind not in SEGMENT_TYPES and any(
                 kind.startswith(wanted) if wanted[-1:] in ("", "/") else kind == wanted
                 for wanted in self._wanted

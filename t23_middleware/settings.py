@@ -300,7 +300,9 @@ class Settings:
         relay=True,
     )
     player_type: str | None = _setting(
-        None, _player_type, "`user_player_type` where the URL does not say; else a browser's `<video>` or `<audio>` is `html5`"
+        None,
+        _player_type,
+        "`user_player_type` where the URL does not say. Default: `html5` for what a browser's `<video>` or `<audio>` asks",
     )
     report_per: str = _setting(
         "response",

@@ -61,7 +61,9 @@ class _Process:
     ) -> Recording:
         """Write the open line of a response that starts now."""
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-        opening = Opening(next(self._numbers), now_ns, now_ms, play, part, status, length, counted_by, asked_first)
+        opening = Opening(
+            next(self._numbers), now_ns, now_ms, play, part, status, length, counted_by, asked_first
+        )
         text = opening_text(opening)
         if self.journal.write(open_line(text)):
             self.launcher.begun()

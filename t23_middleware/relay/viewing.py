@@ -94,9 +94,9 @@ class Response:
     awaited_since_ms: int | None = None
     #: The proxy's line, where that came before the app was done.
     line: str | None = None
-    #: The same, within :data:`AT_ONCE_NS`.
+    #: As ``replacing``, but within :data:`AT_ONCE_NS`.
     at_once: bool = False
-    #: For longer than that nothing had been open.
+    #: For more than :data:`AT_ONCE_NS` before it nothing was open.
     after_silence: bool = False
 
     @classmethod
@@ -126,6 +126,11 @@ class Response:
             what = decode(self.known.encode())
             if isinstance(what, Event):
                 self.known = encode(placed_by_wall_clock(what, axis[1])).decode().rstrip()
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether it has all of the file although the request asked for another place than the start."""
+        return bool(self.first) and self.total is not None and self.expected == self.total
 
     @property
     def may_begin(self) -> bool:
@@ -192,7 +197,6 @@ class Viewing:
         brief = response.started_ns - self.started_ns < BRIEF_NS
         beside = any(not other.to_end for other in self.open)
         return brief or beside or not any(first <= 0 for first, _ in self.handed)
-
 
     def is_playing(self, at_ns: int) -> bool:
         """Whether its startup is over: a response played, or has been open for so long that it does."""
@@ -275,10 +279,10 @@ class Viewing:
             whole = response.is_whole(transfer.sent)
             later.neighbours += (later is other and whole) or beside_ns > REPLACED_NS
             later.parallel = later.parallel or beside_ns > BESIDE_NS or later.neighbours >= 2
-            if whole and not response.to_end and not other.to_end:
-                lasted_ns = transfer.ended_ns - response.started_ns
-                if beside_ns * 2 >= lasted_ns:
-                    response.parallel = other.parallel = True
+            # Pieces of a download run beside each other for long; those of a player that asks one by one hardly overlap.
+            pieces = whole and not response.to_end and not other.to_end
+            if pieces and 2 * beside_ns >= transfer.ended_ns - response.started_ns:
+                response.parallel = other.parallel = True
 
     def _big_run(self, response: Response, transfer: Transfer) -> tuple[int, int] | None:
         """What was handed over up to the end of *response* without a gap, where that plays.
@@ -315,7 +319,7 @@ class Viewing:
         # A player that asks for what it was just handed did not have it, unless it looks at the header once more. A
         # reload soon after goes on as deep inside as its buffers were full, but not where a run began.
         from_first = response.replacing and start - inside[0] <= self.near
-        return not response.may_begin and (response.at_once or from_first)
+        return not response.may_begin and (response.at_once or from_first or response.starts_over)
 
     @property
     def near(self) -> int:
