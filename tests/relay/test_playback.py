@@ -452,6 +452,12 @@ class TestWhatIsAScrub:
         assert self.scrubs_after_play(index) == 1
         assert self.scrubs_after_play(index, response(3, 5.02, 12, 3_000_000, 4_000_000)) == 1
 
+    def test_a_seek_on_a_slow_network(self) -> None:
+        """The index may take long to come: the place is asked for soon after its end."""
+        index = response(2, 5.01, 9, TOTAL - 21_387, 21_387)
+        assert self.scrubs_after_play(index, response(3, 9.4, 15, 20_000_000, 4_000_000)) == 1
+        assert self.scrubs_after_play(index, response(3, 10.6, 15, 20_000_000, 4_000_000)) == 2
+
     def test_a_seek_that_reads_the_index_and_becomes_a_drag_is_one_scrub(self) -> None:
         index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
         steps = [response(3 + n, 5.01 + n, 6.02 + n, 8_000_000 + n * 10**6, 73_000) for n in range(4)]
