@@ -4,8 +4,8 @@ A trace is one scripted viewing on one line of JSON: ``player, scenario, truth {
 t_close (seconds), method, status, content_range, length, sent, …}]``. Its GETs that were answered with 200 or 206
 are fed to a :class:`~t23_middleware.relay.playback.Playback` as the openings and transfers that the middleware
 would have written; the reports that come out until the viewing is dropped are compared with the truth: one
-``skip=0`` per viewing, one ``skip=1`` per scrub. ``--halves`` says how well the rule does on traces that it was not made
-from, see :mod:`trace_halves`.
+``skip=0`` per viewing, one ``skip=1`` per scrub. ``--halves`` fits the rule's constants to half of the traces and
+judges them on the other, see :mod:`trace_halves`.
 """
 
 from __future__ import annotations
