@@ -4,7 +4,8 @@ A trace is one scripted viewing on one line of JSON: ``player, scenario, truth {
 t_close (seconds), method, status, content_range, length, sent, …}]``. Its GETs that were answered with 200 or 206
 are fed to a :class:`~t23_middleware.relay.playback.Playback` as the openings and transfers that the middleware
 would have written; the reports that come out until the viewing is dropped are compared with the truth: one
-``skip=0`` per viewing, one ``skip=1`` per scrub.
+``skip=0`` per viewing, one ``skip=1`` per scrub. ``--halves`` fits the rule's constants to half of the traces and
+judges them on the other, see :mod:`trace_halves`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from trace_halves import by_variation, halves  # noqa: E402
 
 from t23_middleware.capture.ranges import part_of  # noqa: E402
 from t23_middleware.relay.playback import Playback  # noqa: E402
@@ -42,6 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"score_traces: {error}; give files with one trace of a viewing per line", file=sys.stderr)
         return 2
+    if options.halves:
+        for lines in (
+            by_variation(traces, lambda trace: score_one(trace, options.per)),
+            halves(traces, lambda trace: score_one(trace, options.per), options.halves, options.seed),
+        ):
+            for line in lines:
+                print(line, flush=True)
+        return 0
     scores = score_all(traces, options.per, options.by)
     if options.json:
         print(json.dumps({"all": scores.pop(""), f"{options.by}s": scores}))
@@ -56,7 +67,18 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--per", choices=("stream", "response"), default="response", help="T23_REPORT_PER")
     parser.add_argument("--by", choices=("player", "scenario"), default="player", help="one line per what")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--halves",
+        metavar="N",
+        type=int,
+        default=0,
+        help="fit the rule's constants to a random half of the traces and judge them on the other, N times (some minutes)",
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the random halves (default: 1)")
+    options = parser.parse_args(arguments)
+    if options.halves:
+        options.per = "stream"  # the only mode that tells scrubs
+    return options
 
 
 def read(path: Path) -> Iterator[Trace]:

@@ -184,10 +184,12 @@ def _pattern(text: str) -> str:
 
 
 def _media_types(text: str) -> tuple[str, ...]:
-    types = tuple(word.lower() for word in _names(text))
-    wrong = [word for word in types if not re.fullmatch(r"[\w.+-]+/(\*|[\w.+-]+)", word)]
+    types = tuple("*/*" if word == "*" else word.lower() for word in _names(text))
+    wrong = [word for word in types if not re.fullmatch(r"\*/\*|[\w.+-]+/(\*|[\w.+-]+)", word)]
     if wrong:
-        raise ValueError(f"{wrong[0]!r} is not a content type; write for example video/*,audio/mpeg")
+        raise ValueError(
+            f"{wrong[0]!r} is not a content type; write for example video/*,audio/mpeg, or */* for all"
+        )
     return types
 
 
@@ -294,11 +296,13 @@ class Settings:
     media_types: tuple[str, ...] = _setting(
         ("video/*", "audio/*"),
         _media_types,
-        "content types that are counted; segments of HLS and DASH are left out for now",
+        "content types that are counted, `*/*` for all; segments and playlists of HLS and DASH are left out for now",
         relay=True,
     )
     player_type: str | None = _setting(
-        None, _player_type, "`user_player_type` where the request does not say"
+        None,
+        _player_type,
+        "`user_player_type` where the URL does not say. Default: `html5` for what a browser's `<video>` or `<audio>` asks",
     )
     report_per: str = _setting(
         "response",

@@ -70,6 +70,75 @@ def test_other_media_types_are_counted_where_the_settings_say_so(wrap: Any, jour
     assert journals.sent() == [4]
 
 
+@pytest.mark.parametrize(
+    "kind", ["application/octet-stream", "video/mp4", "application/mxf", "text/html; charset=utf-8"]
+)
+@pytest.mark.parametrize("types", ["*/*", "*", " video/*, */* "])
+def test_all_types_may_be_counted(wrap: Any, journals: Any, kind: str, types: str) -> None:
+    """``*/*`` counts whatever names a play."""
+    TestApp(wrap(media(b"film", kind=kind), media_types=types)).get(PLAY)
+    assert journals.sent() == [4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"),
+    [
+        ("video/mp2t", "/film/7"),
+        ("video/iso.segment", "/film/7"),
+        ("application/vnd.apple.mpegurl", "/film/7"),
+        ("Application/Dash+XML; charset=utf-8", "/film/7"),
+        ("application/octet-stream", "/film/7.ts"),
+        ("application/octet-stream", "/film/7.m4s"),
+        ("text/plain", "/film.m3u8"),
+        ("text/xml", "/film.mpd"),
+        ("multipart/byteranges; boundary=x", "/film/7.ts"),
+    ],
+)
+def test_all_types_but_segments(wrap: Any, journals: Any, kind: str, path: str) -> None:
+    """Segments and playlists of HLS and DASH are left out, whatever is wanted."""
+    ask(wrap(media(b"part", kind=kind), media_types="*/*"), request(path))
+    assert journals.files() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "types", "counted"),
+    [
+        ("/film.mp4", None, True),
+        ("/FILM.MP4", None, True),
+        ("/song.mp3", None, True),
+        ("/song.mp3", "video/*", False),
+        ("/film", None, True),  # nothing says another type
+        ("/", None, True),
+        ("/leaflet.pdf", None, False),
+        ("/leaflet.pdf", "*/*", True),
+        ("/leaflet.pdf", "multipart/byteranges", True),
+        ("/poster.jpg", None, False),
+    ],
+)
+def test_several_ranges_of_a_film(
+    wrap: Any, journals: Any, path: str, types: str | None, counted: bool
+) -> None:
+    """Their type stands in the body; the path's ending decides, where it names one."""
+    status, kind = "206 Partial Content", "multipart/byteranges; boundary=abc"
+    wanted = {} if types is None else {"media_types": types}
+    answer = ask(wrap(media(b"--abc", kind=kind, status=status), **wanted), request(path))
+    assert answer.body == b"--abc"
+    assert journals.sent() == ([5] if counted else [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "first"),
+    [("bytes=2-", 2), ("bytes=0-", 0), ("bytes=-1", 3), ("bytes=1-1,3-", 1), ("bytes=x", None), (None, None)],
+)
+def test_a_range_answered_whole(wrap: Any, journals: Any, asked: str | None, first: int | None) -> None:
+    """The journal says what was asked for, and the part that was sent."""
+    more = {} if asked is None else {"HTTP_RANGE": asked, "HTTP_IF_RANGE": '"other"'}
+    ask(wrap(media(b"film")), request(**more))
+    (transfer,) = journals.closed()
+    assert transfer.opening.asked_first == first
+    assert (transfer.opening.part, transfer.sent) == ((0, 3, 4), 4)
+
+
 # What passes through.
 
 

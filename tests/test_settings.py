@@ -189,6 +189,9 @@ def test_what_is_no_number_of_seconds_is_refused(text: str) -> None:
         ("session_cookie", "uuid", ("uuid",)),
         ("session_secret", "new,old", ("new", "old")),
         ("media_types", "Video/*,audio/mpeg", ("video/*", "audio/mpeg")),
+        ("media_types", "*/*", ("*/*",)),
+        ("media_types", "*", ("*/*",)),
+        ("media_types", "video/mp4, *", ("video/mp4", "*/*")),
         ("photo_pattern", r"^/films/(?P<photo_id>\d+)", r"^/films/(?P<photo_id>\d+)"),
         ("player_type", "html5", "html5"),
         ("state_dir", "/var/lib/t23", "/var/lib/t23"),
@@ -203,6 +206,14 @@ def test_texts_are_read(name: str, text: str, read: object) -> None:
 def test_what_is_no_path_is_refused(text: str) -> None:
     (problem,) = problems({"T23_API_URL": URL, "T23_REPORT_PATH": text})
     assert problem.startswith("T23_REPORT_PATH ")
+
+
+@pytest.mark.parametrize("text", ["*/mp4", "video", "video*", "**", "*/", "/*", "video/*mp4", "*/*;q=1"])
+def test_what_is_no_type_is_refused(text: str) -> None:
+    """What no content type can match is told with what to write."""
+    (problem,) = problems({"T23_API_URL": URL, "T23_MEDIA_TYPES": f"video/*,{text}"})
+    assert problem.startswith(f"T23_MEDIA_TYPES {text!r} is not a content type")
+    assert "*/* for all" in problem
 
 
 @pytest.mark.parametrize("text", ["(", "(?P<photo>.)", "^/[0-9]+/"])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, unquote_plus
+from urllib.parse import parse_qs, unquote_plus
 
 from werkzeug.sansio.http import parse_cookie
 
@@ -34,13 +35,30 @@ class _Asked:
     """What a request asks with, parsed when it is looked at: most media URLs name all in the query."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        self.query = _first_values(environ.get("QUERY_STRING", ""))
+        self._query = parse_qs(_query_of(environ), keep_blank_values=True)
         self._cookie = environ.get("HTTP_COOKIE", "")
+
+    def first(self, name: str) -> str | None:
+        """The first value of the query's parameter *name*."""
+        values = self._query.get(name)
+        return None if values is None else values[0]
+
+    def only(self, name: str, counter: str) -> str | None:
+        """Its value; two that differ raise :class:`NotCounted` with *counter*.
+
+        Frameworks differ in which of them they read: Flask reads the first, Django the last.
+        """
+        values = self._query.get(name)
+        if values is None:
+            return None
+        if len(values) > 1 and any(value != values[0] for value in values):
+            raise NotCounted(counter)
+        return values[0]
 
     @cached_property
     def cookies(self) -> Mapping[str, str]:
-        """WSGI decoded the header as Latin-1; a foreign cookie that is no UTF-8 spoils no other."""
-        return parse_cookie(self._cookie.encode("latin-1", "replace").decode("utf-8", "replace"))
+        """A foreign cookie that is no UTF-8 spoils no other."""
+        return parse_cookie(_as_utf8(self._cookie))
 
 
 class Identifier:
@@ -62,7 +80,7 @@ class Identifier:
 
         *path* is the request's ``PATH_INFO`` as it came: apps that mount others cut theirs short.
         """
-        query = environ.get("QUERY_STRING", "")
+        query = _query_of(environ)
         if "%" in query:
             query = unquote_plus(query)  # TwentyThree's own pages write photo%5fid
         cookie = environ.get("HTTP_COOKIE", "")
@@ -75,7 +93,7 @@ class Identifier:
         if not (
             self._photo_name in query
             or self._photo_name in cookie
-            or (self._pattern is not None and self._pattern.search(path) is not None)
+            or (self._pattern is not None and self._pattern.search(_as_utf8(path)) is not None)
             or "t23.photo_id" in environ
         ):
             return "no_photo"
@@ -87,23 +105,23 @@ class Identifier:
         Raises :class:`NotCounted` where it names none, or one that can't be believed.
         """
         asked = _Asked(environ)
-        query = asked.query
         return Play(
             session_id=self._session(environ, asked),
             photo_id=self._photo(environ, path, asked),
             host=self._host(environ),
-            skip=_skip(environ, query),
-            player_type=_player(query, "user_player_type") or self._settings.player_type,
-            player_version=_player(query, "user_player_version"),
-            player_resolution=_player(query, "user_player_resolution"),
+            skip=_skip(environ, asked),
+            player_type=_player(asked, "user_player_type") or self._settings.player_type or _element(environ),
+            player_version=_player(asked, "user_player_version"),
+            player_resolution=_player(asked, "user_player_resolution"),
         )
 
     def _session(self, environ: WSGIEnvironment, asked: _Asked) -> str:
         overruled = environ.get("t23.session_id")
         if overruled is not None:
             return _printable_session(str(overruled))
-        named = _first_of(asked.query, self._settings.session_param)
-        named = named or _first_of(asked.cookies, self._settings.session_cookie)
+        in_query = (asked.only(name, "bad_session") for name in self._session_names)
+        in_cookies = (asked.cookies.get(name) for name in self._settings.session_cookie)
+        named = next(filter(None, chain(in_query, in_cookies)), None)
         if named is not None:
             return _printable_session(named if self._unsign is None else self._unsign(named))
         if self._flask_session is None:
@@ -113,7 +131,7 @@ class Identifier:
     def _photo(self, environ: WSGIEnvironment, path: str, asked: _Asked) -> str:
         named = environ.get("t23.photo_id")
         if named is None:
-            named = asked.query.get(self._photo_name) or self._photo_in(path)
+            named = asked.only(self._photo_name, "bad_photo") or self._photo_in(path)
             named = named or asked.cookies.get(self._photo_name)
         if not named:
             raise NotCounted("no_photo")
@@ -122,7 +140,7 @@ class Identifier:
         return str(named)
 
     def _photo_in(self, path: str) -> str | None:
-        found = None if self._pattern is None else self._pattern.search(path)
+        found = None if self._pattern is None else self._pattern.search(_as_utf8(path))
         return None if found is None else found["photo_id"]
 
     def _host(self, environ: WSGIEnvironment) -> str:
@@ -211,19 +229,20 @@ def _printable_session(session: str) -> str:
     return session
 
 
-def _first_values(query: str) -> dict[str, str]:
-    """Each parameter's first value; the first is what an app's own framework reads too."""
-    values: dict[str, str] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
-        values.setdefault(name, value)
-    return values
+def _query_of(environ: WSGIEnvironment) -> str:
+    """The query as the app's framework reads it: Django takes bytes that are no UTF-8 for Latin-1, Flask refuses them."""
+    query: str = environ.get("QUERY_STRING", "")
+    if query.isascii():
+        return query
+    try:
+        return query.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return query
 
 
-def _first_of(values: Mapping[str, str], names: tuple[str, ...]) -> str | None:
-    for name in names:
-        if values.get(name):
-            return values[name]
-    return None
+def _as_utf8(text: str) -> str:
+    """What WSGI decoded as Latin-1, as frameworks read a header or a path: what is no UTF-8 is replaced."""
+    return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 def _any_in(names: tuple[str, ...], text: str) -> bool:
@@ -233,15 +252,20 @@ def _any_in(names: tuple[str, ...], text: str) -> bool:
     return False
 
 
-def _skip(environ: WSGIEnvironment, query: Mapping[str, str]) -> int | None:
+def _skip(environ: WSGIEnvironment, asked: _Asked) -> int | None:
     """The app's word, else the media URL's own ``skip`` (TwentyThree's Flash player wrote it there)."""
     said = environ.get("t23.skip")
-    text = query.get("skip") if said is None else str(int(said) if isinstance(said, bool) else said)
+    text = asked.first("skip") if said is None else str(int(said) if isinstance(said, bool) else said)
     return int(text) if text in ("0", "1") else None
 
 
-def _player(query: Mapping[str, str], name: str) -> str | None:
-    said = query.get(name)
+def _element(environ: WSGIEnvironment) -> str | None:
+    """What browsers say of a media element's request (Fetch Metadata): it is of an HTML5 player."""
+    return "html5" if environ.get("HTTP_SEC_FETCH_DEST") in ("video", "audio") else None
+
+
+def _player(asked: _Asked, name: str) -> str | None:
+    said = asked.first(name)
     if not said or len(said) > LONGEST_PLAYER or not said.isprintable():
         return None
     return said

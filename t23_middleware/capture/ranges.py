@@ -29,6 +29,28 @@ def asked_part(asked: str | None) -> tuple[Part, int]:
     return _believed(_asked_part(asked)), 206
 
 
+def asked_first(status: int, length: int | None, asked: str | None) -> int | None:
+    """The first byte that the request's Range *asked* for, where the answer is the whole file all the same.
+
+    ``None`` where it is not, and where no Range was asked for that can be read; *length* is the file's, in bytes.
+    """
+    wanted = parse_range_header(asked) if status == 200 else None
+    if wanted is None or wanted.units != "bytes":
+        return None
+    first = wanted.ranges[0][0]  # werkzeug reads several ranges only where they are in order
+    if first < 0:
+        if length is None:
+            return None
+        first = max(length + first, 0)
+    return first if first <= LONGEST else None
+
+
+def asks_several(asked: str | None) -> bool:
+    """Whether the request's Range *asked* for several ranges, which are answered by ``multipart/byteranges``."""
+    wanted = parse_range_header(asked)
+    return wanted is not None and len(wanted.ranges) > 1
+
+
 def _believed(part: Part) -> Part:
     return UNKNOWN if any(number is not None and number > LONGEST for number in part) else part
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
-from ..media import SEGMENT_ENDINGS, MediaTypes
+from ..media import BYTERANGES, SEGMENT_ENDINGS, MediaTypes
 from ..settings import Settings
 from ..transfer import APP, OFFLOADED, PLAY_HEADER, PROXY
 from .body import CountedIterable, counted_iterable, is_iterable
@@ -15,7 +15,7 @@ from .counter import BodyCounter, LateEnding, say_not_recorded
 from .files import FileWay
 from .held import HeldEnding, Holder, hides_leaving, holder_of
 from .identity import Identifier, NotCounted
-from .ranges import asked_part, part_of
+from .ranges import asked_first, asked_part, asks_several, part_of
 from .recorder import Recorder
 from .span import Span
 
@@ -202,11 +202,12 @@ class Response:
             capture.count(str(reason))
             return None
         process = capture.recorder.this_process()
+        asked = environ.get("HTTP_RANGE")
         if counted_by == OFFLOADED:
             if not capture.has_proxy_log:
                 process.tell("offloaded")
                 return None
-            part, status = asked_part(environ.get("HTTP_RANGE"))
+            part, status = asked_part(asked)
             return BodyCounter(process.begin(play, part, status, None, OFFLOADED))
         if "HTTP_X_FORWARDED_FOR" in environ or "HTTP_VIA" in environ:
             process.see("behind_proxy")
@@ -215,11 +216,12 @@ class Response:
         status = int(said[:3])
         length = _whole_number(_header(self._headers, "content-length"))
         content_range = _header(self._headers, "content-range") if status == 206 else None
-        part = part_of(status, length, content_range, environ.get("HTTP_RANGE"))
+        part = part_of(status, length, content_range, asked)
+        wanted = asked_first(status, length, asked)
         holder = self._holder or holder_of(environ)
         span = self._span(said, length, holder) if capture.asks_kernel else None
         connection = None if span is None else span.connection
-        recording = process.begin(play, part, status, length, counted_by, connection=connection)
+        recording = process.begin(play, part, status, length, counted_by, wanted, connection)
         return BodyCounter(recording, span, holder)
 
     def _span(self, status: str, length: int | None, holder: Holder | None) -> Span | None:
@@ -244,15 +246,15 @@ class Response:
         status = self._status
         if not isinstance(status, str) or status[:3] not in ("200", "206"):
             return None
-        content_type = _header(self._headers, "content-type")
-        if content_type is None or not self._capture.counts_type(content_type):
-            return None
-        return None if self._path.endswith(SEGMENT_ENDINGS) else self._capture.counted_by
+        content_type = _header(self._headers, "content-type") or ""
+        return self._capture.counted_by if self._capture.counts_type(content_type, self._path) else None
 
     def _offloads(self) -> bool:
         """Whether the app leaves the file of a play to the proxy, which alone then knows what it is."""
         for name, _ in _pairs(self._headers):
             if name in OFFLOADING:
+                if asks_several(self._environ.get("HTTP_RANGE")):
+                    return self._capture.counts_type(BYTERANGES, self._path)
                 return not self._path.endswith(SEGMENT_ENDINGS)
         return False
 

@@ -379,7 +379,10 @@ class Playback(Drained):
         known = _known(response)
         opening = known if isinstance(known, Opening) else known.opening
         if response.counted_by == OFFLOADED:
-            opening = opening._replace(status=line.status, part=line.part, length=line.length)
+            wanted = opening.part.first if line.status == 200 else None
+            opening = opening._replace(
+                status=line.status, part=line.part, length=line.length, asked_first=wanted
+            )
             response.learn(opening)
         ended_ns, ended_ms = self._end_of(opening, line, at_ns)
         sent = line.body

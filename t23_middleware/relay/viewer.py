@@ -73,6 +73,8 @@ class Viewer:
         """
         viewing = self.at(response.started_ns)
         again = response.first == 0 and skip != 1
+        if viewing is not None and again and skip is None:
+            again = not viewing.joins_pieces(response)
         if viewing is None or (again and viewing.is_playing(response.started_ns)):
             known = response.may_begin or skip == 0
             viewing = Viewing(response.started_ns, response.started_ns, known)

@@ -29,6 +29,12 @@ BRIEF_NS = 1_500_000_000
 BESIDE_NS = 2_000_000_000
 #: Between a player's request and the end of the response that it replaces: 20 ms measured, networks add to it.
 REPLACED_NS = 300_000_000
+#: The same where only a seek is as quick: a page that is reloaded asks 34 ms to 0.8 s after its video was closed.
+AT_ONCE_NS = 30_000_000
+#: A player that starts in the middle (``#t=60``) takes less than so many times what plays before it goes there.
+STARTUP_BIG = 1.5
+#: How far ahead of what was counted a player may go on after a pause or reload: as much may lie in buffers.
+BUFFERED = 4 << 20
 #: An index (moov, cues) lies in the last half of the file, reaches to its end, and is at most this share of it.
 INDEX_SHARE = 20
 #: A continuation starts this share of the file from an end of what was handed over, within these bounds: players
@@ -94,6 +100,10 @@ class Response:
     #: Whether its connection is gone, and what the client's kernel had acknowledged of that, where it is known.
     is_gone: bool = False
     acked: int | None = None
+    #: As ``replacing``, but within :data:`AT_ONCE_NS`.
+    at_once: bool = False
+    #: For more than :data:`AT_ONCE_NS` before it nothing was open.
+    after_silence: bool = False
 
     @classmethod
     def of(cls, writer: str, opening: Opening) -> Response:
@@ -113,6 +123,8 @@ class Response:
             end = self.total if last is None else last + 1
             self.expected = None if self.first is None or end is None else end - self.first
         self.to_end = last is None or (self.total is not None and last + 1 >= self.total)
+        if opening.asked_first:
+            self.first = max(opening.asked_first, 0)  # judged as if the app had answered the Range
 
     def move_to(self, axis: Axis) -> None:
         """Its line is of another boot: place what that tells by the wall clock."""
@@ -122,6 +134,11 @@ class Response:
                 placed = placed_by_wall_clock(without_connection(what), axis[1])
                 self.known = encode(placed).decode().rstrip()
         self.draining_since_ms = None
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether it has all of the file although the request asked for another place than the start."""
+        return bool(self.first) and self.total is not None and self.expected == self.total
 
     @property
     def may_begin(self) -> bool:
@@ -158,7 +175,7 @@ class Viewing:
     playing_ns: int | None = None
     #: When the last response that played was cut off.
     cut_ns: int | None = None
-    #: The latest of the requests with which a seek began, where they have not led to a place yet.
+    #: End of the latest response with which a seek began, where they have not led to a place yet.
     seeking_ns: int | None = None
     #: The file's size.
     total: int | None = None
@@ -176,8 +193,22 @@ class Viewing:
     draining: tuple[Drain, ...] = ()
     #: When the last of them was.
     drained_ns: int | None = None
+    #: Whether a response from byte 0 on came that ends before the file does.
+    has_piece: bool = False
 
     # What a new response finds.
+
+    def joins_pieces(self, response: Response) -> bool:
+        """Whether *response*, from byte 0 on, is the first piece of a download that fetches its pieces in any order.
+
+        Such a piece ends before the file does, and comes once. A player that starts again was handed it before.
+        """
+        told = self.segments is not None and any(segment.told for segment in self.segments.all)
+        if response.to_end or self.has_piece or (told and not self.known):
+            return False
+        brief = response.started_ns - self.started_ns < BRIEF_NS
+        beside = any(not other.to_end for other in self.open)
+        return brief or beside or not any(first <= 0 for first, _ in self.handed)
 
     def is_playing(self, at_ns: int) -> bool:
         """Whether its startup is over: a response played, or has been open for so long that it does."""
@@ -187,11 +218,24 @@ class Viewing:
 
     def admit(self, response: Response) -> None:
         """*response* opens."""
+        response.after_silence = not self.open and response.started_ns - self.last_ns > AT_ONCE_NS
         self.last_ns = max(self.last_ns, response.started_ns)
         self.total = response.total or self.total
-        response.in_startup = not self.is_playing(response.started_ns)
-        response.replacing = self.cut_ns is not None and response.started_ns - self.cut_ns <= REPLACED_NS
+        brief = response.started_ns - self.started_ns < BRIEF_NS
+        response.in_startup = brief or not self.is_playing(response.started_ns)
+        if self.cut_ns is not None:
+            response.replacing = response.started_ns - self.cut_ns <= REPLACED_NS
+            response.at_once = response.started_ns - self.cut_ns <= AT_ONCE_NS
         self.open = (*self.open, response)
+        if response.first == 0 and not response.to_end:
+            self.has_piece = response.in_startup = True
+            self._begin_after_all()
+
+    def _begin_after_all(self) -> None:
+        """The piece at byte 0 came after others: it was the beginning of a download, not the middle of something."""
+        if not self.known and self.segments is not None and self.segments.all:
+            self.segments.all[0].skip = 0
+        self.known = True
 
     def is_first(self, response: Response) -> bool:
         """Whether *response*, which is open, is the one that the viewing starts with."""
@@ -244,9 +288,13 @@ class Viewing:
         for other in self.open:
             later = other if other.started_ns > response.started_ns else response
             beside_ns = transfer.ended_ns - later.started_ns
-            ended_well = later is other and response.is_whole(transfer.sent)
-            later.neighbours += ended_well or beside_ns > REPLACED_NS
+            whole = response.is_whole(transfer.sent)
+            later.neighbours += (later is other and whole) or beside_ns > REPLACED_NS
             later.parallel = later.parallel or beside_ns > BESIDE_NS or later.neighbours >= 2
+            # Pieces of a download run beside each other for long; those of a player that asks one by one hardly overlap.
+            pieces = whole and not response.to_end and not other.to_end
+            if pieces and 2 * beside_ns >= transfer.ended_ns - response.started_ns:
+                response.parallel = other.parallel = True
 
     def _big_run(self, response: Response, transfer: Transfer) -> tuple[int, int] | None:
         """What was handed over up to the end of *response* without a gap, where that plays.
@@ -270,11 +318,20 @@ class Viewing:
         """Whether a run from *start* is away from all that the player has."""
         if response.in_startup or response.parallel or not (self.known or self.handed):
             return False
-        if any(abs(start - end) <= self.near for _, end in self.handed):
+        if self.known and sum(end - first for first, end in self.handed) < self.big * STARTUP_BIG:
             return False
-        # A player that asks for what it was just handed did not have it, unless it looks at the header once more.
-        inside = any(first <= start < end for first, end in self.handed)
-        return not inside or (response.replacing and not response.may_begin)
+        ahead = self.near
+        if response.after_silence:
+            ahead = max(ahead, min((self.total or 0) // BIG_SHARE, BUFFERED))
+        if any(-self.near <= start - end <= ahead for _, end in self.handed):
+            return False
+        inside = [first for first, end in self.handed if first <= start < end]
+        if not inside:
+            return True
+        # A player that asks for what it was just handed did not have it, unless it looks at the header once more. A
+        # reload soon after goes on as deep inside as its buffers were full, but not where a run began.
+        from_first = response.replacing and start - inside[0] <= self.near
+        return not response.may_begin and (response.at_once or from_first or response.starts_over)
 
     @property
     def near(self) -> int:
@@ -295,11 +352,11 @@ class Viewing:
             and self._is_elsewhere(response, response.first or 0)
         )
         if seeks or completes:
-            self.seeking_ns = response.started_ns
+            self.seeking_ns = transfer.ended_ns
         return seeks
 
     def _completes_seek(self, response: Response) -> bool:
-        return self.seeking_ns is not None and 0 <= response.started_ns - self.seeking_ns <= BRIEF_NS
+        return self.seeking_ns is not None and abs(response.started_ns - self.seeking_ns) <= BRIEF_NS
 
     def _hand_over(self, response: Response, run: tuple[int, int], transfer: Transfer) -> None:
         if response.is_index(self.total, transfer.sent):
@@ -310,6 +367,7 @@ class Viewing:
             self.cut_ns = transfer.ended_ns
             for other in self.open:
                 other.replacing |= transfer.ended_ns - other.started_ns <= REPLACED_NS
+                other.at_once |= transfer.ended_ns - other.started_ns <= REPLACED_NS
 
     def _plays_since(self, since_ns: int) -> None:
         self.playing_ns = since_ns if self.playing_ns is None else min(since_ns, self.playing_ns)
@@ -372,7 +430,8 @@ class Viewing:
         if min_bytes is not None:
             return self.sent >= min_bytes
         given_up = self.known and self.playing_ns is None and self.last_ns - self.started_ns < BRIEF_NS
-        return self.sent >= self.big and not given_up
+        whole = self.total is not None and self.sent >= self.total
+        return self.sent >= self.big and (whole or not given_up)
 
     @property
     def is_complete(self) -> bool:

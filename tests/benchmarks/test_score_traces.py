@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.trace_halves import varied
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "score_traces.py"
 TOTAL = 33_000_000
 
@@ -100,6 +102,35 @@ def test_bytes_that_make_no_report_are_told(tmp_path: Path) -> None:
         json.loads(score(str(path), "--per", "stream", "--json").stdout)["all"]["bytes_unreported"] == 74_000
     )
     assert json.loads(score(str(path), "--json").stdout)["all"]["plays_over"] == 1
+
+
+def test_halves_judge_unseen_traces(traces: str) -> None:
+    """Each split is judged as recorded and varied, with fitted constants and with those that are shipped."""
+    answer = score(traces, "--halves", "3", "--seed", "7")
+    assert answer.returncode == 0, answer.stderr
+    lines = answer.stdout.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.split()[0] in ("variation", "split")]
+    variations, splits = lines[heads[0] + 1 : heads[1]], lines[heads[1] + 1 :]
+    # mpv's play without a scrub is told as one with a scrub: 1 false for the 4 real ones.
+    assert variations[0].split() == ["as", "recorded", "4", "1", "25.0%", "2"]
+    assert [line.split()[:2] for line in splits] == [
+        [str(split), kind] for split in (1, 2, 3) for kind in ("recorded", "varied") * 2
+    ]
+    assert [line.partition("  fitted: ")[2] != "" for line in splits[::4]] == [True] * 3
+    assert all("AT_ONCE_NS=3e+07" in line for line in splits[2::4])
+    assert score(traces, "--halves", "3", "--seed", "7").stdout == answer.stdout
+
+
+def test_a_trace_is_varied() -> None:
+    """Times, sizes and counts change; what was whole stays whole, and what was cut off stays that."""
+    whole = request(10, 10.5, TOTAL - 1000, 1000)
+    one = {"truth": {}, "requests": [request(0, 5, 0, 3_000_000), whole]}
+    first, second = varied(one, time=2, wait=0.1, size=0.5, more=-1_000_000)["requests"]
+    assert (first["t"], first["t_close"], first["sent"], first["length"]) == (0, 10, 500_000, TOTAL // 2)
+    assert first["content_range"] == f"bytes 0-{TOTAL // 2 - 1}/{TOTAL // 2}"
+    assert (second["t"], second["t_close"]) == (20.1, 21.1)
+    assert second["sent"] == second["length"] == 500
+    assert one["requests"][1]["sent"] == 1000
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"player": "mpv"}', '{"player": 1, "scenario": "x"}'])

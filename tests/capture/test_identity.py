@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import uuid
 from collections.abc import Callable
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
 from flask import Flask, Response, session
+from flask import request as flask_request
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -71,8 +74,42 @@ def test_names_are_tried_in_their_order() -> None:
     assert play("second=2&photo_id=7", "one=a", **names).session_id == "2"
 
 
-def test_the_first_of_two_equal_parameters_counts() -> None:
-    assert play("session_id=a&session_id=b&photo_id=1&photo_id=2")[:2] == ("a", "1")
+@pytest.mark.parametrize(
+    ("query", "why"),
+    [
+        ("session_id=a&photo_id=1&photo_id=2", "bad_photo"),
+        ("photo_id=1&session_id=a&photo%5fid=2", "bad_photo"),
+        ("session_id=a&photo_id=1&photo_id=1&photo_id=2", "bad_photo"),
+        ("session_id=a&photo_id=&photo_id=2", "bad_photo"),
+        ("session_id=a&photo_id=7&photo_id=07", "bad_photo"),
+        ("session_id=a&session_id=b&photo_id=1", "bad_session"),
+        ("session_id=a&session_id=&photo_id=1", "bad_session"),
+        ("session_id=a&session%5Fid=a+&photo_id=1", "bad_session"),
+    ],
+)
+def test_two_values_name_no_play(query: str, why: str) -> None:
+    """Frameworks differ in which of two values they serve, so neither can be believed."""
+    assert reason(query, "session_id=c; photo_id=3") == why
+
+
+def test_two_equal_values_are_one() -> None:
+    """What is said twice is no contradiction, however it is encoded."""
+    query = "session_id=a+b&photo_id=1&photo%5fid=%31&session_id=a%20b"
+    assert play(query)[:2] == ("a b", "1")
+
+
+def test_two_names_are_no_contradiction() -> None:
+    """Only a name that is read counts: of several names the first, and none where the app has said it."""
+    names = {"session_param": "first,second"}
+    assert play("second=2&first=1&second=3&photo_id=7", **names).session_id == "1"
+    assert reason("second=2&second=3&photo_id=7", **names) == "bad_session"
+    said = {"t23.session_id": "app", "t23.photo_id": "9"}
+    assert play("session_id=a&session_id=b&photo_id=1&photo_id=2", environ=said)[:2] == ("app", "9")
+
+
+def test_what_names_no_play_may_contradict() -> None:
+    """The first value of other parameters is taken."""
+    assert play("session_id=a&photo_id=7&skip=1&skip=0&x=1&x=2").skip == 1
 
 
 def test_names_and_values_may_be_percent_encoded() -> None:
@@ -199,6 +236,97 @@ def test_whatever_query_and_cookie_hold_it_is_a_play_or_not_counted(query: str, 
         assert 0 < len(found.session_id) <= 256
         assert found.session_id.isprintable()
         assert found.photo_id.isdecimal()
+
+
+# What is not ASCII.
+
+
+def as_wsgi(text: str | bytes) -> str:
+    """*text* as a server hands it on: its bytes as Latin-1."""
+    return (text if isinstance(text, bytes) else text.encode()).decode("latin-1")
+
+
+def test_raw_utf8_names_what_it_says() -> None:
+    """Values and names alike, wherever they stand."""
+    assert play(as_wsgi("session_id=zoë&photo_id=7")).session_id == "zoë"
+    assert play(as_wsgi("sitzung_ä=zoë&photo_id=7"), session_param="sitzung_ä").session_id == "zoë"
+    assert play("sitzung_%C3%A4=%7Ao&photo_id=7", session_param="sitzung_ä").session_id == "zo"
+    assert play(as_wsgi("session_id=a&größe=7"), photo_param="größe").photo_id == "7"
+    assert play(as_wsgi("session_id=a&photo_id=7&user_player_version=β2")).player_version == "β2"
+    pattern = {"photo_pattern": r"^/größe/(?P<photo_id>\d+)"}
+    assert play("session_id=a", "", as_wsgi("/größe/7"), **pattern).photo_id == "7"
+
+
+QUERIES = {
+    "raw UTF-8": b"session_id=zo\xc3\xab&photo_id=7",
+    "percent": b"session_id=zo%C3%AB&photo_id=7",
+    "both": b"x=\xc3\xab&session_id=zo%C3%AB&photo_id=7",
+    "raw Latin-1": b"session_id=zo\xeb&photo_id=7",
+    "mixed": b"x=\xeb&session_id=zo\xc3\xab&photo_id=7",
+    "two values": b"session_id=zo&session_id=zo\xc3\xab&photo_id=7",
+    "bad percent": b"session_id=zo%EB&photo_id=7",
+}
+
+
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+@pytest.mark.parametrize("framework", ["flask", "django"])
+def test_frameworks_read_the_same(wrap: Any, journals: Any, framework: str, query: bytes) -> None:
+    """What an app reads is what is reported, through a socket; bytes that two frameworks read apart are no play."""
+    app = {"flask": flask_that_says, "django": django_that_says}[framework]()
+    head, _, body = served(wrap(app), b"GET /film.mp4?" + query + b" HTTP/1.0\r\n\r\n").partition(b"\r\n\r\n")
+    if b" 200 " not in head.splitlines()[0] or query in (QUERIES["two values"], QUERIES["bad percent"]):
+        assert journals.closed() == []
+    else:
+        (transfer,) = journals.closed()
+        assert transfer.opening.play == Play(body.decode(), "7")
+    assert framework == "flask" or b" 200 " in head.splitlines()[0]
+
+
+def flask_that_says() -> Any:
+    app = Flask(__name__)
+    app.config["PROPAGATE_EXCEPTIONS"] = False
+
+    @app.get("/film.mp4")
+    def film() -> Response:
+        return Response(flask_request.args["session_id"], mimetype="video/mp4")
+
+    return app.wsgi_app
+
+
+def django_that_says() -> Any:
+    import django
+    from django.conf import settings as django_settings
+    from django.core.handlers.wsgi import WSGIRequest
+    from django.http import HttpResponse
+
+    if not django_settings.configured:
+        django_settings.configure()
+        django.setup()
+
+    def app(environ: Any, start_response: Any) -> Any:
+        said = HttpResponse(WSGIRequest(environ).GET["session_id"], content_type="video/mp4")
+        start_response("200 OK", list(said.items()))
+        return [said.content]
+
+    return app
+
+
+def served(app: Any, message: bytes) -> bytes:
+    """The answer of wsgiref's server to *message*: it lets bytes through that gunicorn and waitress refuse."""
+    with (
+        make_server("127.0.0.1", 0, app, handler_class=Quiet) as server,
+        socket.create_connection(server.server_address) as client,
+    ):
+        client.sendall(message)
+        server.handle_request()
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+class Quiet(WSGIRequestHandler):
+    """A handler that logs nothing."""
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
 
 
 # Signed sessions.
@@ -352,6 +480,29 @@ def test_the_player_is_read_from_the_query() -> None:
 def test_a_player_type_is_assumed_only_where_the_request_names_none() -> None:
     assert play("session_id=a&photo_id=7", player_type="app").player_type == "app"
     assert play("session_id=a&photo_id=7&user_player_type=html5", player_type="app").player_type == "html5"
+
+
+@pytest.mark.parametrize(
+    ("dest", "query", "setting", "player_type"),
+    [
+        ("video", "", None, "html5"),
+        ("audio", "", None, "html5"),
+        ("video", "&user_player_type=flash", None, "flash"),
+        ("video", "", "app", "app"),
+        ("video", "&user_player_type=", None, "html5"),
+        ("video", "&user_player_type=" + "x" * 101, None, "html5"),
+        ("document", "", None, None),
+        ("empty", "", None, None),  # what a page's script fetches
+        ("", "", None, None),
+    ],
+)
+def test_a_media_element_is_html5(
+    dest: str, query: str, setting: str | None, player_type: str | None
+) -> None:
+    """Browsers say so in Sec-Fetch-Dest; the URL and the operator know better."""
+    more = {} if setting is None else {"player_type": setting}
+    found = play("session_id=a&photo_id=7" + query, environ={"HTTP_SEC_FETCH_DEST": dest}, **more)
+    assert found.player_type == player_type
 
 
 @pytest.mark.parametrize("said", ["", "x" * 101, "a%0D%0Ab", "a%00b"])

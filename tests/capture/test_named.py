@@ -49,6 +49,24 @@ def test_a_counted_response_is_named_to_the_proxy_by_the_journals_own_id(wrap, j
     ] * 2
 
 
+@pytest.mark.parametrize(
+    ("path", "asked", "named"),
+    [
+        ("/film.mp4", "bytes=0-9,20-29", True),
+        ("/film", "bytes=0-9,20-29", True),
+        ("/leaflet.pdf", "bytes=0-9,20-29", False),
+        ("/leaflet.pdf", "bytes=0-9", True),  # the log will say its type
+        ("/film.m3u8", "bytes=0-9,20-29", False),
+        ("/film.mpd", None, False),
+    ],
+)
+def test_several_ranges_left_to_it(wrap, journals, path, asked, named):
+    """The log of several ranges names no type, so the path decides before it."""
+    more = {} if asked is None else {"HTTP_RANGE": asked}
+    answer = ask(wrap(offloading(), proxy_log=LOG), request(path, **more))
+    assert len(ids(answer)) == len(journals.opened()) == int(named)
+
+
 def test_but_for_that_header_the_answer_is_the_same(wrap):
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [("Content-Type", "video/mp4"), ("X-Own", "1"), ("Content-Length", "4")])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t23_middleware.capture.ranges import LONGEST, UNKNOWN, part_of
+from t23_middleware.capture.ranges import LONGEST, UNKNOWN, asked_first, part_of
 from t23_middleware.transfer import Part
 
 
@@ -45,6 +45,37 @@ def test_the_part_of_a_response(
     assert part_of(status, length, content_range, asked) == part
 
 
+@pytest.mark.parametrize(
+    ("status", "length", "asked", "first"),
+    [
+        (200, 1000, "bytes=500-", 500),
+        (200, None, "bytes=500-", 500),
+        (200, 1000, "bytes=500-509", 500),
+        (200, 1000, "bytes=0-", 0),
+        (200, 1000, "bytes=0-1", 0),
+        (200, 1000, "bytes=-200", 800),
+        (200, 1000, "bytes=-2000", 0),
+        (200, None, "bytes=-200", None),  # where that is, nobody said
+        (200, 1000, "bytes=300-309,500-", 300),
+        (200, 1000, "bytes=2000-", 2000),
+        (200, 1000, "Bytes = 500-", 500),
+        (206, 500, "bytes=500-", None),
+        (200, 1000, None, None),
+        (200, 1000, "", None),
+        (200, 1000, "bytes=9-0", None),
+        (200, 1000, "bytes=abc", None),
+        (200, 1000, "seconds=5-", None),
+        (200, 1000, "bytes=" + "9" * 30 + "-", None),
+        (200, 1000, "bytes=" + "9" * 5000 + "-", None),
+    ],
+)
+def test_what_a_whole_answer_was_asked(
+    status: int, length: int | None, asked: str | None, first: int | None
+) -> None:
+    """The place that the player wanted is noted where the answer is the whole file."""
+    assert asked_first(status, length, asked) == first
+
+
 headers = st.none() | st.text(max_size=40) | st.text("bytes =-/*,0123456789\r\n", max_size=40)
 
 
@@ -52,6 +83,8 @@ headers = st.none() | st.text(max_size=40) | st.text("bytes =-/*,0123456789\r\n"
 def test_no_header_makes_it_raise_or_give_a_number_that_no_file_has(
     status: int, length: int | None, content_range: str | None, asked: str | None
 ) -> None:
+    first = asked_first(status, length, asked)
+    assert first is None or 0 <= first <= LONGEST
     part = part_of(status, length, content_range, asked)
     assert all(number is None or -1 <= number <= LONGEST for number in part)
     if status == 206 and part.size is not None:

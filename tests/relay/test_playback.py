@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -96,6 +97,9 @@ INDEX_AT_THE_END = [
     response(2, 0.07, 0.3, TOTAL - 102_731, 102_731),
     response(3, 0.25, 6, 32_768, 3_300_000),
 ]
+
+
+MODES = pytest.mark.parametrize("per", ["response", "stream"])
 
 
 class TestPerResponse:
@@ -371,15 +375,41 @@ class TestWhatIsAScrub:
         near = TOTAL // 64
         assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 - near, 900_000)) == 0
         assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 + near, 900_000)) == 0
-        assert self.scrubs_after_play(response(2, 15, 20, 3_000_001 + near, 900_000)) == 1
+        assert self.scrubs_after_play(response(2, 5.01, 20, 3_000_000 + near, 900_000)) == 0
+        assert self.scrubs_after_play(response(2, 5.01, 20, 3_000_001 + near, 900_000)) == 1
+
+    def test_after_a_pause_buffers_may_lie_between(self) -> None:
+        """What is counted of a cut response is off by what buffers held; a seek goes further, or comes at once."""
+        held = TOTAL // 8
+        for pause in (0.05, 0.8, 10):
+            start = 5 + pause
+            assert self.scrubs_after_play(response(2, start, start + 5, 3_000_000 + held, 900_000)) == 0
+            assert self.scrubs_after_play(response(2, start, start + 5, 3_000_001 + held, 900_000)) == 1
 
     def test_what_lies_inside_goes_on_after_a_pause(self) -> None:
         assert self.scrubs_after_play(response(2, 15, 20, 1_500_000, 900_000)) == 0
 
     def test_what_lies_inside_is_a_scrub_where_it_replaced_what_played(self) -> None:
-        assert self.scrubs_after_play(response(2, 5.2, 20, 1_500_000, 900_000)) == 1
+        assert self.scrubs_after_play(response(2, 5.03, 20, 1_500_000, 900_000)) == 1
         assert self.scrubs_after_play(response(2, 4.9, 20, 1_500_000, 900_000)) == 1
-        assert self.scrubs_after_play(response(2, 5.31, 20, 1_500_000, 900_000)) == 0
+
+    @pytest.mark.parametrize("gap", [0.034, 0.06, 0.245, 0.8])
+    def test_a_reload_goes_on_inside(self, gap: float) -> None:
+        """A reload that the browser's cache answers asks for what it had not read yet: buffers held the rest."""
+        again = response(2, 5 + gap, 20, 13_934_592, 5_000_000)
+        assert self.scrubs_after_play(again, sent=19_922_944) == 0
+
+    def test_back_to_a_former_seek_is_one(self) -> None:
+        """A player that goes back to where it had sought once asks there again, within 0.3 s."""
+        seeks = [response(2, 5.01, 9, 11_296_019, 3_145_728), response(3, 9.01, 9.2, 12_766_815, 163_840)]
+        assert self.scrubs_after_play(*seeks, response(4, 9.3, 15, 11_296_019, 3_000_000)) == 2
+        assert self.scrubs_after_play(*seeks, response(4, 9.31, 15, 11_296_019, 3_000_000)) == 1
+
+    @pytest.mark.parametrize(("share", "scrubs"), [(0.66, 0), (0.78, 0), (0.79, 1)])
+    def test_a_slow_start_in_the_middle(self, share: float, scrubs: int) -> None:
+        """A player that starts at 60 s reads the file's header first, on a slow network for longer than 1.5 s."""
+        sent = int(share * 1_000_000)
+        assert self.scrubs_after_play(response(2, 5.01, 20, 13_533_184, 4_000_000), sent=sent) == scrubs
 
     def test_a_second_look_at_the_header_is_none(self) -> None:
         assert self.scrubs_after_play(response(2, 5.01, 20, 194_165, 900_000)) == 0
@@ -422,6 +452,12 @@ class TestWhatIsAScrub:
         assert self.scrubs_after_play(index) == 1
         assert self.scrubs_after_play(index, response(3, 5.02, 12, 3_000_000, 4_000_000)) == 1
 
+    def test_a_seek_on_a_slow_network(self) -> None:
+        """The index may take long to come: the place is asked for soon after its end."""
+        index = response(2, 5.01, 9, TOTAL - 21_387, 21_387)
+        assert self.scrubs_after_play(index, response(3, 9.4, 15, 20_000_000, 4_000_000)) == 1
+        assert self.scrubs_after_play(index, response(3, 10.6, 15, 20_000_000, 4_000_000)) == 2
+
     def test_a_seek_that_reads_the_index_and_becomes_a_drag_is_one_scrub(self) -> None:
         index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
         steps = [response(3 + n, 5.01 + n, 6.02 + n, 8_000_000 + n * 10**6, 73_000) for n in range(4)]
@@ -436,6 +472,146 @@ class TestWhatIsAScrub:
             for n in range(20)
         ]
         assert self.scrubs_after_play(*hops) == 0
+
+
+def answered_whole(transfer: Transfer, sent: int | None = None, length: bool = True) -> Transfer:
+    """The same Range of an app that answers it by 200, with the whole file from its start."""
+    opening = transfer.opening
+    total = opening.part.total
+    assert total is not None
+    opening = opening._replace(
+        status=200,
+        part=Part(0, total - 1, total) if length else Part(0, None, None),
+        length=total if length else None,
+        asked_first=opening.part.first,
+    )
+    return transfer._replace(opening=opening, sent=transfer.sent if sent is None else sent)
+
+
+class TestARangeAnsweredWhole:
+    """``Range: bytes=N-`` and status 200: N says where the player wanted to go."""
+
+    @MODES
+    @pytest.mark.parametrize("length", [True, False])
+    def test_scrubs_answered_whole(self, per: str, length: bool) -> None:
+        """They are told as if the app had answered the ranges, with the bytes that were sent."""
+        play, *scrubs = PLAY_AND_TWO_SCRUBS
+        whole = [answered_whole(scrub, length=length) for scrub in scrubs]
+        assert told(replay([play, *whole], per)) == [(0, 3_000_000), (1, 2_500_000), (1, 4_000_000)]
+
+    @MODES
+    def test_all_of_the_file_each_time(self, per: str) -> None:
+        """An app without ranges that sends all of the file for each of them has had one play."""
+        scrubs = [answered_whole(response(n, 3 * n, 3 * n + 2, 8_000_000 * n, 1), TOTAL) for n in range(1, 4)]
+        reports = replay([response(0, 0, 2, 0, TOTAL, status=200), *scrubs], per)
+        assert told(reports) == [(0, TOTAL), (1, TOTAL), (1, TOTAL), (1, TOTAL)]
+
+    @MODES
+    def test_again_from_byte_0(self, per: str) -> None:
+        """Who asks from byte 0 again plays again, with a Range or without one."""
+        again = [
+            answered_whole(response(2, 6, 12, 0, 2_000_000)),
+            response(3, 13, 19, 0, 900_000, status=200),
+        ]
+        assert told(replay([PLAY_AND_TWO_SCRUBS[0], *again], per)) == [
+            (0, 3_000_000),
+            (0, 2_000_000),
+            (0, 900_000),
+        ]
+
+    @MODES
+    def test_the_middle_of_something_unknown(self, per: str) -> None:
+        """A range from beyond the beginning starts no viewing, however it is answered."""
+        assert told(replay([answered_whole(response(1, 0, 5, 9_000_000, 1), TOTAL)], per)) == [(1, TOTAL)]
+
+    @MODES
+    def test_a_pause_that_ends(self, per: str) -> None:
+        """It goes on in the same viewing, and in the same report where that is one per viewing."""
+        goes_on = answered_whole(response(2, 15, 25, 3_000_000, 1), 5_000_000)
+        expected = [(0, 8_000_000)] if per == "stream" else [(0, 3_000_000), (1, 5_000_000)]
+        assert told(replay([PLAY_AND_TWO_SCRUBS[0], goes_on], per)) == expected
+
+    @MODES
+    @pytest.mark.parametrize("first", [TOTAL, 10**15, -5])
+    def test_a_place_outside_the_file(self, per: str, first: int) -> None:
+        """A journal may hold any number; the bytes are told all the same."""
+        odd = response(1, 0, 5, 0, 3_000_000, status=200)
+        odd = odd._replace(opening=odd.opening._replace(asked_first=first))
+        assert [report.sent for report in replay([odd], per)] == [3_000_000]
+
+
+class TestADownloadInPieces:
+    """One response per piece, in any order and some at a time: one play."""
+
+    @staticmethod
+    def pieces(order: Sequence[int], at_once: int, lasts: float, total: int, begin: float) -> list[Transfer]:
+        free = [begin + 0.003 * n for n in range(at_once)]
+        size, transfers = total // len(order), []
+        for number, piece in enumerate(order, 10):
+            lane = free.index(min(free))
+            first, end = piece * size, total if piece == len(order) - 1 else (piece + 1) * size
+            starts = free[lane] + 0.001
+            free[lane] = starts + lasts * (1 + 0.03 * (number % 5))
+            part = {"last": end - 1, "total": total}
+            transfers.append(response(number, starts, free[lane], first, end - first, **part))
+        return transfers
+
+    @MODES
+    @pytest.mark.parametrize("lasts", [0.004, 0.3, 8.0])
+    @pytest.mark.parametrize("count", [4, 8, 16, 32])
+    @pytest.mark.parametrize("order", ["forward", "backward", "shuffled", "first last"])
+    @pytest.mark.parametrize("got", [None, 70_000, 4_000_000])
+    def test_one_play_no_scrub(self, per: str, lasts: float, count: int, order: str, got: int | None) -> None:
+        """Whether a GET was left before, however fast the network, whichever piece comes first."""
+        numbers = list(range(count))
+        if order == "backward":
+            numbers.reverse()
+        elif order == "shuffled":
+            random.Random(count).shuffle(numbers)
+        elif order == "first last":
+            numbers = [*numbers[1:], 0]
+        transfers = self.pieces(numbers, min(count, 8), lasts, TOTAL, 0.1)
+        if got is not None:
+            transfers.insert(0, response(1, 0, 0.01, 0, got, status=200))
+        skips = Counter(report.skip for report in replay(transfers, per))
+        assert skips == Counter({0: 1} if per == "stream" else {0: 1, 1: len(transfers) - 1})
+
+    @MODES
+    def test_the_first_piece_comes_much_later(self, per: str) -> None:
+        """As long as nothing of it was told, the download is one play with all its bytes."""
+        rest = self.pieces(range(5), 5, 2.0, TOTAL, 0)[1:]
+        late = response(90, 20, 22, 0, TOTAL // 5, last=TOTAL // 5 - 1)
+        skips = Counter(report.skip for report in replay([*rest, late], per))
+        assert skips[0] == 1 and (per == "response" or skips[1] == 0)
+
+    def test_a_download_that_comes_again(self) -> None:
+        """The piece at byte 0 comes once in a download: the second one is another play."""
+        once = self.pieces(range(8), 4, 1.0, TOTAL, 0)
+        again = [
+            each._replace(opening=each.opening._replace(number=each.opening.number + 50))
+            for each in self.pieces(range(8), 4, 1.0, TOTAL, 60)
+        ]
+        assert Counter(report.skip for report in replay([*once, *again]))[0] == 2
+
+    def test_a_player_that_asks_in_pieces(self) -> None:
+        """It plays one piece after the other; when it begins again, that is another play."""
+        size = 1_000_000
+        played = [response(n, n, n + 0.9, n * size, size, last=(n + 1) * size - 1) for n in range(6)]
+        again = [
+            response(10 + n, 10 + n, 10.9 + n, n * size, size, last=(n + 1) * size - 1) for n in range(3)
+        ]
+        assert told(replay([*played, *again], "stream")) == [(0, 6 * size), (0, 3 * size)]
+
+    @MODES
+    def test_a_relay_that_is_killed_in_between(self, per: str) -> None:
+        """What is known of the pieces is kept with the viewing."""
+        facts = facts_of(self.pieces([5, 3, 7, 1, 6, 2, 4, 0], 2, 1.0, TOTAL, 0))
+        expected = replay(self.pieces([5, 3, 7, 1, 6, 2, 4, 0], 2, 1.0, TOTAL, 0), per)
+        playback, reports = Playback(per=per), []
+        for fact in facts:
+            reports += feed(playback, [fact])
+            playback = restarted(playback, per)
+        assert reports + playback.advance(AFTER, AFTER // 10**6) == expected
 
 
 def restarted(playback: Playback, per: str, min_bytes: int | None = None) -> Playback:
@@ -669,9 +845,6 @@ def _by_session(reports: Iterable[Report]) -> dict[str, list[Report]]:
     for report in reports:
         sessions.setdefault(report.session_id, []).append(report)
     return sessions
-
-
-MODES = pytest.mark.parametrize("per", ["response", "stream"])
 
 
 @given(_transfers())

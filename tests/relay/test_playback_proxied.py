@@ -91,6 +91,27 @@ def test_a_play_is_told_with_its_line_at_the_lines_time():
     assert playback.awaited == 0
 
 
+def test_a_range_the_proxy_answered_whole():
+    """The request said where the player wanted to go; the log says that all of the file went out."""
+    playback = machine()
+    for number, first in enumerate((0, 20_000_000, 10_000_000, 0), 1):
+        asked = opening(number, 10 * number, first, OFFLOADED)
+        playback.opened(WRITER, asked)
+        playback.closed(WRITER, ended(asked, 10 * number))
+        whole = line(number, 10 * number + 5, TOTAL, status=200, length=TOTAL)
+        assert told(logged(playback, whole)) == [(0 if first == 0 else 1, TOTAL)]
+
+
+def test_several_ranges_of_the_proxy():
+    """Their type says nothing of the file; the app named the play, so it is one."""
+    playback = machine()
+    asked = opening(1, 10, by=OFFLOADED)
+    playback.opened(WRITER, asked)
+    playback.closed(WRITER, ended(asked, 10))
+    several = line(1, 15, 5_000, content_type="multipart/byteranges; boundary=0", part=Part(None, None, None))
+    assert [sent for _, sent in told(logged(playback, several))] == [5_000]
+
+
 @pytest.mark.parametrize("app, proxy, bytes", [(100, 90, 90), (90, 100, 90), (5_000_000, 29_166, 29_166)])
 def test_of_two_counts_the_smaller_is_told(app, proxy, bytes):
     playback = machine()
