@@ -11,8 +11,8 @@ import termios
 import time
 import zlib
 from array import array
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import BinaryIO, NamedTuple
 
 #: Seconds without a byte before a test calls the server hung.
 SILENCE = 30.0
@@ -122,6 +122,22 @@ class Client:
         except (http.client.HTTPException, OSError):
             return 0
 
+    def pipeline(self, targets: Sequence[str], size: int) -> list[int]:
+        """Send requests for all *targets* at once; read the first answer, whose body has *size* bytes, and the second's head.
+
+        Returns the lengths of the heads; only the first where the server closes the connection behind it.
+        """
+        self._connection.connect()
+        sock = self._connection.sock
+        lines = "".join(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n" for target in targets)
+        sock.sendall(lines.encode())
+        answers = sock.makefile("rb")
+        heads = [_head_length(answers)]
+        answers.read(size)
+        if second := _head_length(answers):
+            heads.append(second)
+        return heads
+
     def head_bytes(self) -> int:
         """Length of the head that :meth:`read_some` met, as servers write it."""
         response = self._response
@@ -157,6 +173,18 @@ class Client:
         self._connection.close()
         if self._response is not None:
             self._response.close()
+
+
+def _head_length(answers: BinaryIO) -> int:
+    length = 0
+    try:
+        while line := answers.readline():
+            length += len(line)
+            if line == b"\r\n":
+                return length
+    except OSError:
+        pass  # reset by a server that closed with the second request unread
+    return 0
 
 
 def _has_body(method: str, status: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from ..harness import until
 from .client import Client
-from .process import FILM_BYTES, LONG_BYTES, PATIENCE, Site, play
+from .process import FILM_BYTES, LONG_BYTES, PATIENCE, SHORT_BYTES, Site, play
 
 #: Small enough that a client which does not read is felt by the server at once, in bytes.
 SMALL_BUFFER = 1 << 16
@@ -204,6 +204,23 @@ def test_cut_off_counts_kernel_bytes(case: str, kept_alive: bool, site: Site) ->
         stall(client)
         took = client.body_bytes(read)
     (sent,) = site.sent(session)
+    assert abs(sent - took) <= CLOSE, f"counted {sent}, taken {took}"
+
+
+def test_pipelined_responses_counted_apart(site: Site) -> None:
+    """The second answer begins behind the first, of which the send buffer still holds a part."""
+    if not site.setup.asks_kernel or site.setup.tls:
+        pytest.skip("the kernel can't be asked there, or its bytes are TLS records")
+    first, second = site.session(), site.session()
+    paths = play("/generator/short.mp4", first), play("/wrapper/long.mp4", second)
+    with Client(site.port, buffer=SMALL_BUFFER) as client:
+        heads = client.pipeline(paths, SHORT_BYTES)
+        if len(heads) < 2:
+            pytest.skip("the server answers one request per connection")
+        stall(client)
+        took = client.kernel_bytes() - sum(heads) - SHORT_BYTES
+    assert site.sent(first) == [SHORT_BYTES]
+    (sent,) = site.sent(second)
     assert abs(sent - took) <= CLOSE, f"counted {sent}, taken {took}"
 
 
