@@ -12,7 +12,7 @@ SIZE = 216
 CLOSED = 7
 
 #: tcpi_state, tcpi_bytes_acked, tcpi_notsent_bytes, tcpi_bytes_sent and tcpi_bytes_retrans.
-_FIELDS = struct.Struct("=B119xQ16xI52xQQ")
+_unpack = struct.Struct("=B119xQ16xI52xQQ").unpack_from
 
 
 class TCPInfo(NamedTuple):
@@ -32,7 +32,9 @@ class TCPInfo(NamedTuple):
 
 def read_tcp_info(answer: bytes) -> TCPInfo | None:
     """What *answer* says; ``None`` for the shorter structure of a kernel before 4.19."""
-    if len(answer) < SIZE:
+    try:
+        state, acked, not_sent, sent, sent_again = _unpack(answer)
+    except struct.error:
         return None
-    state, acked, not_sent, sent, sent_again = _FIELDS.unpack_from(answer)
-    return TCPInfo(state, acked, max(sent - sent_again + not_sent, acked))
+    position = sent - sent_again + not_sent
+    return TCPInfo(state, acked, position if position > acked else acked)

@@ -199,14 +199,24 @@ def opening_text(opening: Opening) -> str:
     """An opening as JSON, which its open line and its close line share: encoding costs more than writing."""
     number, started_ns, started_ms, play, part, status, length, counted_by, asked_first, connection = opening
     session_id, photo_id, host, skip, *player = play
+    first, last, total = part
     who = f"{_string(session_id)},{_string(photo_id)},{_string(host)},{_number(skip)}"
-    player_text = ",".join(["null" if text is None else _string(text) for text in player])
-    what = ",".join([_number(offset) for offset in part])
-    where = "null" if connection is None else f"[{','.join(map(str, connection))}]"
+    if player == _NO_PLAYER:
+        player_text = "null,null,null"
+    else:
+        player_text = ",".join(["null" if text is None else _string(text) for text in player])
+    where = "null"
+    if connection is not None:
+        cookie, port, family, position = connection
+        where = f"[{cookie},{port},{family},{position}]"
     return (
-        f"[{number},{started_ns},{started_ms},[{who},{player_text}],[{what}],{status},{_number(length)},"
+        f"[{number},{started_ns},{started_ms},[{who},{player_text}],"
+        f"[{_number(first)},{_number(last)},{_number(total)}],{status},{_number(length)},"
         f'"{counted_by}",{_number(asked_first)},{where}]'
     )
+
+
+_NO_PLAYER = [None, None, None]
 
 
 def open_line(opening: str) -> bytes:

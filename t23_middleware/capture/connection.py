@@ -8,6 +8,7 @@ hypercorn.
 from __future__ import annotations
 
 import socket
+import struct
 import sys
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 #: Linux, asm-generic/socket.h; Python has no name for it.
 _SO_COOKIE = 57
-_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+# As plain numbers: each use of an enum's member costs as much as the question.
+_TCP, _SOCKET = int(socket.IPPROTO_TCP), int(socket.SOL_SOCKET)
+_unpack_cookie = struct.Struct("=q").unpack
+_IS_LINUX = sys.platform == "linux"
+#: By the number of items in an address.
+_FAMILIES = {2: int(socket.AF_INET), 4: int(socket.AF_INET6)}
 
 #: Keys of the environ that hold the socket: gunicorn (http/wsgi.py), werkzeug (serving.py).
 _ENVIRON = ("gunicorn.socket", "werkzeug.socket")
@@ -65,19 +71,16 @@ class SocketLink:
 
     def ask(self) -> TCPInfo | None:
         try:
-            return read_tcp_info(self._socket.getsockopt(socket.IPPROTO_TCP, TCP_INFO, SIZE))
+            return read_tcp_info(self._socket.getsockopt(_TCP, TCP_INFO, SIZE))
         except Exception:  # a closed descriptor, no TCP socket, an object that is no socket at all
             return None
 
     def name(self, position: int) -> Connection | None:
-        sock = self._socket
         try:
-            if sock.family not in _FAMILIES:
-                return None
-            cookie = int.from_bytes(
-                sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder, signed=True
-            )
-            return Connection(cookie, sock.getsockname()[1], int(sock.family), position)
+            address = self._socket.getsockname()
+            (cookie,) = _unpack_cookie(self._socket.getsockopt(_SOCKET, _SO_COOKIE, 8))
+            # Two or four items; a UNIX socket's is a text. `socket.family` makes an enum each time it is asked.
+            return Connection(cookie, address[1], _FAMILIES[len(address)], position)
         except Exception:
             return None
 
@@ -87,7 +90,6 @@ class _Descriptor:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self.family = self._with_socket(lambda sock: sock.family)
         self._cookie = self._with_socket(_cookie)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
@@ -136,7 +138,7 @@ def has_own_connection(environ: WSGIEnvironment) -> bool:
 
     With HTTP/2 several responses share it (gunicorn sets ``gunicorn.socket`` there too).
     """
-    return sys.platform == "linux" and str(environ.get("SERVER_PROTOCOL", "HTTP/1")).startswith("HTTP/1")
+    return _IS_LINUX and str(environ.get("SERVER_PROTOCOL", "HTTP/1"))[:6] == "HTTP/1"
 
 
 def link_of(environ: WSGIEnvironment, start_response: object) -> SocketLink | None:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: Bytes of a body after which its progress is written down, for the case that the worker is killed.
 PROGRESS_EVERY = 8 << 20
+#: Bytes of a body from which on its span is measured: a smaller one needs no more than its end.
+MEASURE_FROM = (64 << 10) + 1
 #: Seconds between two such lines at least: at a fast client's speed they would cost 6 % of its throughput.
 PROGRESS_PAUSE = 0.5
 
@@ -43,8 +45,8 @@ class BodyCounter:
         self._given = 0
         self._written = 0
         self._quiet_until = 0.0
-        #: The count at which :meth:`progress` is called next: after the first two chunks the span is measured.
-        self.mark = PROGRESS_EVERY if span is None else 1
+        #: The count at which :meth:`progress` is called next.
+        self.mark = PROGRESS_EVERY if span is None else MEASURE_FROM
 
     @property
     def play_id(self) -> str | None:
@@ -109,10 +111,11 @@ class BodyCounter:
         counted += self._written
         position = None if self._span is None else self._span.measure(counted)
         if counted >= PROGRESS_EVERY:
-            self.mark = counted + PROGRESS_EVERY
             self._record_progress(counted - held, position)
+            self.mark = counted + PROGRESS_EVERY
         else:
-            self.mark = PROGRESS_EVERY if self.mark > 1 else counted + 1
+            # The first two measures give the head and the framing.
+            self.mark = counted + 1 if self.mark == MEASURE_FROM else PROGRESS_EVERY
         return self.mark - self._written
 
     def end(self, counted: int, offered: int) -> None:

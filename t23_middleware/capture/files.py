@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..transfer import Opening
@@ -29,6 +29,8 @@ BLOCK = 1 << 16
 _FILES = ("filelike", "file")
 #: Attributes that hold the size of a block: of gunicorn's and wsgiref's wrapper, and of werkzeug's.
 _BLOCK_SIZES = ("blksize", "buffer_size")
+#: What surely holds no file that a server sends itself.
+_NO_FILES = (list, tuple, GeneratorType)
 #: Modules of these wrappers.
 _WRAPPERS = ("gunicorn.http.wsgi", "wsgiref.util", "werkzeug.wsgi")
 
@@ -65,6 +67,8 @@ def counted_file(
     body: Any, environ: WSGIEnvironment, opening: Opening, ending: FileEnding, way: FileWay
 ) -> tuple[Any, bool]:
     """The body for the server in place of *body*, and whether it reports its own end; if not, it is an iterable."""
+    if type(body) in _NO_FILES:
+        return body, False
     wrapper: Any = environ.get("wsgi.file_wrapper")
     if _is_python_class(wrapper):
         ranged = _wrapper_in_range(body, opening) if way.fast else None

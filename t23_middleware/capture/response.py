@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from ..media import BYTERANGES, SEGMENT_ENDINGS, MediaTypes
@@ -69,6 +69,7 @@ class Response:
         "_counted_by",
         "_counter",
         "_environ",
+        "_fields",
         "_headers",
         "_holder",
         "_is_decided",
@@ -85,6 +86,8 @@ class Response:
         self._capture = capture
         self._status: str | None = None
         self._headers: Iterable[Any] = ()
+        #: Values by name, where the request may name a play.
+        self._fields: Mapping[str, str] = {}
         #: Who counts it; ``None`` for what is not counted.
         self._counted_by: str | None = None
         self._is_decided = False
@@ -192,7 +195,7 @@ class Response:
         environ, capture, counted_by = self._environ, self._capture, self._counted_by
         if counted_by is None or environ.get("t23.ignore"):
             return None
-        missing = self._missing()
+        missing = None if self._fields else self._missing()
         if missing is not None:
             capture.count(missing)
             return None
@@ -214,17 +217,20 @@ class Response:
         if hides_leaving(self._start):
             process.see("leaving_unseen")
         status = int(said[:3])
-        length = _whole_number(_header(self._headers, "content-length"))
-        content_range = _header(self._headers, "content-range") if status == 206 else None
+        fields = self._fields or _fields(self._headers)
+        length = _whole_number(fields.get("content-length"))
+        content_range = fields.get("content-range")
         part = part_of(status, length, content_range, asked)
         wanted = asked_first(status, length, asked)
         holder = self._holder or holder_of(environ)
-        span = self._span(said, length, holder) if capture.asks_kernel else None
+        span = self._span(said, fields, length, holder) if capture.asks_kernel else None
         connection = None if span is None else span.connection
         recording = process.begin(play, part, status, length, counted_by, wanted, connection)
         return BodyCounter(recording, span, holder)
 
-    def _span(self, status: str, length: int | None, holder: Holder | None) -> Span | None:
+    def _span(
+        self, status: str, fields: Mapping[str, str], length: int | None, holder: Holder | None
+    ) -> Span | None:
         """The response's span of its connection, where the kernel can be asked about it."""
         if not has_own_connection(self._environ):
             return None
@@ -233,7 +239,7 @@ class Response:
         if link is None or info is None:
             return None
         # A server that runs ahead may have sent the head already.
-        head = 0 if link.runs_ahead else _head_size(status, self._headers)
+        head = 0 if link.runs_ahead else _head_size(status, fields)
         connection = link.name(info.position + head)
         if connection is None:
             return None
@@ -241,22 +247,24 @@ class Response:
 
     def _who_counts(self) -> str | None:
         """Who counts this response; ``None`` where nothing does, since it is no media."""
-        if self._missing() is None and self._offloads():
-            return OFFLOADED
+        if self._missing() is None:
+            self._fields = _fields(self._headers)
+            if not OFFLOADING.isdisjoint(self._fields):
+                return OFFLOADED if self._is_media_offloaded() else None
         status = self._status
         if not isinstance(status, str) or status[:3] not in ("200", "206"):
             return None
-        content_type = _header(self._headers, "content-type") or ""
+        fields = self._fields
+        content_type = (
+            fields.get("content-type") if fields else _header(self._headers, "content-type")
+        ) or ""
         return self._capture.counted_by if self._capture.counts_type(content_type, self._path) else None
 
-    def _offloads(self) -> bool:
-        """Whether the app leaves the file of a play to the proxy, which alone then knows what it is."""
-        for name, _ in _pairs(self._headers):
-            if name in OFFLOADING:
-                if asks_several(self._environ.get("HTTP_RANGE")):
-                    return self._capture.counts_type(BYTERANGES, self._path)
-                return not self._path.endswith(SEGMENT_ENDINGS)
-        return False
+    def _is_media_offloaded(self) -> bool:
+        """Whether the file that the app leaves to the proxy may be media; only the proxy knows its type."""
+        if asks_several(self._environ.get("HTTP_RANGE")):
+            return self._capture.counts_type(BYTERANGES, self._path)
+        return not self._path.endswith(SEGMENT_ENDINGS)
 
 
 def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
@@ -270,19 +278,23 @@ def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
     return headers if isinstance(headers, Sized) else iter(items), items
 
 
-def _pairs(headers: Iterable[Any]) -> list[tuple[str, str]]:
-    """Names in lower case and values; servers take more types than PEP 3333 allows."""
-    try:
-        return [(name.lower(), value) for name, value in headers]
-    except Exception:
-        return list(_odd_pairs(headers))
+def _fields(headers: Iterable[Any]) -> dict[str, str]:
+    """Values by name in lower case, the first of each; servers take more types than PEP 3333 allows."""
+    if type(headers) is list:
+        try:
+            fields: dict[str, str] = {name.lower(): value for name, value in reversed(headers)}
+            "".join(fields.values())  # fails where one is no text
+            return fields
+        except Exception:
+            pass
+    return dict(reversed(list(_odd_pairs(headers))))
 
 
 def _odd_pairs(headers: Iterable[Any]) -> Iterator[tuple[str, str]]:
     for item in headers:
         try:
             name, value = item
-            yield _text(name).lower(), value
+            yield _text(name).lower(), _text(value)
         except Exception:  # for the server to judge, and it took them
             continue
 
@@ -293,16 +305,14 @@ def _header(headers: Iterable[Any], wanted: str) -> str | None:
             if name.lower() == wanted:
                 return value if type(value) is str else _text(value)
     except Exception:
-        return next((_text(value) for name, value in _odd_pairs(headers) if name == wanted), None)
+        return _fields(headers).get(wanted)
     return None
 
 
-def _head_size(status: str, headers: Iterable[Any]) -> int:
+def _head_size(status: str, fields: Mapping[str, str]) -> int:
     """Bytes of the status line and the headers, without what the server adds."""
-    size = len("HTTP/1.1 \r\n\r\n") + len(status)
-    for name, value in _pairs(headers):
-        size += len(name) + len(": \r\n") + (len(value) if type(value) is str else len(_text(value)))
-    return size
+    lines = sum(map(len, fields)) + sum(map(len, fields.values())) + len(": \r\n") * len(fields)
+    return len("HTTP/1.1 \r\n\r\n") + len(status) + lines
 
 
 def _text(value: Any) -> str:

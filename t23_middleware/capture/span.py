@@ -30,13 +30,16 @@ class Span:
     body, as far as the app's headers tell it. *is_framed* says that more than the body's own bytes is written: TLS records, or chunks (RFC 9112, 7.1).
     """
 
+    __slots__ = ("_before", "_first", "_is_framed", "_link", "_share", "_start", "connection")
+
     def __init__(self, link: Link, before: int, connection: Connection, *, is_framed: bool) -> None:
         self._link = link
         self._before = before
         self.connection = connection
         self._start = connection.position
-        self._share = TLS_SHARE if link.is_encrypted else 1.0
-        self._is_framed = is_framed or link.is_encrypted
+        is_encrypted = link.is_encrypted
+        self._share = TLS_SHARE if is_encrypted else 1.0
+        self._is_framed = is_framed or is_encrypted
         self._first: tuple[int, int] | None = None
 
     def measure(self, counted: int) -> int | None:
