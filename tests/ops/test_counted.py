@@ -64,6 +64,12 @@ def test_switched_off_is_no_warning(site: Site, problem: str):
     assert (level, words.endswith("(T23_ACKED=0)")) == ("ok", True)
 
 
+def test_proxy_counts_by_its_log(site: Site, tmp_path: Path):
+    noted(site, kernel_problem="T23_PROXY_LOG", writers_elsewhere="0")
+    assert "counting" not in items(site.run("check", T23_PROXY_LOG=str(tmp_path / "t23.log")).stdout)
+    assert "what the proxy's log says" in " ".join(site.run("status").stdout.split())
+
+
 def test_what_drains_is_shown(site: Site, state: Path):
     noted(site, kernel_problem="", writers_elsewhere="0")
     assert "draining" not in site.run("status").stdout

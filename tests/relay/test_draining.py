@@ -298,19 +298,32 @@ def test_kills_of_the_relay_lose_nothing(api, folder, run, worker):
     assert stats(folder).captured == 10
 
 
-def test_relay_killed_with_what_it_heard(api, folder, run, worker):
-    """An end that was heard is in its journal at once: the next relay needs no kernel for it."""
+@pytest.mark.parametrize("point", ["after_acknowledged", "after_ingest_commit", "after_unlink"])
+def test_relay_killed_with_what_it_heard(point, api, folder, run, worker):
+    """An end that was heard is in its journal at once; from there it is reported once, wherever relays die."""
+    first = run()
     client = worker.connect()
     base = worker.respond(client, "viewer", BODY, close=True)["base"]
-    relay = run(_T23_CRASH_AT="after_acknowledged")
     assert drains(folder, 1)
+    first.end()
+    second = run(_T23_CRASH_AT=point)
+    assert until(lambda: (holder := folder.relay_holder()) and holder.pid == second.process.pid)
+    time.sleep(0.5)
     client.read(base + 60_000)
     took = client.leave()
-    assert relay.wait() == -signal.SIGKILL
+    assert until(
+        lambda: [path for path in folder.journals.glob("relay-*") if b'["acked"' in path.read_bytes()]
+    )
+    until(lambda: second.process.poll() is not None, 1.0)
+    second.end()
+    third = run(_T23_CRASH_AT=point)
+    until(lambda: third.process.poll() is not None, 1.0)
+    third.end()
     run()
     api.wait_for(1, PATIENCE)
     assert reported(api) == {"viewer": (0, took - base)}
-    assert until(lambda: len(list(folder.journals.glob("relay-*"))) == 0)
+    assert until(lambda: list(folder.journals.glob("relay-*.journal")) == [])
+    assert stats(folder).captured == 1
 
 
 def test_acked_off_counts_handed_over(api, folder, run, worker):

@@ -192,6 +192,18 @@ def test_refused_socket_is_told_once(folder, journals, monkeypatch, caplog):
     ours.stop()
 
 
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [({"T23_ACKED": "0"}, "T23_ACKED=0"), ({"T23_PROXY_LOG": "/var/log/nginx/t23.log"}, "T23_PROXY_LOG")],
+)
+def test_settings_that_ask_nothing(setting, problem, folder, caplog):
+    ours = Kernel(Settings(environ={"T23_API_URL": "http://127.0.0.1:9", **setting}), folder)
+    ours.begin(watching(1, 1))
+    assert (ours.network, ours.problem, ours.writer_name) == (None, problem, "")
+    assert not any(thread.name == "t23-listener" for thread in threading.enumerate())
+    assert caplog.records == []
+
+
 def test_dump_that_fails_later_is_tolerated(folder, journals, monkeypatch, caplog):
     ours = kernel(folder)
     ours.begin(watching(1, 1, 5, 0))
