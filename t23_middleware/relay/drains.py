@@ -135,7 +135,9 @@ class Drains:
         return len(self._since)
 
     def watch(self, id: Id, watched: Watched) -> None:
-        """A response is open or drains."""
+        """A response is open or drains; a port that can't be is no connection's."""
+        if not 0 < watched.port < 1 << 16:
+            return
         self.ports.add(watched.port)
         self._watched[id] = watched
         others = self.cookies.get(watched.cookie)
