@@ -38,7 +38,7 @@ def counted_items(settings: Settings, notes: Mapping[str, str]) -> Iterator[Item
         yield Item(WARN, "counting", said)
     elif elsewhere.isdigit() and int(elsewhere):
         said = (
-            f"{_HANDED_OVER}: {elsewhere} workers are in another network namespace than the relay, which can't ask"
+            f"{_HANDED_OVER}: {elsewhere} {'worker is' if elsewhere == '1' else 'workers are'} in another network namespace than the relay, which can't ask"
             " about their connections. Run the relay in the workers' network (Compose: network_mode: service:app;"
             " Kubernetes: one pod), or set T23_ACKED=0"
         )

@@ -55,6 +55,8 @@ def test_other_network_told_with_remedy(site: Site):
     assert level == "warn"
     assert "3 workers are in another network namespace" in words
     assert "network_mode: service:app" in words
+    noted(site, writers_elsewhere="1")
+    assert "1 worker is in another" in counting(site)[1]
 
 
 @pytest.mark.parametrize("problem", ["", "T23_ACKED=0", "Operation not permitted"])

@@ -193,6 +193,23 @@ def test_refused_socket_is_told_once(folder, journals, monkeypatch, caplog):
     ours.stop()
 
 
+def test_thread_that_can_not_start(folder, monkeypatch, caplog):
+    """At the limit of processes or threads the relay goes on without."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ours = kernel(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ours.begin(watching(1, 1))
+    assert (ours.network, ours.problem) == (None, "can't start new thread")
+    assert len(caplog.records) == 1
+    ours.begin(watching(1, 1))
+    assert ours.problem == "", "it tries again when it begins anew"
+    ours.stop()
+
+
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [({"T23_ACKED": "0"}, "T23_ACKED=0"), ({"T23_PROXY_LOG": "/var/log/nginx/t23.log"}, "T23_PROXY_LOG")],
