@@ -79,6 +79,16 @@ class JournalWriter:
         self._counts: Counter[str] = Counter()
         self._counts_due = 0.0
 
+    def try_again(self) -> None:
+        """Write what is kept aside, where no line follows that would take it along."""
+        if not self._aside:
+            return
+        try:
+            self._write_aside()
+        except (OSError, StateError):
+            return
+        self._went_well()
+
     def close(self) -> None:
         """Give up the lock: nothing more is written. A worker never does; its death is what the relay waits for."""
         files, self._files = self._files, None

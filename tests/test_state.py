@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,3 +187,24 @@ def test_a_lock_whose_file_was_removed_between_open_and_lock_is_taken_anew(
     assert len(opened) == 2
     assert os.fstat(held).st_ino == lock.stat().st_ino
     os.close(held)
+
+
+def test_leaving_workers_are_told_apart(folder):
+    """Lines that somebody damaged are left out; the latest of one process counts."""
+    assert folder.leaving_workers() == {}
+    before_ns = time.time_ns()
+    folder.say_leaving()
+    folder.say_leaving()
+    with folder.leaving.open("ab") as file:
+        file.write(b"7 12\n8\n9 soon\n\xff\xfe 1 2\n\n10 \xd9\xa1\n")
+    found = folder.leaving_workers()
+    assert found.pop(str(os.getpid())) >= before_ns
+    assert found.pop("7") == 12
+    assert set(found) <= {"10"}
+    assert folder.leaving.stat().st_mode & 0o777 == 0o600
+    folder.forget_leaving()
+    assert folder.leaving.exists()
+    os.utime(folder.leaving, (0, 0))
+    folder.forget_leaving()
+    folder.forget_leaving()
+    assert folder.leaving_workers() == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote_plus
@@ -35,7 +35,7 @@ class _Asked:
     """What a request asks with, parsed when it is looked at: most media URLs name all in the query."""
 
     def __init__(self, environ: WSGIEnvironment) -> None:
-        self._query = parse_qs(_query_of(environ), keep_blank_values=True)
+        self._query = _parsed(environ.get("QUERY_STRING", ""))
         self._cookie = environ.get("HTTP_COOKIE", "")
 
     def first(self, name: str) -> str | None:
@@ -80,7 +80,7 @@ class Identifier:
 
         *path* is the request's ``PATH_INFO`` as it came: apps that mount others cut theirs short.
         """
-        query = _query_of(environ)
+        query = _as_frameworks_read(environ.get("QUERY_STRING", ""))
         if "%" in query:
             query = unquote_plus(query)  # TwentyThree's own pages write photo%5fid
         cookie = environ.get("HTTP_COOKIE", "")
@@ -229,9 +229,14 @@ def _printable_session(session: str) -> str:
     return session
 
 
-def _query_of(environ: WSGIEnvironment) -> str:
-    """The query as the app's framework reads it: Django takes bytes that are no UTF-8 for Latin-1, Flask refuses them."""
-    query: str = environ.get("QUERY_STRING", "")
+@lru_cache(maxsize=256)
+def _parsed(query: str) -> dict[str, list[str]]:
+    """The parameters of *query*; remembered, since a player asks for one URL again and again."""
+    return parse_qs(_as_frameworks_read(query), keep_blank_values=True)
+
+
+def _as_frameworks_read(query: str) -> str:
+    """Django takes bytes that are no UTF-8 for Latin-1; Flask refuses them."""
     if query.isascii():
         return query
     try:

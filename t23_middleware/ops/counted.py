@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ..relay.health import ACKED, ELSEWHERE
+from ..relay.health import ACKED, BY_PROXY, ELSEWHERE, OFF
 from ..settings import Settings
 from .item import OK, WARN, Item
 
@@ -16,6 +16,8 @@ def counted_words(notes: Mapping[str, str]) -> str:
     problem = notes.get(ACKED)
     if problem is None:
         return ""
+    if problem == BY_PROXY:
+        return "what the proxy's log says (T23_PROXY_LOG)"
     if problem:
         return f"{_HANDED_OVER} ({problem})"
     return "what clients' kernels acknowledged, where the server's socket can be reached"
@@ -24,9 +26,11 @@ def counted_words(notes: Mapping[str, str]) -> str:
 def counted_items(settings: Settings, notes: Mapping[str, str]) -> Iterator[Item]:
     """The same for ``check``, with the remedy where the kernel can't be asked."""
     problem, elsewhere = notes.get(ACKED), notes.get(ELSEWHERE, "0")
+    if settings.proxy_log:
+        return  # check_proxy tells of that
     if not settings.acked:
         yield Item(OK, "counting", f"{_HANDED_OVER} (T23_ACKED=0)")
-    elif problem and problem != "T23_ACKED=0":
+    elif problem and problem not in (OFF, BY_PROXY):
         said = (
             f"{_HANDED_OVER}: the relay can't ask the kernel ({problem}). Allow it AF_NETLINK (systemd:"
             " RestrictAddressFamilies=, containers: the seccomp profile), or set T23_ACKED=0"
@@ -34,7 +38,7 @@ def counted_items(settings: Settings, notes: Mapping[str, str]) -> Iterator[Item
         yield Item(WARN, "counting", said)
     elif elsewhere.isdigit() and int(elsewhere):
         said = (
-            f"{_HANDED_OVER}: {elsewhere} workers are in another network namespace than the relay, which can't ask"
+            f"{_HANDED_OVER}: {elsewhere} {'worker is' if elsewhere == '1' else 'workers are'} in another network namespace than the relay, which can't ask"
             " about their connections. Run the relay in the workers' network (Compose: network_mode: service:app;"
             " Kubernetes: one pod), or set T23_ACKED=0"
         )

@@ -20,6 +20,7 @@ from ..transfer import Acknowledged, encode
 from ..version import VERSION
 from .crash import crash_point
 from .drains import Drains, Watched
+from .health import BY_PROXY, OFF
 from .journals import RELAY
 from .sock_diag import Listener, Row, dump
 
@@ -68,7 +69,6 @@ class Kernel:
     def __init__(self, settings: Settings, folder: StateFolder) -> None:
         self._folder = folder
         self._digest = settings.relay_digest()
-        self._wanted = settings.acked
         self._listener: Listener | None = None
         self._drains = Drains(0.0)
         self._changing = threading.Lock()
@@ -82,7 +82,8 @@ class Kernel:
         self._next_dump = 0.0
         self._dump_fails = False
         #: Why the kernel can't be asked; empty where it can.
-        self.problem = "" if settings.acked else "T23_ACKED=0"
+        self.problem = BY_PROXY if settings.proxy_log else "" if settings.acked else OFF
+        self._wanted = not self.problem
         #: The network namespace that can be asked about; ``None`` for none.
         self.network: int | None = None
 
@@ -133,6 +134,7 @@ class Kernel:
         """Look after what drains: by a dump where one is due, or *now*."""
         if self._listener is None:
             return
+        self._writer.try_again()
         self._let_through(self._listener)
         with self._changing:
             ends = {cookie: self._ends.get(cookie) for cookie in self._drains.take_new()}

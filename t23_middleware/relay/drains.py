@@ -121,13 +121,13 @@ class Drains:
     def __init__(self, wait_s: float) -> None:
         self._wait_ms = int(wait_s * 1000)
         #: Cookie -> the responses on that connection.
-        self.cookies: dict[int, dict[Id, Watched]] = {}
+        self.cookies: dict[int, tuple[Id, ...]] = {}
         #: Local ports of all connections that there were.
         self.ports: set[int] = set()
         #: The latest that the kernel told of a connection that lives: cookie -> acknowledged bytes.
         self.last: dict[int, int] = {}
         self._new: list[int] = []
-        self._cookie_of: dict[Id, int] = {}
+        self._watched: dict[Id, Watched] = {}
         #: Responses that drain, since when in ms since the epoch; the oldest first.
         self._since: dict[Id, int] = {}
 
@@ -135,13 +135,15 @@ class Drains:
         return len(self._since)
 
     def watch(self, id: Id, watched: Watched) -> None:
-        """A response is open or drains."""
+        """A response is open or drains; a port that can't be is no connection's."""
+        if not 0 < watched.port < 1 << 16:
+            return
         self.ports.add(watched.port)
-        self._cookie_of[id] = watched.cookie
-        if watched.cookie not in self.cookies:
+        self._watched[id] = watched
+        others = self.cookies.get(watched.cookie)
+        if others is None:
             self._new.append(watched.cookie)
-            self.cookies[watched.cookie] = {}
-        self.cookies[watched.cookie][id] = watched
+        self.cookies[watched.cookie] = (*(others or ()), id)
 
     def take_new(self) -> list[int]:
         """Connections that became known since the last call."""
@@ -150,7 +152,7 @@ class Drains:
 
     def knows(self, id: Id) -> bool:
         """Whether its connection is known."""
-        return id in self._cookie_of
+        return id in self._watched
 
     def wait(self, id: Id, since_ms: int) -> None:
         """It drains."""
@@ -163,22 +165,24 @@ class Drains:
     def forget(self, id: Id) -> None:
         """It is over."""
         self._since.pop(id, None)
-        cookie = self._cookie_of.pop(id, None)
-        if cookie is None:
+        watched = self._watched.pop(id, None)
+        if watched is None:
             return
-        others = self.cookies[cookie]
-        del others[id]
-        if not others:
-            del self.cookies[cookie]
-            self.last.pop(cookie, None)
+        others = tuple(other for other in self.cookies[watched.cookie] if other != id)
+        if others:
+            self.cookies[watched.cookie] = others
+        else:
+            del self.cookies[watched.cookie]
+            self.last.pop(watched.cookie, None)
 
-    def on(self, cookie: int) -> list[Id]:
+    def on(self, cookie: int) -> tuple[Id, ...]:
         """The responses on that connection."""
-        return list(self.cookies.get(cookie, ()))
+        return self.cookies.get(cookie, ())
 
     def last_of(self, id: Id) -> int | None:
         """The acknowledged bytes of its connection, as they were known last."""
-        return self.last.get(self._cookie_of.get(id, GONE))
+        watched = self._watched.get(id)
+        return None if watched is None else self.last.get(watched.cookie)
 
     def ids(self) -> list[Id]:
         """All that drain."""
@@ -186,7 +190,7 @@ class Drains:
 
     def draining(self) -> list[Watched]:
         """The same with their connections, but for those that are gone."""
-        return [self.cookies[self._cookie_of[id]][id] for id in self._since if id in self._cookie_of]
+        return [watched for id in self._since if (watched := self._watched.get(id))]
 
     def overdue(self, now_ms: int, clock_fell_ms: int) -> list[Id]:
         """Those that drained long enough; what began at a time that has not come yet is of a clock that was set back."""

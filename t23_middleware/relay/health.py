@@ -19,6 +19,8 @@ AWAITED, AWAITED_SINCE, LAST_LINE = "awaited", "awaited_since_ms", "proxy_line_m
 #: Names of the notes on what clients' kernels acknowledged: how many responses drain, why the kernel can't be asked
 #: (empty where it can), and how many live writers are in another network namespace.
 DRAINING, ACKED, ELSEWHERE = "draining", "kernel_problem", "writers_elsewhere"
+#: Reasons that are settings: what the server handed over counts, or the proxy's log.
+OFF, BY_PROXY = "T23_ACKED=0", "T23_PROXY_LOG"
 
 _PREFIX = "api:"
 #: Milliseconds for which a later answer is not worth a note.

@@ -159,12 +159,16 @@ class Listener:
             for group in _DESTROYED:
                 self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
             self._socket.setblocking(False)
+            self._wake_out, self._wake_in = os.pipe()
         except OSError:
             self._socket.close()
             raise
-        self._wake_out, self._wake_in = os.pipe()
         self._thread = threading.Thread(target=self._run, name="t23-listener", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # RLIMIT_NPROC, or the container's pids.max
+            self._close()
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     def let_through(self, ports: Iterable[int]) -> None:
         """Hear from now on only of sockets with these local ports. Raises :class:`OSError`."""
@@ -177,6 +181,9 @@ class Listener:
         """End the thread; what the kernel told before is heard first."""
         os.write(self._wake_in, b"0")
         self._thread.join()
+        self._close()
+
+    def _close(self) -> None:
         self._socket.close()
         os.close(self._wake_out)
         os.close(self._wake_in)

@@ -55,6 +55,8 @@ def test_other_network_told_with_remedy(site: Site):
     assert level == "warn"
     assert "3 workers are in another network namespace" in words
     assert "network_mode: service:app" in words
+    noted(site, writers_elsewhere="1")
+    assert "1 worker is in another" in counting(site)[1]
 
 
 @pytest.mark.parametrize("problem", ["", "T23_ACKED=0", "Operation not permitted"])
@@ -62,6 +64,12 @@ def test_switched_off_is_no_warning(site: Site, problem: str):
     noted(site, kernel_problem=problem, writers_elsewhere="1")
     level, words = counting(site, T23_ACKED="0")
     assert (level, words.endswith("(T23_ACKED=0)")) == ("ok", True)
+
+
+def test_proxy_counts_by_its_log(site: Site, tmp_path: Path):
+    noted(site, kernel_problem="T23_PROXY_LOG", writers_elsewhere="0")
+    assert "counting" not in items(site.run("check", T23_PROXY_LOG=str(tmp_path / "t23.log")).stdout)
+    assert "what the proxy's log says" in " ".join(site.run("status").stdout.split())
 
 
 def test_what_drains_is_shown(site: Site, state: Path):

@@ -186,6 +186,28 @@ def test_sessions_dropped_with_their_drains(monkeypatch):
     assert len(reports + playback.conclude(0)) == 30
 
 
+def test_orphans_make_room_for_others(monkeypatch):
+    """Of dead writers: the oldest viewer goes, and the oldest of too many in one viewing, with what is known."""
+    monkeypatch.setattr(playback_module, "MOST_VIEWERS", 10)
+    playback, reports = Playback(), []
+    for number in range(30):
+        play = Play(f"s{number}", "1")
+        opening = on_connection(response(number, number, 99, 0, 0, play=play), 7 + number).opening
+        reports += playback.opened("w", opening)
+        reports += playback.lost("w", number, (number + 1) * S, 0)
+        playback.drains.last[7 + number] = BASE + 600_000
+    assert told(reports) == [(0, 600_000)] * 20
+    for number in range(100, 100 + MOST_OPEN + 5):
+        opening = on_connection(response(number, number, 999, 9_000_000, 0), 7 + number).opening
+        reports += playback.opened("w", opening)
+        reports += playback.lost("w", number, number * S + 1, 0)
+        playback.drains.last[7 + number] = BASE + 700_000
+    assert len([report for report in reports if report.sent == 700_000]) == 5
+    assert len(playback.drains) == 9 + MOST_OPEN
+    assert len(playback.conclude(0)) == 9 + MOST_OPEN
+    assert not playback.drains.cookies
+
+
 @pytest.mark.parametrize("lived", [True, False], ids=["heard later", "heard before"])
 def test_dead_writer_leaves_a_connection(lived):
     playback = Playback()
