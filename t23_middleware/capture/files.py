@@ -12,6 +12,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 #: Bytes of a block, where we choose how a file is read: frameworks and servers read 4 to 8 KiB.
 BLOCK = 1 << 16
-#: Attributes that hold the file: of gunicorn's and wsgiref's wrapper, and of waitress'.
-_FILES = ("filelike", "file")
 #: Attributes that hold the size of a block: of gunicorn's and wsgiref's wrapper, and of werkzeug's.
 _BLOCK_SIZES = ("blksize", "buffer_size")
 #: What surely holds no file that a server sends itself.
@@ -37,6 +36,10 @@ _WRAPPERS = ("gunicorn.http.wsgi", "wsgiref.util", "werkzeug.wsgi")
 
 class FileEnding(Protocol):
     """What a file reports at its end. Nothing of it raises."""
+
+    @property
+    def mark(self) -> int:
+        """The count at which :meth:`progress` is called first."""
 
     @property
     def has_link(self) -> bool:
@@ -70,8 +73,8 @@ def counted_file(
     if type(body) in _NO_FILES:
         return body, False
     wrapper: Any = environ.get("wsgi.file_wrapper")
-    if _is_python_class(wrapper):
-        ranged = _wrapper_in_range(body, opening) if way.fast else None
+    if isinstance(wrapper, type) and _is_in_python(wrapper):
+        ranged = _wrapper_in_range(body, opening) if way.fast and opening.status == 206 else None
         if isinstance(ranged, wrapper):
             if _count_inside(ranged, opening, ending, in_range=True):
                 return ranged, True
@@ -111,7 +114,7 @@ class PositionedFile:
         self._start = self._position = _place(file)
         #: Where the file stood when the server read the last time: all before that has been sent.
         self._taken: int | None = None
-        self._mark = 1
+        self._mark = ending.mark
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -165,19 +168,18 @@ class PositionedFile:
             ending.end_file(moved, max(self._offered or moved, moved))
 
 
-def _is_python_class(wrapper: Any) -> bool:
+@lru_cache(maxsize=16)
+def _is_in_python(wrapper: type) -> bool:
     """gunicorn's wrapper has no ``__next__`` before version 24, only the ``__getitem__`` of old sequences."""
-    if not isinstance(wrapper, type):
-        return False
     reads = getattr(wrapper, "__next__", None) or getattr(wrapper, "__getitem__", None)
     return isinstance(reads, FunctionType)
 
 
 def _count_inside(body: Any, opening: Opening, ending: FileEnding, *, in_range: bool = False) -> bool:
     """Exchange the file inside the server's wrapper *body*; whether it could be done."""
-    name = next((name for name in _FILES if hasattr(body, name)), None)
-    file = None if name is None else getattr(body, name)
-    if name is None or isinstance(file, PositionedFile):
+    name = "filelike" if hasattr(body, "filelike") else "file"
+    file = getattr(body, name, None)
+    if file is None or isinstance(file, PositionedFile):
         return False  # the latter was counted by another middleware of ours
     stop = None
     try:
@@ -186,9 +188,12 @@ def _count_inside(body: Any, opening: Opening, ending: FileEnding, *, in_range: 
             stop = first + length
             if not _stand_at(file, first):
                 return False
+            if hasattr(
+                body, "blksize"
+            ):  # of gunicorn's and wsgiref's wrapper, where they read the file themselves
+                body.blksize = max(body.blksize, BLOCK)
         offered = _left_on_disk(file) if opening.length is None else opening.length
         counted = PositionedFile(file, ending, offered, stop, seeks_back=hasattr(body, "prepare"))
-        _read_larger_blocks(body)
         setattr(body, name, counted)
         # gunicorn's and wsgiref's wrapper take over the file's close when they are made, and may have none.
         if "close" in vars(body) or not hasattr(body, "close"):
@@ -205,7 +210,7 @@ def _wrapper_in_range(body: Any, opening: Opening) -> Any:
     class is private (werkzeug/wsgi.py, ``_RangeWrapper``): one that has changed goes the app's own way.
     """
     kind = getattr(sys.modules.get("werkzeug.wsgi"), "_RangeWrapper", None)
-    if kind is None or type(body) is not kind or opening.status != 206:
+    if kind is None or type(body) is not kind:
         return None
     state = [getattr(body, name, None) for name in ("start_byte", "byte_range", "read_length", "end_reached")]
     if opening.part.size != opening.length or state != [opening.part.first, opening.length, 0, False]:
