@@ -17,10 +17,10 @@ from ..transfer import Acknowledged, Opening, Progress, Writer
 from .axis import Axis
 from .bounds import Bounds, taken_as_lost
 from .crash import crash_point
-from .draining import Kernel
 from .health import ACKED, AWAITED, AWAITED_SINCE, DRAINING, ELSEWHERE, LAST_LINE, OPEN_RESPONSES
 from .history import MINUTE_MS
 from .journals import Fact, Journals, Reading
+from .kernel import Kernel
 from .outbox import Ingest, SQLiteOutbox
 from .playback import Playback
 from .proxy_join import Logged, ProxyJoin

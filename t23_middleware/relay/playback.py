@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from ..transfer import APP, OFFLOADED, Opening, Progress, Transfer, decode, encode
 from .axis import NO_AXIS, Axis
-from .drained import BEFORE_ALL_NS, Drained
 from .drains import Drain
 from .given_out import GivenOut
+from .playback_draining import BEFORE_ALL_NS, DrainingPlayback
 from .proxy_line import ProxyLine
 from .report import Report
 from .segments import player_of
@@ -33,7 +33,7 @@ CLOCK_OFF_MS = 2000
 _Id = tuple[str, int]
 
 
-class Playback(Drained):
+class Playback(DrainingPlayback):
     """Turns openings and transfers into reports.
 
     *per* is ``"response"``: each counted response is a report as it closes, or ``"stream"``: one report per

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t23_middleware.relay import draining as draining_module
+from t23_middleware.relay import kernel as draining_module
 from t23_middleware.relay import sock_diag
-from t23_middleware.relay.draining import Kernel
 from t23_middleware.relay.drains import Drains, Watched
+from t23_middleware.relay.kernel import Kernel
 from t23_middleware.relay.sock_diag import Listener, Row, dump
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder

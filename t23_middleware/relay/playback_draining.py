@@ -20,7 +20,7 @@ from .viewing import MOST_OPEN, Response, Viewing
 BEFORE_ALL_NS = -(1 << 63)
 
 
-class Drained(ABC):
+class DrainingPlayback(ABC):
     """What :class:`~t23_middleware.relay.playback.Playback` does for responses that drain, for *wait_s* seconds each."""
 
     def __init__(self, wait_s: float) -> None:
