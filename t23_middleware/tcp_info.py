@@ -10,6 +10,9 @@ TCP_INFO = 11
 SIZE = 216
 #: The connection was reset or is closed on both sides: nothing more will be acknowledged.
 CLOSED = 7
+#: Bytes that a server may add to the head that the app gave: Date, Server, Connection. Where the head was not measured, a
+#: difference up to this size is taken for it.
+HEAD_DOUBT = 1024
 
 #: tcpi_state, tcpi_bytes_acked, tcpi_notsent_bytes, tcpi_bytes_sent and tcpi_bytes_retrans.
 _unpack = struct.Struct("=B119xQ16xI52xQQ").unpack_from

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..tcp_info import HEAD_DOUBT
 from ..transfer import Connection
 from .connection import Link
 
-#: Bytes that a server may add to the head that the app gave: Date, Server, Connection. Until the head was measured, a
-#: difference up to this size is taken for it.
-HEAD_DOUBT = 1024
 #: A TLS record holds up to 16 KiB, and 22 bytes more with TLS 1.3; measured in the response itself where that is possible.
 TLS_SHARE = 16384 / 16406
 

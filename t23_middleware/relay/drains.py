@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from ..tcp_info import HEAD_DOUBT
 from ..transfer import Opening, Progress, Transfer
 from .report import Report
 from .segments import Player
@@ -45,8 +46,11 @@ def interrupted_count(known: Opening | Progress, acked: int) -> int:
 
 
 def _scaled(bytes: int, sent: int, written: int) -> int:
-    """*bytes* of the connection in body bytes: chunked framing and TLS write more than the body."""
-    return bytes * sent // written if 0 <= sent < written else bytes
+    """*bytes* of the connection in body bytes: chunked framing and TLS write more than the body.
+
+    A difference that may be the head, which is estimated, is none of the framing.
+    """
+    return bytes * sent // written if 0 <= sent < written - HEAD_DOUBT else bytes
 
 
 class Watched(NamedTuple):
