@@ -640,7 +640,7 @@ ODD_CHUNKS = [
 ]
 
 
-@pytest.mark.parametrize(("chunk", "size"), ODD_CHUNKS, ids=repr)
+@pytest.mark.parametrize(("chunk", "size"), ODD_CHUNKS, ids=lambda value: type(value).__name__)
 def test_odd_chunks_pass_unchanged(chunk: Any, size: int) -> None:
     """Chunks of any type are handed on as they are, and bytes-like ones count in bytes."""
     ends = Ends()
