@@ -388,7 +388,7 @@ class Settings:
     status_path: str = _setting(
         "/_t23",
         _status_path,
-        "where the operator's pages are: this path, the same with `.json`, and `/metrics` under it",
+        "where the operator's pages are: the page at this path with `/` behind it, and under it `status.json` and `metrics`",
     )
 
     #: Name of each setting -> ``argument``, ``environment`` or ``default``.

@@ -160,7 +160,7 @@ def test_status_and_page_tell_what_waits_for_the_proxy_only_where_something_does
     assert all(name in said for name in ("unconfirmed", "proxy_cached"))
     assert site.status()["waiting_for_proxy"] == 3
     with serving(state) as pages:
-        page = pages.ask("/_t23", Authorization=basic("", TOKEN)).body
+        page = pages.ask("/_t23/", Authorization=basic("", TOKEN)).body
     assert "Waiting for the proxy" in page
     assert "plays wait for their lines" in page
 
