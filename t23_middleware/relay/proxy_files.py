@@ -109,6 +109,7 @@ class Siblings:
         real = Path(os.path.realpath(log))
         self._log = log
         self._folder = real.parent
+        self._stem = real.stem
         self._first = real.with_name(f"{real.name}.1")
         name, stem, ending = re.escape(real.name), re.escape(real.stem), re.escape(real.suffix)
         number, date = r"\.(\d{1,4})", r"[._-]?(\d[\d._:T-]{5,30})"
@@ -134,6 +135,31 @@ class Siblings:
         except OSError:
             self._newest, self.last, self.problem = [], None, None
         return self._newest
+
+    def strangers(self) -> list[Path]:
+        """Files that may be the log's by their names, there or in a folder below, whose names none of these ways gives.
+
+        The latest changed first; none where the folder can't be read.
+        """
+        found = []
+        try:
+            for folder in (self._folder, *_folders_in(self._folder)):
+                for name in _names_in(folder):
+                    if name.startswith(self._stem) and not self._is_named(name):
+                        found.append(folder / name)
+        except OSError:
+            return []
+        return sorted(found, key=_changed, reverse=True)
+
+    def _is_named(self, name: str) -> bool:
+        return name == self._log.name or any(way.fullmatch(name) for way in (self._number, self._date))
+
+    def all(self) -> list[Path]:
+        """The files by these ways of naming, the log first, there or in a folder below; none where that can't be read."""
+        try:
+            return [self._log, *self._sorted([self._folder, *_folders_in(self._folder)])]
+        except OSError:
+            return []
 
     def forget(self) -> None:
         """Look for names anew, whatever the folder's time says."""

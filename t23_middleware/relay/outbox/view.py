@@ -10,6 +10,7 @@ from typing import Any
 from .. import history
 from ..history import Fatality, History, Series, Watched
 from ..report import Report
+from ..viewer import Key
 from .connection import immediate, open_beside, translated
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, STATS
 from .tally import lose
@@ -83,6 +84,17 @@ class OutboxView:
         with self._one_moment():
             rows = self._rows(f"SELECT leased, {REPORT_COLUMNS} FROM reports ORDER BY id DESC LIMIT ?", most)
         return [Waiting(Report(*report), bool(leased)) for leased, *report in reversed(rows)]
+
+    def viewings(self) -> list[tuple[Key, str]]:
+        """The viewings that are under way, as :meth:`~t23_middleware.relay.viewer.Viewer.load` takes them."""
+        with self._one_moment():
+            rows = self._rows("SELECT host, session_id, photo_id, state FROM viewings")
+        return [((host, session_id, photo_id), state) for host, session_id, photo_id, state in rows]
+
+    def proxy_rows(self) -> dict[str, str]:
+        """What the relay knows of the proxy's logs, see :mod:`~t23_middleware.relay.proxy_join`."""
+        with self._one_moment():
+            return dict(self._rows("SELECT name, value FROM proxy"))
 
     def dead(self) -> list[DeadReport]:
         """The refused reports, the oldest first."""
