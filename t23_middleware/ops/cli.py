@@ -67,7 +67,7 @@ def _outcome(command: Callable[[argparse.Namespace], int], arguments: argparse.N
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        _complain(f"this is a fault of t23-middleware itself; please send us this line: {located(error)}")
+        _complain(f"this is a fault of ours, please send us this line: {located(error)}")
         return NOT_SO
 
 
