@@ -34,7 +34,7 @@ from t23_middleware.relay.report import Report  # noqa: E402
 from t23_middleware.state import StateFolder  # noqa: E402
 
 TOKEN = "the-token-of-the-benchmark"
-PAGES = ("/_t23", "/_t23.json", "/_t23/metrics")
+PAGES = ("/_t23/", "/_t23/status.json", "/_t23/metrics")
 MEDIA = "/4959050/7190971/e6c1b0a94f1d4c3b8f7a2d5e90b7c318/video_medium/a-clip-to-play-video.mp4"
 #: Seconds that a page may take with a million reports.
 BUDGET = 0.2

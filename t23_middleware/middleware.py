@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from .access import is_allowed
 from .capture.response import Capture, Response
 from .errors import ConfigurationError
 from .settings import Settings, as_text
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 #: In the environ of a request that passed through us: a second middleware round the same app leaves it alone.
 SEEN = "t23.seen"
 #: The operator's pages, as they follow ``T23_STATUS_PATH``; what else is under it is the app's.
-PAGES = frozenset(("", "/", ".json", "/metrics"))
+PAGES = frozenset(("", "/", ".json", "/status.json", "/metrics"))
 
 
 class T23Middleware:
@@ -65,18 +66,25 @@ class T23Middleware:
 
 
 class _WithPages:
-    """The app with the operator's pages beside it; they are loaded by the first request for one."""
+    """The app with the operator's pages beside it; they are loaded by the first request for one.
+
+    The app never sees the operator's token: whoever sends it with a request to the app has sent it too far.
+    """
 
     def __init__(self, app: WSGIApplication, settings: Settings) -> None:
         self._app = app
         self._settings = settings
         self._prefix = settings.status_path
+        self._token = (settings.status_token or "").encode()
         self._pages: WSGIApplication | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path: str = environ.get("PATH_INFO", "")
         if path.startswith(self._prefix) and path[len(self._prefix) :] in PAGES:
             return self._loaded()(environ, start_response)
+        authorization = environ.get("HTTP_AUTHORIZATION")
+        if authorization and is_allowed(authorization, self._token):
+            del environ["HTTP_AUTHORIZATION"]
         return self._app(environ, start_response)
 
     def _loaded(self) -> WSGIApplication:

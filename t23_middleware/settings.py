@@ -63,6 +63,19 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _names_or_none(text: str) -> tuple[str, ...]:
+    names = _names(text)
+    if "none" not in map(str.lower, names):
+        return names
+    if len(names) > 1:
+        raise ValueError("holds none beside a name; write names, separated by commas, or none alone")
+    return ()
+
+
+def _name_or_none(text: str) -> str | None:
+    return None if text.strip().lower() == "none" else text
+
+
 def _switch(text: str) -> bool:
     word = text.strip().lower()
     if word in ("1", "true", "yes", "on"):
@@ -263,13 +276,13 @@ class Settings:
     )
     session_param: tuple[str, ...] = _setting(
         ("session_id",),
-        _names,
-        "query parameters that hold the session, in order; the query wins over the cookie",
+        _names_or_none,
+        "query parameters that hold the session, in order; the query wins over the cookie. `none`: no parameter does",
     )
     session_cookie: tuple[str, ...] = _setting(
         ("session_id",),
-        _names,
-        "cookies that hold the session, in order (a site may need `ad_session_id` or `uuid`)",
+        _names_or_none,
+        "cookies that hold the session, in order (a site may need `ad_session_id` or `uuid`). `none`: no cookie does",
     )
     session_secret: tuple[str, ...] = _setting(
         (),
@@ -280,13 +293,15 @@ class Settings:
     flask_secret_key: str | None = _setting(
         None,
         _text,
-        "Flask's `SECRET_KEY`: read the session from inside Flask's own signed session cookie",
+        "Flask's `SECRET_KEY`: read the session from inside Flask's own signed session cookie, which wins over an unsigned one",
         secret=True,
     )
     flask_session_cookie: str = _setting("session", _cookie_name, "name of Flask's session cookie")
     flask_session_key: str = _setting("session_id", _text, "key of the session inside Flask's session")
-    photo_param: str = _setting(
-        "photo_id", _text, "query parameter that holds the photo, also tried as a cookie"
+    photo_param: str | None = _setting(
+        "photo_id",
+        _name_or_none,
+        "query parameter that holds the photo, also tried as a cookie. `none`: neither does",
     )
     photo_pattern: str | None = _setting(
         None,
@@ -303,6 +318,11 @@ class Settings:
         None,
         _player_type,
         "`user_player_type` where the URL does not say. Default: `html5` for what a browser's `<video>` or `<audio>` asks",
+    )
+    trust_url: bool = _setting(
+        True,
+        _switch,
+        "take `skip` and `user_player_*` from the media URL, which a viewer can write; `0`: ignore them",
     )
     report_per: str = _setting(
         "response",
@@ -406,7 +426,7 @@ class Settings:
     status_path: str = _setting(
         "/_t23",
         _status_path,
-        "where the operator's pages are: this path, the same with `.json`, and `/metrics` under it",
+        "where the operator's pages are: the page at this path with `/` behind it, and under it `status.json` and `metrics`",
     )
 
     #: Name of each setting -> ``argument``, ``environment`` or ``default``.

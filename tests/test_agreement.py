@@ -228,14 +228,14 @@ class Stream:
 
 
 def page_json(server: Server) -> dict[str, Any]:
-    status, body = server.get("/_t23.json", Authorization=f"Bearer {TOKEN}")
+    status, body = server.get("/_t23/status.json", Authorization=f"Bearer {TOKEN}")
     assert status == 200, body
     found: dict[str, Any] = json.loads(body)
     return found
 
 
 def by_page(server: Server) -> tuple[Elements, str]:
-    status, body = server.get("/_t23", Authorization=f"Bearer {TOKEN}")
+    status, body = server.get("/_t23/", Authorization=f"Bearer {TOKEN}")
     assert status == 200, body
     return Elements(body.decode()), body.decode()
 

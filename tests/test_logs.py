@@ -149,8 +149,8 @@ def test_no_log_holds_a_session_a_token_or_a_secret(tmp_path: Path):
         journal_is_torn(state, server)
         play("torn", "4")
         server.get(f"{MEDIA}?session_id={named('forged')}.f0rged-seal&photo_id=5")
-        server.get("/_t23", Authorization=f"Bearer {TOKEN}")
-        server.get("/_t23", Authorization=f"Bearer {TOKEN}-wrong")
+        server.get("/_t23/", Authorization=f"Bearer {TOKEN}")
+        server.get("/_t23/", Authorization=f"Bearer {TOKEN}-wrong")
     api.heal()
     site = Site(state, api)
     said = [server.log(), *(path.read_text() for path in state.glob("relay.log*"))]
@@ -182,7 +182,7 @@ class Player:
         assert until(lambda: self._settled() == self._captured), self._server.log()
 
     def _settled(self) -> int:
-        said = json.loads(self._server.get("/_t23.json", Authorization=f"Bearer {TOKEN}")[1])
+        said = json.loads(self._server.get("/_t23/status.json", Authorization=f"Bearer {TOKEN}")[1])
         paused = said["waiting"] if said["state"] == "paused" else 0
         return int(said["sent"] + said["dead"] + paused)
 

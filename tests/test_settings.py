@@ -451,3 +451,11 @@ def test_what_is_said_of_the_proxy_is_the_relays_too(name, tmp_path):
     given = Settings(environ={"T23_API_URL": URL, name: value})
     assert given.relay_environment(tmp_path)[name] == value
     assert given.relay_digest() != Settings(environ={"T23_API_URL": URL}).relay_digest()
+
+
+@pytest.mark.parametrize("name", ["session_param", "session_cookie"])
+def test_none_stands_alone(name: str):
+    assert getattr(settings(**{name: "none"}), name) == ()
+    (problem,) = problems(api_url=URL, **{name: "uuid,none"})
+    assert problem.startswith(f"T23_{name.upper()} holds none beside a name; write")
+    assert settings(photo_param=" NONE ").photo_param is None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote_plus
 
@@ -23,6 +22,8 @@ _PHOTO = re.compile(r"[0-9]{1,20}")
 
 #: What a session is signed for; a signature made for another purpose with the same key does not fit.
 _SALT = "t23_middleware.session"
+#: The same of a session together with its photo.
+_PHOTO_SALT = "t23_middleware.session-of-photo"
 #: What Flask itself signs its session cookie with (flask/sessions.py, ``SecureCookieSessionInterface``).
 _FLASK_SALT = "cookie-session"
 
@@ -61,6 +62,10 @@ class _Asked:
         return parse_cookie(_as_utf8(self._cookie))
 
 
+#: Of a request whose URL is not trusted.
+_NOTHING = _Asked({})
+
+
 class Identifier:
     """Reads the play out of requests, as the settings say where to look."""
 
@@ -68,7 +73,7 @@ class Identifier:
         self._settings = settings
         self._pattern = settings.photo_regex()
         self._session_names = settings.session_param
-        self._photo_name = settings.photo_param
+        self._photo_names: tuple[str, ...] = () if settings.photo_param is None else (settings.photo_param,)
         self._cookie_names = settings.session_cookie
         self._unsign = _unsigner(settings.session_secret)
         self._flask_session = _flask_session_reader(settings)
@@ -91,8 +96,8 @@ class Identifier:
         ):
             return "no_session"
         if not (
-            self._photo_name in query
-            or self._photo_name in cookie
+            _any_in(self._photo_names, query)
+            or (cookie and _any_in(self._photo_names, cookie))
             or (self._pattern is not None and self._pattern.search(_as_utf8(path)) is not None)
             or "t23.photo_id" in environ
         ):
@@ -105,34 +110,67 @@ class Identifier:
         Raises :class:`NotCounted` where it names none, or one that can't be believed.
         """
         asked = _Asked(environ)
+        said = asked if self._settings.trust_url else _NOTHING
         return Play(
-            session_id=self._session(environ, asked),
+            session_id=self._session(environ, path, asked),
             photo_id=self._photo(environ, path, asked),
             host=self._host(environ),
-            skip=_skip(environ, asked),
-            player_type=_player(asked, "user_player_type") or self._settings.player_type or _element(environ),
-            player_version=_player(asked, "user_player_version"),
-            player_resolution=_player(asked, "user_player_resolution"),
+            skip=_skip(environ, said),
+            player_type=_player(said, "user_player_type") or self._settings.player_type or _element(environ),
+            player_version=_player(said, "user_player_version"),
+            player_resolution=_player(said, "user_player_resolution"),
         )
 
-    def _session(self, environ: WSGIEnvironment, asked: _Asked) -> str:
+    def _session(self, environ: WSGIEnvironment, path: str, asked: _Asked) -> str:
+        """The app's word, else the first session with a valid signature, else an unsigned one where those will do."""
         overruled = environ.get("t23.session_id")
         if overruled is not None:
             return _printable_session(str(overruled))
-        in_query = (asked.only(name, "bad_session") for name in self._session_names)
-        in_cookies = (asked.cookies.get(name) for name in self._settings.session_cookie)
-        named = next(filter(None, chain(in_query, in_cookies)), None)
-        if named is not None:
-            return _printable_session(named if self._unsign is None else self._unsign(named))
-        if self._flask_session is None:
-            raise NotCounted("no_session")
-        return _printable_session(self._flask_session(asked.cookies))
+        if self._unsign is None and self._flask_session is None:
+            return _printable_session(self._unsigned(asked))
+        try:
+            signed = self._signed(environ, path, asked)
+        except NotCounted:
+            if self._unsign is not None or not (unsigned := self._unsigned(asked)):
+                raise
+            return _printable_session(unsigned)
+        return _printable_session(signed)
+
+    def _unsigned(self, asked: _Asked) -> str:
+        return next(filter(None, self._named(asked)), "")
+
+    def _named(self, asked: _Asked) -> Iterator[str | None]:
+        """What the query and the cookies name, in order."""
+        for name in self._session_names:
+            yield asked.only(name, "bad_session")
+        for name in self._settings.session_cookie:
+            yield asked.cookies.get(name)
+
+    def _signed(self, environ: WSGIEnvironment, path: str, asked: _Asked) -> str:
+        """The first session whose signature is valid, for any photo or for the one that the request names."""
+        named: list[str] = []
+        if self._unsign is not None:
+            named = [session for session in self._named(asked) if session]
+        for session in named:
+            found = self._unsign(session)
+            if found is None:
+                found = self._unsign(session, self._photo(environ, path, asked))
+            if found is not None:
+                return str(found)
+        try:
+            if self._flask_session is not None:
+                return str(self._flask_session(asked.cookies))
+        except NotCounted:
+            if not named:
+                raise
+        raise NotCounted("bad_signature" if named else "no_session")
 
     def _photo(self, environ: WSGIEnvironment, path: str, asked: _Asked) -> str:
         named = environ.get("t23.photo_id")
         if named is None:
-            named = asked.only(self._photo_name, "bad_photo") or self._photo_in(path)
-            named = named or asked.cookies.get(self._photo_name)
+            in_query = (asked.only(name, "bad_photo") for name in self._photo_names)
+            named = next(filter(None, in_query), None) or self._photo_in(path)
+            named = named or next(filter(None, map(asked.cookies.get, self._photo_names)), None)
         if not named:
             raise NotCounted("no_photo")
         if _PHOTO.fullmatch(str(named)) is None:
@@ -152,23 +190,32 @@ class Identifier:
         return host
 
 
-def sign_session(session_id: str, secret: str | None = None) -> str:
+def sign_session(session_id: str, secret: str | None = None, *, photo_id: str | int | None = None) -> str:
     """The session with a signature, for the app that issues media URLs.
 
     *secret* is one of the keys in ``T23_SESSION_SECRET``; ``None`` takes the newest of them from the environment.
-    Raises :class:`~t23_middleware.errors.ConfigurationError` where there is none.
+    *photo_id*: the signature is valid for this photo only, as the media URL names it (1 to 20 digits); ``None``: for
+    any photo. Raises :class:`~t23_middleware.errors.ConfigurationError` where there is no key, and
+    :class:`ValueError` where *photo_id* can't be a photo.
     """
-    return str(_signer((secret or Settings.newest_session_secret(),)).sign(session_id), "utf-8")
+    key = secret or Settings.newest_session_secret()
+    if photo_id is None:
+        return str(_signer((key,)).sign(session_id), "utf-8")
+    photo = str(photo_id)
+    if _PHOTO.fullmatch(photo) is None:
+        raise ValueError(f"photo_id can't be {photo!r}; write 1 to 20 digits")
+    signed = _signer((key,), _PHOTO_SALT).sign(f"{photo}.{session_id}")
+    return str(signed, "utf-8").removeprefix(f"{photo}.")
 
 
-def _signer(secrets: tuple[str, ...]) -> Any:
+def _signer(secrets: tuple[str, ...], salt: str = _SALT) -> Any:
     import hashlib
 
     from itsdangerous import Signer  # only where sessions are signed
 
     # itsdangerous signs with the last key and accepts any; our operators write the newest first.
     keys = [_key(secret) for secret in reversed(secrets)]
-    return Signer(keys, salt=_SALT, digest_method=hashlib.sha256)
+    return Signer(keys, salt=salt, digest_method=hashlib.sha256)
 
 
 def _key(secret: str) -> bytes:
@@ -177,16 +224,19 @@ def _key(secret: str) -> bytes:
 
 
 def _unsigner(secrets: tuple[str, ...]) -> Any:
+    """What gives the session without its signature, ``None`` where that is not valid (for *photo*)."""
     if not secrets:
         return None
-    signer = _signer(secrets)
+    any_photo, one_photo = _signer(secrets), _signer(secrets, _PHOTO_SALT)
     from itsdangerous import BadSignature
 
-    def unsign(session: str) -> str:
+    def unsign(session: str, photo: str | None = None) -> str | None:
         try:
-            return str(signer.unsign(session), "utf-8")
+            if photo is None:
+                return str(any_photo.unsign(session), "utf-8")
+            return str(one_photo.unsign(f"{photo}.{session}"), "utf-8").removeprefix(f"{photo}.")
         except (BadSignature, UnicodeError):
-            raise NotCounted("bad_signature") from None
+            return None
 
     return unsign
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from ..errors import ConfigurationError, T23Error, UsageError
 from ..settings import Settings
 from ..version import VERSION
 from . import text
+from .streams import flushed, located, open_missing
 
 #: Exit codes: done; the thing asked about is not so; used or configured wrongly.
 DONE, NOT_SO, WRONG = 0, 1, 2
@@ -33,8 +36,17 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (default: the process's own arguments); its exit code."""
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = arguments.command
+    open_missing()
+    try:
+        arguments = _parser().parse_args(argv)
+        code = _outcome(arguments.command, arguments)
+    except SystemExit as error:  # argparse has printed a help or an error
+        raise SystemExit(flushed(int(error.code or DONE))) from None
+    return flushed(code)
+
+
+def _outcome(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """The command's exit code; of whatever goes wrong one sentence is printed, and never a traceback."""
     try:
         return command(arguments)
     except ConfigurationError as error:
@@ -49,12 +61,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NOT_SO
     except BrokenPipeError:
         return DONE  # whoever read the output has seen enough
+    except OSError as error:
+        _complain(_about(error))
+        return NOT_SO
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        _complain(f"this is a fault of ours, please send us this line: {located(error)}")
+        return NOT_SO
+
+
+def _about(error: OSError) -> str:
+    why = error.strerror or str(error)
+    if not error.filename:
+        return f"something can't be read or written ({why}); look with 't23-middleware check'"
+    return f"{os.fsdecode(error.filename)} can't be used by user {os.geteuid()} ({why}); mend that, or run this as its owner"
 
 
 def _complain(message: object) -> None:
-    print(text.error(str(message), text.width() if sys.stderr.isatty() else None), file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it; the exit code says it too
+        print(text.error(str(message), text.width() if sys.stderr.isatty() else None), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):

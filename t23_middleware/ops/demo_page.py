@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from markupsafe import Markup
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, UnsupportedMediaType
+from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, NotFound, UnsupportedMediaType
 from werkzeug.wrappers import Request, Response
 
 from ..errors import T23Error
@@ -30,6 +30,7 @@ from . import text
 from .demo_api import CONDITIONS, WELL, Plug
 from .demo_site import FILM, PAGES, RATE, media_path
 from .demo_strips import Bar, Strip, Strips
+from .loopback import foreign
 from .page import JSON, SAFE_HEADERS
 from .page_html import told, tone
 from .page_style import STYLE
@@ -82,6 +83,8 @@ class DemoPage:
             self._strips.follow()
 
     def _response(self, request: Request) -> Response:
+        if refused := foreign(request.environ):
+            raise Forbidden(refused)
         method = "GET" if request.method == "HEAD" else request.method
         match method, request.path.removeprefix(PAGES):
             case "GET", "/":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..capture import counter as counted
+from .loopback import foreign
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 RATE, BURST = 40_000, 96 << 10
 #: Where the page's own files and figures are.
 PAGES = "/demo/"
+#: What the demo's process decides by whether it answers.
+_WHO_ASKS = {"HTTP_HOST": "Host", "HTTP_ORIGIN": "Origin", "HTTP_SEC_FETCH_SITE": "Sec-Fetch-Site"}
 #: Longest body that is handed through.
 _LONGEST = 1024
 #: Seconds for the demo's process to answer.
@@ -91,6 +94,9 @@ def site(port: int) -> WSGIApplication:
         path = environ.get("PATH_INFO", "")
         if path == "/" or path.startswith(PAGES):
             return _handed_through(port, environ, start_response)
+        if refused := foreign(environ, any_short_name=True):
+            start_response("403 Forbidden", [("Content-Type", "text/plain")])
+            return [f"{refused}\n".encode()]
         answer: Iterable[bytes] = example.app(environ, start_response)
         asked = _RATE.search(environ.get("QUERY_STRING", ""))
         return answer if asked is None else Throttled(answer, int(asked[1]))
@@ -110,6 +116,7 @@ def _add_film(example: Any) -> None:
 def _handed_through(port: int, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
     headers = {"Content-Type": environ.get("CONTENT_TYPE", "")}
+    headers |= {name: environ[key] for key, name in _WHO_ASKS.items() if key in environ}
     path = quote(environ["PATH_INFO"], encoding="latin-1")
     length = environ.get("CONTENT_LENGTH") or "0"
     sent = environ["wsgi.input"].read(min(int(length), _LONGEST)) if length.isdecimal() else b""

@@ -6,9 +6,6 @@ one short transaction, and no journal or writer's lock: closing one would drop t
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hmac
 import json
 import logging
 import time
@@ -22,12 +19,14 @@ from markupsafe import Markup
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
+from ..access import is_allowed
 from ..errors import StateError, UsageError
 from ..relay.history import ANSWER, ANSWERS, History, nothing
 from ..relay.outbox import NoOutbox, OutboxView
 from ..settings import Settings
 from ..state import StateFolder
 from .metrics import NotInstalled, exposition
+from .page_guard import Guard, address_of
 from .page_html import Links, drawn_charts, error_page, html, recent, told
 from .page_style import STYLE_HASH
 from .status import Status, as_json, look
@@ -41,6 +40,8 @@ log = logging.getLogger(__name__)
 #: cost the app what a worker could stream with.
 HISTORY_SECONDS = 1.0
 
+#: Where those pages are that were asked for beside ``<path>/``.
+_MOVED = {"": "/", ".json": "/status.json"}
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
 #: Of every answer: nothing is stored, guessed, passed on, framed or found.
 SAFE_HEADERS = [
@@ -88,6 +89,7 @@ class Pages:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._token = (settings.status_token or "").encode()
+        self._guard = Guard()
         self._look: _Look | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -102,14 +104,40 @@ class Pages:
             return _said(
                 HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are answered here.", ("Allow", "GET, HEAD")
             )
-        if not is_allowed(environ.get("HTTP_AUTHORIZATION", ""), self._token):
-            challenge = ("WWW-Authenticate", 'Basic realm="t23_middleware", charset="UTF-8"')
-            words = "The token is needed: as the password of any user, or as Bearer.\n"
-            return _said(HTTPStatus.UNAUTHORIZED, words, challenge)
-        return self._shown(environ, environ.get("PATH_INFO", "").removeprefix(self._settings.status_path))
+        page = environ.get("PATH_INFO", "").removeprefix(self._settings.status_path)
+        if page in _MOVED:
+            return self._moved(environ, _MOVED[page])
+        return self._refused(environ) or self._shown(environ, page)
+
+    def _moved(self, environ: WSGIEnvironment, to: str) -> _Answer:
+        """The address where a browser keeps the token to the pages: it sends it along below ``<path>/`` only.
+
+        It is a relative one, so that it is right behind any prefix, and no request can make it another site's.
+        """
+        where = self._settings.status_path.rpartition("/")[2] + to
+        if _wants_refresh(environ):
+            where += "?refresh"
+        return _said(HTTPStatus.MOVED_PERMANENTLY, f"See {where}\n", ("Location", where))
+
+    def _refused(self, environ: WSGIEnvironment) -> _Answer | None:
+        """The answer to who does not carry the token; ``None`` for who does."""
+        authorization, address = environ.get("HTTP_AUTHORIZATION", ""), address_of(environ)
+        if authorization and self._guard.is_closed_to(address):
+            self._guard.log(address)
+            words = "Too many wrong tokens came from here: try again in a moment.\n"
+            return _said(HTTPStatus.TOO_MANY_REQUESTS, words, ("Retry-After", "1"))
+        if is_allowed(authorization, self._token):
+            return None
+        if authorization:
+            self._guard.wrong(address)
+        challenge = ("WWW-Authenticate", 'Basic realm="t23_middleware", charset="UTF-8"')
+        words = "The token is needed: as the password of any user, or as Bearer.\n"
+        return _said(HTTPStatus.UNAUTHORIZED, words, challenge)
 
     def _shown(self, environ: WSGIEnvironment, page: str) -> _Answer:
-        as_data = page == ".json" or (page != "/metrics" and _prefers_json(environ.get("HTTP_ACCEPT", "")))
+        as_data = page == "/status.json" or (
+            page != "/metrics" and _prefers_json(environ.get("HTTP_ACCEPT", ""))
+        )
         try:
             status = look(self._settings)
             history = (seen := self._history(status.now_ms)).history
@@ -117,8 +145,9 @@ class Pages:
                 return _metrics(status, history, environ.get("HTTP_ACCEPT", ""))
             if as_data:
                 return _Answer(HTTPStatus.OK, JSON, json.dumps(data(status, history), indent=2).encode())
-            again = "refresh" in environ.get("QUERY_STRING", "").split("&")
-            page_text = html(status, history, seen.charts, self._links(environ), again=again)
+            page_text = html(
+                status, history, seen.charts, self._links(environ), again=_wants_refresh(environ)
+            )
             return _Answer(HTTPStatus.OK, HTML, page_text.encode("utf-8", "replace"))
         except (StateError, UsageError, OSError) as error:
             return _failed(str(error), as_data, page)
@@ -143,21 +172,11 @@ class Pages:
     def _links(self, environ: WSGIEnvironment) -> Links:
         root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
         path = root + self._settings.status_path
-        return Links(path, f"{path}.json", f"{path}/metrics")
+        return Links(f"{path}/", f"{path}/status.json", f"{path}/metrics")
 
 
-def is_allowed(authorization: str, token: bytes) -> bool:
-    """Whether the header carries *token*, as Basic's password (RFC 7617) or Bearer (RFC 6750); in constant time."""
-    scheme, _, credentials = authorization.partition(" ")
-    given = credentials.strip().encode("latin-1", "replace")
-    if scheme.lower() == "basic":
-        try:
-            given = base64.b64decode(given, validate=True).partition(b":")[2]
-        except binascii.Error:
-            given = b""
-    elif scheme.lower() != "bearer":
-        given = b""
-    return bool(token) and hmac.compare_digest(given, token)
+def _wants_refresh(environ: WSGIEnvironment) -> bool:
+    return "refresh" in environ.get("QUERY_STRING", "").split("&")
 
 
 def _prefers_json(accept: str) -> bool:

@@ -1,7 +1,8 @@
 """The stand-in: a local API that behaves as TwentyThree's documentation says, for trials and tests.
 
 `StandIn` is the API as a WSGI app, `StandInServer` puts it on a socket, `run_standin` is the command. What it
-answers is in `standin_answers`. Beside the API, and never faulted:
+answers is in `standin_answers`. Beside the API, never faulted, and refused to pages of web sites in the same browser
+(403, `loopback`):
 
 - ``GET /_recorded``: the reports as JSON, oldest first; ``DELETE`` (or ``POST /_clear``) forgets them.
 - ``POST /_faults``: turns on a fault of `standin_faults`, by form or JSON; ``GET`` shows it; ``DELETE`` heals.
@@ -27,6 +28,7 @@ from werkzeug.http import http_date
 from werkzeug.wrappers import Request, Response
 
 from t23_middleware.errors import UsageError
+from t23_middleware.ops.loopback import foreign, foreign_host
 from t23_middleware.ops.standin_answers import DENIED, REPORTED, Answer, Call, refusal, rendered
 from t23_middleware.ops.standin_faults import Fault, FaultSwitch, disturb, falsified, page
 from t23_middleware.ops.standin_http import HTTPServer
@@ -103,7 +105,12 @@ class StandIn:
             self.dropped = 0
 
     def _response(self, request: Request) -> Response:
-        if request.path.startswith("/_"):
+        control = request.path.startswith("/_")
+        # A report is taken from anybody who can send one; what the developer turns and sees is the developer's own.
+        environ = request.environ
+        if refused := foreign(environ) if control else foreign_host(environ, any_short_name=True):
+            return _as_json({"error": refused}, 403)
+        if control:
             return self._control(request)
         if not request.path.startswith("/api/"):
             return page(404, "There is no such page")

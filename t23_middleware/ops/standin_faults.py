@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 from werkzeug.wrappers import Response
@@ -42,6 +43,9 @@ KINDS: Mapping[str, Kind] = {
 }
 _COMMON = ("kind", "count", "record", "photo_id")
 _BODILESS = (204, 304)
+#: Stands in the answer where a huge one has its many bytes: they are sent piece by piece, and never kept.
+_MANY = "(many bytes)"
+_PIECE = 65536
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,14 @@ def _value(name: str, value: object) -> object:
 
 _LIMITS = {
     "count": (1, 1_000_000_000),
-    "size": (1, 256 * 1024 * 1024),
+    "size": (1, 64 * 1024 * 1024),
     "status": (200, 599),
     "seconds": (0, 86_400),
 }
 _MEANING = {
     "record": "true or false",
     "count": "a number of requests from 1",
-    "size": "a number of bytes from 1 to 268435456",
+    "size": "a number of bytes from 1 to 67108864",
     "status": "an HTTP status from 200 to 599",
     "seconds": "a number of seconds from 0 to 86400",
     **dict.fromkeys(("photo_id", "retry_after", "location", "code", "message"), "printable ASCII"),
@@ -180,7 +184,7 @@ def falsified(answer: Answer, fault: Fault, now: float) -> Answer:
         case "cached":
             return replace(answer, cached_at=int(now))
         case "huge":
-            return replace(answer, message=answer.message + "." * fault.size)
+            return replace(answer, message=answer.message + _MANY)
     return answer
 
 
@@ -199,6 +203,8 @@ def disturb(response: Response, fault: Fault, released: threading.Event) -> Resp
             return _streamed(response, _slowly(response.get_data(), fault.seconds, released))
         case "cut":
             return _streamed(response, _half(response.get_data()))
+        case "huge":
+            return _hugely(response, fault.size)
         case "html":
             return page(200, "Welcome")
         case "status":
@@ -227,6 +233,14 @@ def _streamed(response: Response, body: Iterator[bytes]) -> Response:
     headers = response.headers.copy()
     headers["Content-Length"] = str(len(response.get_data()))
     return Response(body, response.status, headers)
+
+
+def _hugely(response: Response, size: int) -> Response:
+    before, _, after = response.get_data().rpartition(_MANY.encode())
+    dots = (b"." * min(_PIECE, size - at) for at in range(0, size, _PIECE))
+    huge = Response(chain([before], dots, [after]), response.status, response.headers.copy())
+    huge.headers["Content-Length"] = str(len(before) + size + len(after))
+    return huge
 
 
 def _slowly(body: bytes, seconds: float, released: threading.Event) -> Iterator[bytes]:

@@ -191,8 +191,8 @@ def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
     for path in folder.readable_journals():
         try:
             total += max(path.stat().st_size - outbox.places.get(path.name, 0), 0)
-        except FileNotFoundError:
-            continue
+        except OSError:
+            continue  # removed since, or no journal: the relay says of what it can't read
     return total
 
 

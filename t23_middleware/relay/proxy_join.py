@@ -124,6 +124,10 @@ class ProxyJoin:
         """A line whose turn it is; one of no open response is held for a while."""
         line = logged.line
         self.last_line_ms = max(self.last_line_ms, line.ended_ms)
+        if line.is_cached:
+            if not _is_nothing(line):
+                self.counts["proxy_cached"] += 1
+            return []
         reports = self._playback.logged(line, logged.at_ns)
         if reports is not None:
             return reports

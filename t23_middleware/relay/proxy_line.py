@@ -9,13 +9,15 @@ from werkzeug.http import parse_content_range_header
 
 from ..transfer import Part, parse_play_id
 
-#: What goes into a file of nginx's ``conf.d/``, with the path of the log for ``{path}``.
+#: What goes into a file of nginx's ``conf.d/``, with the path of the log for ``{path}``. Where X-Accel-Redirect leads
+#: to a store behind ``proxy_pass``, ``$upstream_http_…`` is the store's when the line is written. So ``$t23play`` is
+#: evaluated before the store is asked: ``limit_req`` does that, and limits nothing, since each id comes once.
 NGINX_LINES = r"""
-log_format t23 escape=json '{"t23":1,"play":"$upstream_http_x_t23_play","end":$msec,"seconds":$request_time,"status":$status,"body":$body_bytes_sent,'
-  '"complete":"$request_completion","type":"$sent_http_content_type","range":"$sent_http_content_range","length":"$sent_http_content_length","cache":"$upstream_cache_status"}';
-access_log {path} t23 if=$upstream_http_x_t23_play;
-proxy_hide_header X-T23-Play;
-uwsgi_hide_header X-T23-Play;
+map $upstream_http_x_t23_play $t23play { default $upstream_http_x_t23_play; } map $upstream_http_x_t23_play $t23named { volatile; "" ""; default $t23play; } map $upstream_http_x_t23_play $t23cache { "" ""; default $upstream_cache_status; }
+log_format t23 escape=json '{"t23":1,"play":"$t23play","end":$msec,"seconds":$request_time,"status":$status,"body":$body_bytes_sent,'
+  '"complete":"$request_completion","type":"$sent_http_content_type","range":"$sent_http_content_range","length":"$sent_http_content_length","cache":"$t23cache"}';
+access_log {path} t23 if=$t23play;
+limit_req_zone $t23named zone=t23:1m rate=1000r/s; limit_req zone=t23; proxy_hide_header X-T23-Play; uwsgi_hide_header X-T23-Play;
 """.lstrip()
 
 #: The same for Apache (2.4.19), with mod_headers. GlobalLog, for a virtual host that has a log of its own leaves out the
@@ -36,6 +38,11 @@ LATEST = 1e11
 
 UNKNOWN = Part(None, None, None)
 
+#: What ``$upstream_cache_status`` says where the app was not asked, or its 304 let the cache answer.
+_FROM_CACHE = frozenset(("HIT", "STALE", "UPDATING", "REVALIDATED"))
+#: :attr:`ProxyLine.cache` of a line of nginx without that field.
+CACHE_NOT_TOLD = "?"
+
 
 class ProxyLine(NamedTuple):
     """A response that the proxy finished, as its log tells it."""
@@ -55,7 +62,7 @@ class ProxyLine(NamedTuple):
     part: Part
     #: Content-Length in bytes, where the response had one.
     length: int | None
-    #: ``HIT``, ``MISS``... of nginx's ``proxy_cache``, else ``""``.
+    #: ``HIT``, ``MISS``... of nginx's ``proxy_cache``; ``""`` without one; :data:`CACHE_NOT_TOLD`.
     cache: str
 
     def to_text(self) -> str:
@@ -85,6 +92,11 @@ class ProxyLine(NamedTuple):
     def is_ok(self) -> bool:
         """Whether the client got the file or a part of it: nothing else is a play."""
         return self.status in (200, 206)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the proxy's cache answered: the line tells of another client than the app's own."""
+        return self.cache in _FROM_CACHE
 
 
 _KINDS = [str, int, float, int, int, bool, str, Part, int, str]
@@ -118,7 +130,7 @@ def _line(fields: dict[str, Any]) -> ProxyLine:
         content_type=_text(fields["type"]),
         part=_part(status, length, _text(fields["range"])),
         length=length,
-        cache=_text(fields.get("cache", "")),
+        cache=_text(fields.get("cache", "" if "B" in fields else CACHE_NOT_TOLD)),
     )
 
 

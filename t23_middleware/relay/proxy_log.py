@@ -9,8 +9,6 @@ from __future__ import annotations
 import grp
 import json
 import os
-import pwd
-import re
 import stat
 import time
 from collections import Counter
@@ -19,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from .proxy_files import Kept, Siblings, user
 from .proxy_line import LONGEST_LINE, ProxyLine, parse_line, whole
 
 #: Bytes that are taken from the log at a look: a backlog is taken in pieces, each its own transaction.
@@ -26,10 +25,6 @@ PIECE = 1 << 20
 #: First bytes that a file is known by: so many that a line's play, time and size are among them, for a proxy that
 #: answers from its cache begins the next log with the same play.
 HEAD = 128
-#: Rotated siblings that are followed, however old.
-NEWEST = 2
-#: The most that are gone back to after a long absence: four days of hourly ones.
-FURTHEST = 100
 #: Places that are kept: a file in the middle of its renaming is nowhere to be found.
 PLACES_KEPT = 16
 #: Seconds that the log may be away between its renaming and the proxy's opening of the next one.
@@ -113,7 +108,8 @@ class ProxyLog:
         self, path: Path, places: Sequence[Place], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path = path
-        self._siblings = _Siblings(self._path)
+        self._siblings = Siblings(self._path)
+        self._kept = Kept(clock)
         self._places = list(places)
         self._clock = clock
         self._seen_at = float("-inf")
@@ -167,7 +163,9 @@ class ProxyLog:
     def _look(self) -> dict[Path, _Signature]:
         """The regular files there are, newest first."""
         found = {}
-        for path in (self._path, *self._siblings.newest(self._places)):
+        kept = self._kept.look(self._path)
+        siblings = self._siblings.newest(self._places)
+        for path in (self._path, *siblings):
             try:
                 there = path.stat()
             except FileNotFoundError:
@@ -180,7 +178,18 @@ class ProxyLog:
             elif path == self._path:
                 self._troubles.append(_no_file(path, there.st_mode))
         self._notice(found)
-        return found
+        return self._with_kept(found, kept)
+
+    def _with_kept(
+        self, found: dict[Path, _Signature], kept: dict[Path, os.stat_result]
+    ) -> dict[Path, _Signature]:
+        """*found* with the files that have a name there no more, newest first: they came before it, after others."""
+        named = {signature[:2] for signature in found.values()}
+        nameless = {
+            path: _signature(there) for path, there in kept.items() if _signature(there)[:2] not in named
+        }
+        log = {path: found[path] for path in (self._path,) if path in found}
+        return {**log, **nameless, **found}
 
     def _notice(self, found: dict[Path, _Signature]) -> None:
         """Whether the log itself is there, and its folder can be seen."""
@@ -221,7 +230,9 @@ class ProxyLog:
     def _open(self, path: Path) -> _File | None:
         """The file at *path*, if it is one; never waits for a FIFO's writer that took its place."""
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            descriptor = self._kept.open(path)
+            if descriptor is None:
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -278,60 +289,6 @@ class ProxyLog:
         return LogReading(lines, places, counts, more, changed=places is not self._places)
 
 
-class _Siblings:
-    """The rotated files beside a log: ``.1`` or ``-20261124``, in logrotate's and rotatelogs' ways, uncompressed."""
-
-    def __init__(self, log: Path) -> None:
-        # A link's file is rotated where it lies.
-        real = Path(os.path.realpath(log))
-        self._log = log
-        self._folder = real.parent
-        self._first = real.with_name(f"{real.name}.1")
-        self._number = re.compile(re.escape(real.name) + r"\.(\d{1,4})")
-        self._date = re.compile(re.escape(real.name) + r"[.-](\d[\d._T-]{5,30})")
-        self._listed: int | None = None
-        self._newest: list[Path] = []
-        #: Inode of the newest file, the log or a sibling, that is known: there reading goes on.
-        self.last: int | None = None
-        #: Why they can't be seen.
-        self.problem: str | None = None
-
-    def newest(self, places: Sequence[Place]) -> list[Path]:
-        """Newest first. The folder is read only when something was made, renamed or removed in it, or to catch up."""
-        try:
-            changed = self._folder.stat().st_mtime_ns
-            if changed != self._listed or len(self._newest) > NEWEST:
-                # Two changes within one tick of the kernel's clock leave the same time.
-                self._listed = changed if time.time_ns() - changed > 1_000_000_000 else None
-                self._newest, self.last, self.problem = *self._choose(places), None
-        except PermissionError:
-            self._newest, self.last, self.problem = [self._first], None, _closed_folder(self._folder)
-        except OSError:
-            self._newest, self.last, self.problem = [], None, None
-        return self._newest
-
-    def forget(self) -> None:
-        """Look for names anew, whatever the folder's time says."""
-        self._listed = None
-
-    def _choose(self, places: Sequence[Place]) -> tuple[list[Path], int | None]:
-        """The newest two; where neither the log nor they are known, all since the last one that is. And its inode."""
-        paths = self._sorted(os.listdir(self._folder))  # noqa: PTH208  (names are all that is needed)
-        known = {place.inode for place in places}
-        for number, path in enumerate([self._log, *paths[:FURTHEST]] if known else []):
-            if (inode := _inode(path)) in known:
-                return paths[: max(NEWEST, number)], inode
-        return paths[:NEWEST], None
-
-    def _sorted(self, names: list[str]) -> list[Path]:
-        """By their names, since a ``sed -i`` changes their times; where the naming was changed, the newer way first."""
-        numbers = [(-int(found[1]), name) for name in names if (found := self._number.fullmatch(name))]
-        dates = [(found[1], name) for name in names if (found := self._date.fullmatch(name))]
-        ways = [[self._folder / name for _, name in sorted(way, reverse=True)] for way in (numbers, dates)]
-        ways.sort(key=lambda paths: _changed(paths[0]) if paths else 0, reverse=True)
-        return ways[0] + ways[1]
-
-
 def _known_offset(file: _File, places: Sequence[Place]) -> int:
     """Up to where *file*, or the one that it is a copy of, is taken in."""
     return next((place.offset for place in places if _is_of(place, file)), 0)
@@ -372,39 +329,25 @@ def _signature(there: os.stat_result) -> _Signature:
     return there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns
 
 
-def _changed(path: Path) -> int:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except OSError:
-        return None
-
-
 def _refused(path: Path, error: OSError) -> str:
     """What to do about a file that can't be read."""
     if not isinstance(error, PermissionError):
         return f"{path} can't be read ({error.strerror}): correct T23_PROXY_LOG, or mend the file"
-    user = _user()
+    name = user()
     try:
         there = path.stat()
     except OSError:
         return (
-            f"{path} can't be reached by {user}: allow that user to enter the folders on the way, or let the proxy "
+            f"{path} can't be reached by {name}: allow that user to enter the folders on the way, or let the proxy "
             "write the log to another folder"
         )
     group = _group(there.st_gid)
     remedy = (
-        f"add that user to the group that may (`usermod -aG {group} {user}`) and restart the app and the relay"
+        f"add that user to the group that may (`usermod -aG {group} {name}`) and restart the app and the relay"
         if there.st_mode & stat.S_IRGRP and there.st_gid != 0
         else "let logrotate make it with `create 0640` and a group that both belong to, and change this one likewise"
     )
-    return f"{path} can't be read by {user}: {remedy}"
+    return f"{path} can't be read by {name}: {remedy}"
 
 
 def _no_file(path: Path, mode: int) -> str:
@@ -414,20 +357,6 @@ def _no_file(path: Path, mode: int) -> str:
         f"{path} is a {kind}, which can't be followed: let the proxy's access_log name a file (in a container, on a "
         "volume that both see) and T23_PROXY_LOG the same one"
     )
-
-
-def _closed_folder(folder: Path) -> str:
-    return (
-        f"{folder} can't be listed by {_user()}, so plays are missed whenever the log in it is rotated: allow it "
-        f"(`setfacl -m u:{_user()}:rx {folder}`), or let the proxy write the log to another folder"
-    )
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return f"uid {os.geteuid()}"
 
 
 def _group(gid: int) -> str:

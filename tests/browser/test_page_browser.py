@@ -28,7 +28,7 @@ class OperatorsPage(Look):
     """The page of whoever knows the token."""
 
     def open(
-        self, path: str = "/_t23", *, look: str = "light", header: str | None = basic("ops", TOKEN)
+        self, path: str = "/_t23/", *, look: str = "light", header: str | None = basic("ops", TOKEN)
     ) -> OperatorsPage:
         self.show(path, look, {"Authorization": header} if header else None)
         return self
@@ -37,7 +37,7 @@ class OperatorsPage(Look):
         """Status and body of the operator's page, asked for by a script of the page that is open."""
         script = (
             "const [authorization, done] = arguments;"
-            "fetch('/_t23', {headers: {authorization}, credentials: 'omit'}).then(async a => done([a.status, await a.text()]))"
+            "fetch('/_t23/', {headers: {authorization}, credentials: 'omit'}).then(async a => done([a.status, await a.text()]))"
         )
         answer: list[Any] = self.driver.execute_async_script(script, authorization)
         return answer
@@ -99,7 +99,7 @@ def test_the_wrong_token_shows_nothing_and_the_right_one_everything(page: Operat
 def test_a_person_gets_in_with_any_name_and_the_token(page: OperatorsPage):
     page.open("/", header=None)
     address = urllib.parse.urlsplit(page.driver.current_url)
-    page.driver.get(f"http://somebody:{TOKEN}@{address.netloc}/_t23")
+    page.driver.get(f"http://somebody:{TOKEN}@{address.netloc}/_t23/")
     assert "Captured" in page.text
 
 

@@ -377,6 +377,78 @@ def test_a_key_that_is_no_utf8_signs_and_verifies() -> None:
     assert play(f"session_id={sign_session('abc', key)}&photo_id=7", session_secret=key).session_id == "abc"
 
 
+@pytest.mark.parametrize("session_id", ["s-9", "a.b", "7.s", "é", "9.7.s"])
+def test_signature_binds_the_photo(session_id: str) -> None:
+    named = {"session_secret": "key", "photo_pattern": r"^/films/(?P<photo_id>[0-9]+)"}
+    signed = sign_session(session_id, "key", photo_id=7)
+    assert play(f"session_id={signed}&photo_id=7", **named)[:2] == (session_id, "7")
+    assert play(f"session_id={signed}", "", "/films/7", **named)[:2] == (session_id, "7")
+    assert play(f"session_id={signed}", "photo_id=7", **named)[:2] == (session_id, "7")
+    for query, cookie, path in (
+        (f"session_id={signed}&photo_id=8", "", "/film"),
+        (f"session_id={signed}&photo_id=8", "photo_id=7", "/films/7"),
+        (f"session_id={signed}", "", "/films/70"),
+        (f"session_id={signed}&photo_id=07", "", "/film"),
+    ):
+        assert reason(query, cookie, path, **named) == "bad_signature"
+
+
+def test_photo_can_not_move_into_session() -> None:
+    """The two signatures differ, so neither stands for the other, and no dot moves from one part to the other."""
+    seal = sign_session("s", "key", photo_id="7").rpartition(".")[2]
+    for forged in (f"7.s.{seal}", f"s.{seal}x", sign_session("7.s", "key").removeprefix("7.")):
+        assert reason(f"session_id={forged}&photo_id=7", session_secret="key") == "bad_signature"
+    assert reason(f"session_id={sign_session('s', 'key', photo_id='7')}", session_secret="key") == "no_photo"
+
+
+def test_older_key_binds_photo_too() -> None:
+    signed = sign_session("s", "old", photo_id=7)
+    assert play(f"session_id={signed}&photo_id=7", session_secret="new,old").session_id == "s"
+    assert reason(f"session_id={signed}&photo_id=7", session_secret="new") == "bad_signature"
+
+
+@pytest.mark.parametrize("photo", ["", "seven", "7.1", "-7", "7" * 21, "٧"])
+def test_signing_refuses_what_is_no_photo(photo: str) -> None:
+    with pytest.raises(ValueError, match="photo_id can't be"):
+        sign_session("s", "key", photo_id=photo)
+
+
+# What the URL has no say in.
+
+
+def test_none_takes_places_from_the_search() -> None:
+    assert reason("session_id=a&photo_id=7", session_param="none") == "no_session"
+    assert play("session_id=a&photo_id=7", "session_id=c", session_param="none").session_id == "c"
+    assert reason("photo_id=7", "session_id=c", session_cookie="None") == "no_session"
+    assert reason("session_id=a&photo_id=7", "photo_id=8", photo_param="none") == "no_photo"
+    path = {"photo_param": "none", "photo_pattern": r"^/(?P<photo_id>[0-9]+)"}
+    assert play("session_id=a&photo_id=7", "photo_id=8", "/9", **path).photo_id == "9"
+    inside = {"session_param": "none", "session_cookie": "none", "flask_secret_key": "key"}
+    cookie = flask_cookie("key", session_id="abc")
+    assert play("session_id=a&photo_id=7", f"session_id=c; {cookie}", **inside).session_id == "abc"
+    assert reason("session_id=a&photo_id=7", "session_id=c", **inside) == "no_session"
+    named = {"environ": {"t23.session_id": "app", "t23.photo_id": 9}}
+    nowhere = {"session_param": "none", "session_cookie": "none", "photo_param": "none"}
+    assert play("session_id=a&photo_id=7", **nowhere, **named)[:2] == ("app", "9")
+
+
+def test_first_look_knows_none_too() -> None:
+    reader = identifier(session_param="none", session_cookie="none", photo_param="none")
+    assert reader.missing(request(query="session_id=a&photo_id=7"), "/film") == "no_session"
+    environ = request(query="photo_id=7", HTTP_COOKIE="photo_id=7", **{"t23.session_id": "a"})
+    assert reader.missing(environ, "/film") == "no_photo"
+
+
+def test_distrusted_url_says_neither_skip_nor_player() -> None:
+    query = (
+        "session_id=a&photo_id=7&skip=1&user_player_type=x&user_player_version=1&user_player_resolution=1x1"
+    )
+    assert play(query, trust_url=False) == Play("a", "7")
+    assert play(query, trust_url="0", player_type="html5") == Play("a", "7", player_type="html5")
+    assert play(query, trust_url="0", environ={"t23.skip": 0}).skip == 0
+    assert play(query).skip == 1
+
+
 def test_signing_without_a_key_says_what_to_set() -> None:
     from t23_middleware import ConfigurationError
 
@@ -414,9 +486,37 @@ def test_cookie_and_key_inside_flasks_session_can_be_named() -> None:
     assert play("photo_id=7", renamed, **named).session_id == "u1"
 
 
-def test_the_query_wins_over_flasks_session() -> None:
-    cookie = flask_cookie("key", session_id="flask")
-    assert play("session_id=query&photo_id=7", cookie, flask_secret_key="key").session_id == "query"
+def test_unsigned_never_beats_flasks_session() -> None:
+    """What a viewer writes into the URL or a cookie of its own counts only where Flask's cookie holds no session."""
+    cookie, named = flask_cookie("key", session_id="flask"), {"flask_secret_key": "key"}
+    assert play("session_id=query&photo_id=7", cookie, **named).session_id == "flask"
+    assert play("photo_id=7", f"session_id=own; {cookie}", **named).session_id == "flask"
+    assert play("session_id=query&photo_id=7", flask_cookie("key", other=1), **named).session_id == "query"
+    assert play("session_id=query&photo_id=7", "", **named).session_id == "query"
+    unusable = flask_cookie("key", session_id="a\nb")
+    assert reason("session_id=query&photo_id=7", unusable, **named) == "bad_session"
+
+
+def test_unsigned_never_beats_signed_session() -> None:
+    """In whatever order they stand, and wherever."""
+    signed, named = sign_session("s-9", "key"), {"session_secret": "key", "session_param": "first,second"}
+    assert play("first=forged&photo_id=7", f"session_id={signed}", **named).session_id == "s-9"
+    assert play(f"first=forged.x&second={signed}&photo_id=7", **named).session_id == "s-9"
+    two = {**named, "session_cookie": "one,two"}
+    assert play("photo_id=7", f"one=forged; two={signed}", **two).session_id == "s-9"
+    assert reason("first=forged&photo_id=7", "session_id=forged", **named) == "bad_signature"
+
+
+def test_flasks_session_counts_beside_signed_ones() -> None:
+    keys, cookie = (
+        {"session_secret": "key", "flask_secret_key": "flask"},
+        flask_cookie("flask", session_id="inside"),
+    )
+    assert play(f"session_id={sign_session('s-9', 'key')}&photo_id=7", cookie, **keys).session_id == "s-9"
+    assert play("session_id=forged&photo_id=7", cookie, **keys).session_id == "inside"
+    assert reason("session_id=forged&photo_id=7", "session=forged", **keys) == "bad_signature"
+    assert reason("photo_id=7", "session=forged", **keys) == "bad_signature"
+    assert reason("session_id=forged&photo_id=7", "", **keys) == "bad_signature"
 
 
 def test_a_number_inside_flasks_session_is_a_session() -> None:

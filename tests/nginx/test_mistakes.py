@@ -12,6 +12,7 @@ import pytest
 from t23_middleware.relay.proxy_line import NGINX_LINES
 
 from ..harness import need_root, until
+from ..ports import free_port
 from ..servers.client import Client
 from .stage import SHORT, SHORT_BYTES, Stage, behind_nginx, new_session, target
 
@@ -93,3 +94,85 @@ def test_without_the_setting_a_file_that_nginx_sends_is_counted_as_offloaded():
         for line in NGINX_LINES.replace("{path}", "/var/log/nginx/t23.log").splitlines():
             assert line.strip() in done.stdout, done.stdout
         assert stage.api.recorded() == []
+
+
+def reload(stage: Stage) -> None:
+    """Until no worker of before is left that could take a request."""
+    before = set(stage.nginx.workers())
+    stage.nginx.reload()
+    assert until(lambda: not before & set(stage.nginx.workers())), stage.nginx.said()
+
+
+def change(stage: Stage, old: str, new: str) -> None:
+    """*new* for *old* in the sites of nginx, from its next reload on."""
+    path = stage.nginx.folder / "sites-enabled/films"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def store(stage: Stage, more: str) -> None:
+    """X-Accel-Redirect leads to a store, which nginx asks over HTTP, with *more* in that location."""
+    films = stage.apps["gunicorn"].environ["FILMS"]
+    port = free_port()
+    change(
+        stage,
+        f"location /protected/ {{ internal; alias {films}/; }}",
+        f"location /protected/ {{ internal; {more} proxy_pass http://127.0.0.1:{port}/; }}",
+    )
+    site = stage.nginx.folder / "sites-enabled/store"
+    site.write_text(
+        "limit_req_zone $binary_remote_addr zone=own:1m rate=1000r/s;"
+        f" server {{ listen 127.0.0.1:{port}; root {films}; access_log off; }}"
+    )
+    reload(stage)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        "proxy_cache films; proxy_cache_valid 200 1m; proxy_cache_key of-the-store;",
+        "limit_req zone=own; set $t23play $upstream_http_x_t23_play;",
+    ],
+    ids=["plain", "cached", "limited"],
+)
+def test_store_behind_accel_is_counted(stage: Stage, more: str):
+    """Also where the store's answer comes from nginx's cache: the app was asked all the same."""
+    store(stage, more)
+    for _ in range(2):
+        session, headers = play(stage, "accel")
+        assert stage.sizes(session) == [SHORT_BYTES]
+        assert "x-t23-play" not in headers
+
+
+def test_store_without_its_line_is_told(stage: Stage):
+    store(stage, "limit_req zone=own burst=9;")
+    play(stage, "accel")
+    assert until(lambda: stage.status()["waiting_for_proxy"] == 1), stage.status()
+    done = stage.command("gunicorn", "check", T23_APP="tests.nginx.app:app")
+    assert "set $t23play $upstream_http_x_t23_play;" in done.stdout
+
+
+@pytest.mark.parametrize("more", ["", "proxy_method HEAD;"], ids=["counted", "mended"])
+def test_mirror_is_told_and_mended(stage: Stage, more: str):
+    """The mirror's copies wait for lines that never come; as HEAD they are no plays."""
+    upstream = f"http://127.0.0.1:{stage.apps['gunicorn'].port}"
+    change(
+        stage,
+        f"proxy_pass {upstream};",
+        f"mirror /mirror; proxy_pass {upstream};",
+    )
+    change(
+        stage,
+        "location /protected/",
+        f"location = /mirror {{ internal; {more} proxy_pass {upstream}$request_uri; }} location /protected/",
+    )
+    reload(stage)
+    for _ in range(3):
+        session, _ = play(stage)
+        assert stage.sizes(session) == [SHORT_BYTES]
+    waiting = 0 if more else 3
+    assert until(lambda: stage.status()["waiting_for_proxy"] == waiting), stage.status()
+    said = " ".join(stage.command("gunicorn", "check", T23_APP="tests.nginx.app:app").stdout.split())
+    assert ("does nginx mirror requests to an app that counts?" in said) is not bool(more), said

@@ -52,7 +52,7 @@ class PagesSite:
             connection.close()
 
     def json(self) -> dict[str, Any]:
-        answer = self.ask("/_t23.json")
+        answer = self.ask("/_t23/status.json")
         assert answer.status == 200, answer.body
         found: dict[str, Any] = json.loads(answer.body)
         return found
@@ -64,7 +64,7 @@ def plain_app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
 
 
 @contextmanager
-def serving(state: Path, **settings: Any) -> Iterator[PagesSite]:
+def serving(state: Path, app: Any = plain_app, **settings: Any) -> Iterator[PagesSite]:
     """The app and its pages on a free port."""
     given = {
         "api_url": "https://video.example.com",
@@ -72,8 +72,8 @@ def serving(state: Path, **settings: Any) -> Iterator[PagesSite]:
         "relay": "off",
         "status_token": TOKEN,
     }
-    app = T23Middleware(plain_app, **(given | settings))
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Quiet)
+    wrapped = T23Middleware(app, **(given | settings))
+    server = make_server("127.0.0.1", 0, wrapped, threaded=True, request_handler=_Quiet)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

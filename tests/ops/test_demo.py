@@ -140,6 +140,29 @@ def test_only_the_pages_own_script_can_turn_the_api(running: Demo):
     assert running.ask("/", "x")[0].status == 405
 
 
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"Host": "rebound.evil.example:PORT", "Origin": "http://rebound.evil.example:PORT"},
+        {"Host": "evil"},
+        {"Origin": "https://evil.example"},
+        {"Sec_Fetch_Site": "cross-site"},
+    ],
+    ids=str,
+)
+def test_web_sites_page_turns_nothing(running: Demo, marks: dict[str, str]):
+    """Nor does it get the page, what is shown there, or a play."""
+    before = running.state()["api"]["is"]
+    headers = {name: value.replace("PORT", str(running.port)) for name, value in marks.items()}
+    asked = running.ask("/demo/api", '{"is": "down"}', Content_Type="application/json", **headers)
+    assert asked[0].status == 403
+    for path in ("/", "/demo/state.json"):
+        assert running.ask(path, **headers)[0].status == 403
+    if marks != {"Host": "evil"}:
+        assert running.ask(f"{MEDIA}?session_id=foreign&photo_id=7", **headers)[0].status == 403
+    assert running.state()["api"]["is"] == before
+
+
 def test_the_page_and_its_files_are_safe_and_need_nobody_else(running: Demo):
     for path, kind in (
         ("/", "text/html"),

@@ -116,7 +116,7 @@ def test_without_prometheus_client_the_remedy_is_told(past: PagesSite, monkeypat
     answer = past.ask("/_t23/metrics")
     assert answer.status == 501
     assert "pip install 't23_middleware[metrics]'" in answer.body
-    assert past.ask("/_t23").status == 200
+    assert past.ask("/_t23/").status == 200
 
 
 def test_the_documentation_names_each_metric_and_no_other(past: PagesSite):

@@ -9,10 +9,12 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from t23_middleware.ops import page
+from t23_middleware.ops.page_guard import BURST, DELAY, MOST_ADDRESSES, REFILL, Guard, address_of
 from t23_middleware.relay.outbox import Ingest, OutboxView, SQLiteOutbox
 from t23_middleware.relay.report import Report
 from t23_middleware.settings import Settings
@@ -25,7 +27,9 @@ from .pages import TOKEN, Elements, PagesSite, basic, serving
 from .past import MARKUP, SESSION, fill
 
 FIGURES = ("captured", "waiting", "sent", "dead", "lost")
-ALL = ("/_t23", "/_t23/", "/_t23.json", "/_t23/metrics")
+ALL = ("/_t23/", "/_t23/status.json", "/_t23/metrics")
+#: Addresses that lead to the pages, and where to.
+MOVED = {"/_t23": "_t23/", "/_t23.json": "_t23/status.json"}
 
 
 @pytest.fixture
@@ -47,12 +51,22 @@ def past(state: Path, pages: PagesSite) -> PagesSite:
 
 def test_without_a_token_the_pages_are_the_apps(state: Path):
     with serving(state, status_token=None) as site:
-        for path in ALL:
+        for path in (*ALL, *MOVED):
             assert site.ask(path, Authorization="Bearer ").body == f"the app at {path}"
 
 
 def test_with_a_token_only_the_pages_themselves_are_taken_from_the_app(pages: PagesSite):
-    for path in ("/", "/_t23x", "/_t23/x", "/_t23.json/", "/_t2", "/x/_t23", "/_t23/metrics/"):
+    for path in (
+        "/",
+        "/_t23x",
+        "/_t23/x",
+        "/_t23.json/",
+        "/_t23//",
+        "/_t23/status",
+        "/_t2",
+        "/x/_t23",
+        "/_t23/metrics/",
+    ):
         assert pages.ask(path).body == f"the app at {path}"
 
 
@@ -89,6 +103,100 @@ def test_who_has_no_token_is_asked_for_it_and_told_nothing(past: PagesSite, path
     assert answer.body == "The token is needed: as the password of any user, or as Bearer.\n"
 
 
+@pytest.mark.parametrize("token", [None, TOKEN, "wrong"])
+@pytest.mark.parametrize("path", MOVED)
+def test_former_address_redirects_unasked(past: PagesSite, path: str, token: str | None):
+    """A challenge there would make browsers send the token to every page of the site (RFC 7617, 2.2)."""
+    answer = past.ask(f"{path}?x=1", token=token)
+    assert (answer.status, answer.headers["Location"]) == (301, MOVED[path])
+    assert "WWW-Authenticate" not in answer.headers
+    assert past.ask(f"{path}?refresh").headers["Location"] == f"{MOVED[path]}?refresh"
+
+
+@pytest.mark.parametrize("path", ["/", "/films/1", "/_t23x", "/_t23/x", "/_t23/status.json/"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+def test_app_never_sees_the_token(state: Path, path: str, method: str):
+    """Other credentials are the app's own, and it gets them as they came."""
+    seen: list[object] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        seen.append(environ.get("HTTP_AUTHORIZATION"))
+        start_response("200 OK", [])
+        return []
+
+    own = ("Bearer of-the-app", basic("ops", "of-the-app"), basic(TOKEN, "x"), f"Digest {TOKEN}", "Basic !")
+    with serving(state, app=app) as site:
+        for header in (basic("ops", TOKEN), basic("", TOKEN), f"Bearer {TOKEN}", f"bEARER   {TOKEN} ", *own):
+            site.ask(path, method, Authorization=header)
+    assert seen == [None] * 4 + list(own)
+
+
+def test_wrong_tokens_logged_with_address(past: PagesSite, caplog: pytest.LogCaptureFixture):
+    """One line a minute, however many come; a request without a token is what each browser begins with."""
+    with caplog.at_level(logging.WARNING, "t23_middleware"):
+        past.ask("/_t23/", token=None)
+        assert caplog.records == []
+        for number in range(5):
+            past.ask("/_t23/metrics", token=f"{TOKEN}-{number}", X_Forwarded_For="10.9.9.9, 203.0.113.5")
+    (record,) = caplog.records
+    assert "203.0.113.5" in record.getMessage()
+    assert TOKEN not in caplog.text
+
+
+def test_many_wrong_tokens_slow_down(past: PagesSite):
+    """The right token still opens the pages, also from the same address a moment later, and from others at once."""
+    answers = [past.ask("/_t23/", token=f"wrong-{number}") for number in range(2 * BURST)]
+    assert {answer.status for answer in answers[:BURST]} == {401}
+    refused = answers[-1]
+    assert (refused.status, refused.headers["Retry-After"]) == (429, "1")
+    assert past.ask("/films").status == 200
+    assert past.ask("/_t23/", X_Forwarded_For="203.0.113.7").status == 200
+    assert until(lambda: past.ask("/_t23/").status == 200)
+
+
+def test_guard_delays_one_at_once():
+    """So that a flood of wrong tokens never holds more than one thread of a worker."""
+    slept: list[float] = []
+    guard = Guard(clock=lambda: 100.0, sleep=lambda seconds: (slept.append(seconds), guard.wrong("b")))
+    guard.wrong("a")
+    assert slept == [DELAY]
+
+
+def test_guard_forgives_with_time():
+    now = [1000.0]
+    guard = Guard(clock=lambda: now[0], sleep=lambda seconds: None)
+    for _ in range(BURST):
+        assert not guard.is_closed_to("a")
+        guard.wrong("a")
+    assert guard.is_closed_to("a") and not guard.is_closed_to("b")
+    now[0] += REFILL
+    assert not guard.is_closed_to("a")
+    guard.wrong("a")
+    assert guard.is_closed_to("a")
+
+
+def test_guard_remembers_few_addresses():
+    guard = Guard(clock=lambda: 0.0, sleep=lambda seconds: None)
+    for number in range(3 * MOST_ADDRESSES):
+        guard.wrong(str(number))
+    assert len(guard._forgiven) == MOST_ADDRESSES
+
+
+@pytest.mark.parametrize(
+    ("remote", "forwarded", "address"),
+    [
+        ("9.9.9.9", "198.51.100.1", "9.9.9.9"),
+        ("127.0.0.1", "198.51.100.1, 2001:db8::7", "2001:db8::7"),
+        ("", "198.51.100.1", "198.51.100.1"),
+        ("", "<b>%0a", "an unknown address"),
+        ("10.0.0.1", "fe80::1%forged line", "fe80::1"),
+        ("/run/app.sock", "", "an unknown address"),
+    ],
+)
+def test_address_is_the_nearest_believable(remote: str, forwarded: str, address: str):
+    assert address_of({"REMOTE_ADDR": remote, "HTTP_X_FORWARDED_FOR": forwarded}) == address
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])
 def test_nothing_but_get_and_head_is_answered(past: PagesSite, method: str):
     for path in ALL:
@@ -106,7 +214,12 @@ def test_head_is_get_without_a_body(past: PagesSite, path: str):
 
 @pytest.mark.parametrize(
     ("path", "method", "token"),
-    [*((path, "GET", TOKEN) for path in ALL), ("/_t23", "GET", "wrong"), ("/_t23", "POST", TOKEN)],
+    [
+        *((path, "GET", TOKEN) for path in ALL),
+        ("/_t23/", "GET", "wrong"),
+        ("/_t23/", "POST", TOKEN),
+        ("/_t23", "GET", TOKEN),
+    ],
 )
 def test_every_answer_keeps_itself_to_itself(past: PagesSite, path: str, method: str, token: str):
     headers = past.ask(path, method, token=token).headers
@@ -123,8 +236,8 @@ def test_every_answer_keeps_itself_to_itself(past: PagesSite, path: str, method:
 
 def test_the_pages_may_be_elsewhere(state: Path):
     with serving(state, status_path="/ops/t23/") as site:
-        assert site.ask("/ops/t23").status == 200
-        assert 'href="/ops/t23.json"' in site.ask("/ops/t23/").body
+        assert site.ask("/ops/t23").headers["Location"] == "t23/"
+        assert 'href="/ops/t23/status.json"' in site.ask("/ops/t23/").body
         assert site.ask("/_t23").body == "the app at /_t23"
 
 
@@ -139,7 +252,7 @@ def test_switched_off_there_are_no_pages(state: Path):
 def test_before_the_first_play_all_is_zero_and_nothing_is_made(state: Path, pages: PagesSite):
     told = pages.json()
     assert [told[name] for name in FIGURES] == [0, 0, 0, 0, 0]
-    assert "no state folder yet" in pages.ask("/_t23").body
+    assert "no state folder yet" in pages.ask("/_t23/").body
     assert pages.ask("/_t23/metrics").status == 200
     assert not state.exists()
 
@@ -152,7 +265,7 @@ def test_every_figure_is_the_same_on_page_json_status_and_metrics_and_in_the_cha
     site.play(3)
     site.deliver()
     with serving(site.folder.path, api_url=site.api.url) as pages:
-        told, html = pages.json(), Elements(pages.ask("/_t23").body)
+        told, html = pages.json(), Elements(pages.ask("/_t23/").body)
         metrics = pages.ask("/_t23/metrics").body.splitlines()
     assert [told[name] for name in FIGURES] == [10, 3, 5, 2, 0]
     assert all(type(told[name]) is int for name in FIGURES)
@@ -180,7 +293,7 @@ def test_what_is_wrong_is_said_first_and_in_words(site: Site):
     site.play()
     site.deliver()
     with serving(site.folder.path, api_url=site.api.url) as pages:
-        body = pages.ask("/_t23").body
+        body = pages.ask("/_t23/").body
         words = " ".join(Elements(body).words.split())
     assert "Paused" in body.partition("<title>")[2].partition("</title>")[0]
     assert "state bad" in body
@@ -192,7 +305,7 @@ def test_a_response_that_is_under_way_is_open(site: Site):
         writer.write(transfer(7, 0).opening._replace(started_ns=0))
         with serving(site.folder.path, api_url=site.api.url) as pages:
             assert until(lambda: pages.json()["open_responses"] == 1)
-            assert Elements(pages.ask("/_t23").body).figure("Streams open") == "1"
+            assert Elements(pages.ask("/_t23/").body).figure("Streams open") == "1"
 
 
 @pytest.mark.parametrize(
@@ -209,14 +322,14 @@ def test_a_response_that_is_under_way_is_open(site: Site):
     ],
 )
 def test_accept_decides_between_page_and_json(past: PagesSite, accept: str, kind: str):
-    answer = past.ask("/_t23", Accept=accept)
+    answer = past.ask("/_t23/", Accept=accept)
     assert answer.headers["Content-Type"].partition(";")[0] == kind
     assert "Accept" in answer.headers["Vary"]
 
 
 def test_the_page_loads_itself_anew_where_that_is_wished(past: PagesSite):
-    assert 'http-equiv="refresh"' not in past.ask("/_t23").body
-    assert '<meta http-equiv="refresh" content="30">' in past.ask("/_t23?refresh").body
+    assert 'http-equiv="refresh"' not in past.ask("/_t23/").body
+    assert '<meta http-equiv="refresh" content="30">' in past.ask("/_t23/?refresh").body
 
 
 def test_behind_a_prefix_the_links_carry_it(state: Path):
@@ -231,19 +344,19 @@ def test_behind_a_prefix_the_links_carry_it(state: Path):
     )
     environ = {
         "REQUEST_METHOD": "GET",
-        "PATH_INFO": "/_t23",
+        "PATH_INFO": "/_t23/",
         "SCRIPT_NAME": "/vid\xc3\xa9o",
         "HTTP_AUTHORIZATION": f"Bearer {TOKEN}",
     }
     body = b"".join(pages(environ, lambda status, headers: None)).decode()
-    assert 'href="/vid%C3%A9o/_t23.json"' in body
+    assert 'href="/vid%C3%A9o/_t23/status.json"' in body
 
 
 # What they must not do.
 
 
 def test_the_page_runs_no_script_and_loads_nothing(past: PagesSite):
-    answer = past.ask("/_t23")
+    answer = past.ask("/_t23/")
     elements = Elements(answer.body)
     assert {tag for tag, _ in elements.all} & {
         "script",
@@ -266,7 +379,7 @@ def test_the_page_runs_no_script_and_loads_nothing(past: PagesSite):
 
 
 def test_markup_from_anywhere_is_text(past: PagesSite):
-    body = past.ask("/_t23").body
+    body = past.ask("/_t23/").body
     assert MARKUP not in body
     assert Elements(body).words.count(MARKUP) >= 3, "the state, a trouble and the refusals"
 
@@ -284,7 +397,7 @@ def test_an_unreadable_outbox_is_an_error_in_every_form_and_never_zero(state: Pa
         answer = pages.ask(path)
         assert answer.status == 503
         assert "outbox is corrupt" in answer.body
-    assert "error" in pages.ask("/_t23.json").body
+    assert "error" in pages.ask("/_t23/status.json").body
     assert folder.outbox.read_bytes().startswith(b"this is no database")
 
 
@@ -296,7 +409,7 @@ def test_a_fault_of_ours_is_an_answer_and_a_line_in_the_log(
 
     monkeypatch.setattr(page, "look", broken)
     with caplog.at_level(logging.ERROR):
-        answer = past.ask("/_t23")
+        answer = past.ask("/_t23/")
     assert answer.status == 503
     assert "our own fault" not in answer.body
     assert "our own fault" in caplog.text
@@ -346,7 +459,7 @@ state, token = sys.argv[1:]
 writer = JournalWriter(StateFolder(Path(state)), "0.1.0", "digest")
 assert writer.write(b"rubbish\\n")
 pages = Pages(Settings(environ={"T23_API_URL": "http://x.example", "T23_STATE_DIR": state, "T23_STATUS_TOKEN": token}))
-for path in ("/_t23", "/_t23.json", "/_t23/metrics"):
+for path in ("/_t23/", "/_t23/status.json", "/_t23/metrics"):
     said = []
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "HTTP_AUTHORIZATION": "Bearer " + token}
     pages(environ, lambda status, headers: said.append(status))
@@ -380,7 +493,7 @@ def ask(path):
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": path, "HTTP_AUTHORIZATION": "Bearer " + token}
     list(app(environ, lambda status, headers, exc_info=None: None))
     return sorted({"sqlite3", "requests", "t23_middleware.ops.page"} & set(sys.modules))
-print(ask("/film"), ask("/_t23"))
+print(ask("/film"), ask("/_t23/"))
 """
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.ops.status import look
-from t23_middleware.relay.outbox import Ingest, SQLiteOutbox
+from t23_middleware.relay.outbox import GivenUp, Ingest, SQLiteOutbox
 from t23_middleware.relay.proxy_line import NGINX_LINES
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder
+from t23_middleware.transfer import OFFLOADED, PROXY, Opening
 
 from ..harness import need_root
-from ..relay.test_proxied import says
+from ..relay.test_proxied import FILM, closed, journal, offloaded, opening, says
 from .commands import Site
 from .pages import TOKEN, basic, serving
 from .test_check import items
@@ -160,7 +161,7 @@ def test_status_and_page_tell_what_waits_for_the_proxy_only_where_something_does
     assert all(name in said for name in ("unconfirmed", "proxy_cached"))
     assert site.status()["waiting_for_proxy"] == 3
     with serving(state) as pages:
-        page = pages.ask("/_t23", Authorization=basic("", TOKEN)).body
+        page = pages.ask("/_t23/", Authorization=basic("", TOKEN)).body
     assert "Waiting for the proxy" in page
     assert "plays wait for their lines" in page
 
@@ -172,3 +173,117 @@ def test_a_note_that_is_no_number_is_none(site: Site, noted: str):
     outbox.note({"awaited": noted})
     outbox.close()
     assert look(Settings(environ=site.environ)).awaited == (0, 0, 0)
+
+
+# What waits in vain, and why.
+
+
+def waits(site: Site, log: Path, *plays: Opening) -> None:
+    """A relay took these plays in; their lines are missing of them."""
+    site.folder.create()
+    sent = {OFFLOADED: 0, PROXY: FILM}
+    journal(
+        site.folder,
+        *(line for play in plays for line in (play, closed(play, sent[play.counted_by]))),
+    )
+    site.run("relay", "--once", T23_PROXY_LOG=str(log))
+    assert site.status()["waiting_for_proxy"] == len(plays)
+
+
+def warned(site: Site, log: Path) -> str:
+    """What ``check`` warns of, with the lines to copy."""
+    done = site.run("check", T23_PROXY_LOG=str(log))
+    assert "Traceback" not in done.stderr
+    words = " ".join(done.stdout.partition("\n\n")[0].split())
+    return words if "warn proxy" in words else ""
+
+
+def test_offloaded_play_without_line_is_told(site: Site, tmp_path: Path):
+    """A store behind X-Accel-Redirect: the remedy is a line for its location. A later line of any play says that it works."""
+    log = tmp_path / "t23.log"
+    log.write_text(says(7, 100, ago=60))
+    waits(site, log, offloaded(1, ago=20))
+    said = warned(site, log)
+    assert "1 plays that nginx sends for the app (X-Accel-Redirect) wait" in said
+    assert "set $t23play $upstream_http_x_t23_play;" in said
+    with log.open("a") as file:
+        file.write(says(8, 100, ago=1))
+    assert warned(site, log) == ""
+
+
+def test_lost_offloaded_plays_are_told(site: Site, tmp_path: Path):
+    log = tmp_path / "t23.log"
+    log.write_text(says(7, 100, ago=1))
+    site.folder.create()
+    outbox = SQLiteOutbox(site.folder.outbox)
+    outbox.ingest(Ingest([], [], {}, {}, losses=[GivenUp("no_proxy_line", 3, 0)], at_ms=now_ms()))
+    outbox.close()
+    assert "3 plays that nginx sent for the app were lost lately" in warned(site, log)
+
+
+def test_mirrored_plays_are_told(site: Site, tmp_path: Path):
+    """Each began with another one that has its line; what began at another time, or elsewhere in the file, is no mirror."""
+    log = tmp_path / "t23.log"
+    log.write_text(says(1, FILM, ago=10, seconds=10.0))
+    of_the_third = says(4, FILM, ago=8, seconds=7.1)
+    waits(site, log, opening(2, ago=20.1), opening(3, ago=15))
+    assert warned(site, log) == "", "one of two may be chance"
+    with log.open("a") as file:
+        file.write(of_the_third)
+    said = warned(site, log)
+    assert "2 plays wait that began together with another one" in said
+    assert "T23_ENABLED=0" in said
+    assert "proxy_method HEAD;" in said
+
+
+def test_another_part_is_no_mirror(site: Site, tmp_path: Path):
+    log = tmp_path / "t23.log"
+    half = FILM // 2
+    part = {"status": 206, "range": f"bytes {half}-{FILM - 1}/{FILM}", "length": str(half)}
+    log.write_text(says(1, half, ago=10, seconds=10.0, **part))
+    waits(site, log, opening(2, ago=20))
+    assert warned(site, log) == ""
+
+
+@pytest.mark.parametrize("name", ["t23.log.before", "t23.yesterday.log", "old/t23-of-monday"])
+def test_lines_in_an_unknown_file_are_found(site: Site, tmp_path: Path, name: str):
+    """The relay was away while somebody moved the log: ``check`` names the file, and ``ingest`` reads it."""
+    log = tmp_path / "log" / "t23.log"
+    (log.parent / "old").mkdir(parents=True)
+    log.write_text(says(7, 100, ago=60))
+    waits(site, log, opening(1, ago=20))
+    moved = log.rename(log.parent / name)
+    with moved.open("a") as file:
+        file.write(says(1, 4_000_000, ago=5, seconds=15.0))
+    log.touch()
+    said = warned(site, log)
+    assert f"1 plays wait for lines that are in {moved}" in said
+    assert f"t23-middleware ingest {moved}" in said
+    done = site.run("ingest", str(moved), T23_PROXY_LOG=str(log))
+    assert done.returncode == 0, done.stderr
+    assert warned(site, log) == ""
+
+
+def test_log_that_left_its_folder_is_told(site: Site, tmp_path: Path):
+    """An olddir elsewhere, or compression at once."""
+    log = tmp_path / "log" / "t23.log"
+    log.parent.mkdir()
+    log.write_text(says(7, 100, ago=60))
+    waits(site, log, opening(1, ago=20))
+    log.rename(tmp_path / "t23.log.1")
+    log.touch()
+    said = warned(site, log)
+    assert "the file that the relay read last is neither" in said
+    assert "delaycompress" in said
+
+
+def test_log_without_cache_is_told(site: Site, tmp_path: Path):
+    """By its latest line, for the former ones stay when the lines of nginx were taken anew."""
+    log = tmp_path / "t23.log"
+    old = says(1, 100).replace(',"cache":""', "")
+    log.write_text(old)
+    said = warned(site, log)
+    assert "lack $upstream_cache_status" in said
+    assert NGINX_LINES.split("\n")[1] in said
+    log.write_text(old + says(2, 100))
+    assert warned(site, log) == ""

@@ -200,6 +200,35 @@ def test_lines_that_are_foreign_broken_or_repeated_are_counted_and_the_next_is_r
     assert found["proxy_cached"] == 1
 
 
+@pytest.mark.parametrize(
+    ("cache", "by"),
+    [("HIT", PROXY), ("STALE", OFFLOADED), ("UPDATING", PROXY), ("REVALIDATED", OFFLOADED)],
+)
+def test_cached_line_decides_nothing(api, folder, log, cache, by):
+    """It comes before the play's own: that one is still under way, while others are answered with what it brought."""
+    play = opening(1, ago=20) if by == PROXY else offloaded(1, ago=20)
+    journal(folder, play, closed(play, FILM if by == PROXY else 0))
+    log.write_text(says(1, 5000, ago=19, cache=cache) + says(1, 2, ago=18, cache=cache))
+    with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
+        assert until(lambda: seen(folder).counters.get("proxy_cached") == 1), "a probe is no play"
+        assert told(api) == {}
+        append(log, says(1, 5000, ago=1, cache=cache), says(1, 700_000, ago=0.5, cache="MISS"))
+        api.wait_for(1, PATIENCE)
+    assert told(api) == {"s1": [700_000]}
+    assert seen(folder).counters["proxy_cached"] == 2
+
+
+def test_cached_line_before_its_journal_decides_nothing(api, folder, log):
+    append(log, says(1, 9000, ago=2, cache="HIT"))
+    with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
+        assert until(lambda: seen(folder).counters.get("proxy_cached") == 1)
+        play = opening(1, ago=1)
+        journal(folder, play, closed(play))
+        append(log, says(1, 5_000_000, ago=0, cache="EXPIRED"))
+        api.wait_for(1, PATIENCE)
+    assert told(api) == {"s1": [5_000_000]}
+
+
 def test_a_second_line_is_known_as_such_after_a_restart_and_long_after_the_play(api, folder, log):
     play = opening(1, ago=20)
     journal(folder, play, closed(play))

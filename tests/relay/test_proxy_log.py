@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from t23_middleware.relay.proxy_line import (
     APACHE_LINES,
+    CACHE_NOT_TOLD,
     LONGEST_LINE,
     NGINX_LINES,
     ProxyLine,
@@ -225,6 +226,28 @@ def test_a_line_with_a_value_that_cannot_be_is_bad(changed: dict[str, Any]) -> N
     assert parse_line(json.dumps(fields(**changed))) == "proxy_bad"
 
 
+def test_line_without_cache_says_so() -> None:
+    """It is written with lines of ours that did not have that field yet; Apache's never have it."""
+    without = {name: value for name, value in fields().items() if name != "cache"}
+    parsed = parse_line(json.dumps(without))
+    assert isinstance(parsed, ProxyLine)
+    assert (parsed.cache, parsed.is_cached) == (CACHE_NOT_TOLD, False)
+    assert ProxyLine.from_text(parsed.to_text()) == parsed
+
+
+@pytest.mark.parametrize(
+    ("cache", "is_cached"),
+    [
+        *((cache, True) for cache in ("HIT", "STALE", "UPDATING", "REVALIDATED")),
+        *((cache, False) for cache in ("", "MISS", "EXPIRED", "BYPASS", "SCARCE")),
+    ],
+)
+def test_cached_is_what_nobody_asked_for(cache: str, is_cached: bool) -> None:
+    parsed = parse_line(json.dumps(fields(cache=cache)))
+    assert isinstance(parsed, ProxyLine)
+    assert parsed.is_cached is is_cached
+
+
 @pytest.mark.parametrize("missing", [name for name in fields() if name != "cache"])
 def test_a_line_without_one_of_the_fields_is_no_play(missing: str) -> None:
     said = fields()
@@ -411,6 +434,109 @@ def test_dated_names_are_followed_too(path: Path, follower: Follower, form: str)
     assert follower.poll() == [2, 3, 4]
     append(path, lines(5))
     assert follower.poll() == [5]
+
+
+#: Names that logrotate's ``extension``, ``dateformat`` and ``olddir`` give; the latter two are counted by {day}.
+NAMES = [
+    "t23-2026112{day}.log",
+    "t23_2026-11-2{day}.log",
+    "t23.log_2026112{day}",
+    "t23.log2026112{day}",
+    "t23.log.2026-11-2{day}T10:00",
+    "t23.log-179500000{day}",
+    "old/t23.log-2026112{day}",
+    "old/t23-2026112{day}.log",
+]
+
+
+@pytest.mark.parametrize("form", NAMES)
+def test_logrotates_names_are_followed(path: Path, follower: Follower, form: str) -> None:
+    """Also where the relay was away, and knows a file by its name only."""
+    (path.parent / "old").mkdir()
+    append(path, lines(0))
+    follower.poll()
+    for day in (1, 2, 3):
+        append(path, lines(day))
+        path.replace(path.parent / form.format(day=day))
+    append(path, lines(4))
+    follower.restart()
+    assert follower.poll() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["t23.{}.log", "old/t23.{}.log", "old/t23.log.{}"])
+def test_numbers_before_the_extension_are_followed(path: Path, follower: Follower, form: str) -> None:
+    (path.parent / "old").mkdir()
+    append(path, lines(0))
+    follower.poll()
+    append(path, lines(1))
+    path.replace(path.parent / form.format(2))
+    append(path, lines(2))
+    path.replace(path.parent / form.format(1))
+    append(path, lines(3))
+    follower.restart()
+    assert follower.poll() == [1, 2, 3]
+
+
+def test_day_first_dates_go_by_time(path: Path, follower: Follower) -> None:
+    """``dateformat .%d-%m-%Y``: the text of a date does not sort as its time does."""
+    for number, date in enumerate(("29-10-2026", "30-10-2026", "01-11-2026"), 1):
+        rotated = path.with_name(f"t23.log.{date}")
+        append(rotated, lines(number))
+        os.utime(rotated, (1_795_000_000 + number, 1_795_000_000 + number))
+    append(path, lines(4))
+    assert follower.poll() == [2, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["elsewhere/{}", "t23.log.before-{}", "{}-of-yesterday", "gone"])
+def test_any_name_is_followed_while_running(path: Path, follower: Follower, form: str) -> None:
+    """A relay that runs has the file open: what nginx writes on to it until it reopens is read, wherever that is."""
+    (path.parent / "elsewhere").mkdir()
+    follower.poll()
+    for number in (1, 3, 5):
+        append(path, lines(number))
+        assert follower.poll() == [number]
+        with path.open("ab") as old:
+            if form == "gone":
+                path.unlink()
+            else:
+                path.rename(path.parent / form.format(number))
+            old.write(lines(number + 1))
+            old.flush()
+            assert follower.poll() == [number + 1], "before the next log is made"
+            append(path, lines(number + 10))
+            old.write(lines(number + 20))
+            old.flush()
+            assert follower.poll() == [number + 20, number + 10], "the older file first"
+    assert follower.log.problem is None
+
+
+def test_removed_log_is_closed_in_time(path: Path) -> None:
+    """So that its room on the disk comes back; others are closed when two more were rotated."""
+    now = [100.0]
+    log = ProxyLog(path, [], clock=lambda: now[0])
+
+    def open_files() -> int:
+        log.read()
+        return kept_open(path.parent)
+
+    append(path, lines(1))
+    assert open_files() == 1
+    path.unlink()
+    assert open_files() == 1
+    now[0] += 61
+    assert open_files() == 0
+    for number in range(6):
+        append(path, lines(number))
+        assert open_files() == 1 + min(number, 2)
+        path.rename(path.with_name(f"anything-{number}"))
+    log = ProxyLog(path, [])
+    assert kept_open(path.parent) == 0, "what nobody follows any more is closed"
+
+
+def kept_open(folder: Path) -> int:
+    """How many files in *folder* this process has open."""
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(link.is_relative_to(folder) for link in links)
 
 
 def test_of_two_ways_of_naming_the_newer_one_is_followed(path: Path, follower: Follower) -> None:

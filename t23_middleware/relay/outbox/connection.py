@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +40,7 @@ def immediate(db: sqlite3.Connection) -> Iterator[None]:
 
 def open_beside(path: Path, mode: str) -> sqlite3.Connection:
     """The database that a relay may be working on: never made, replaced or checked in full here."""
-    if not path.exists():
-        raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts")
+    _refuse_what_is_no_file(path)
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
     )
@@ -58,6 +59,20 @@ def open_beside(path: Path, mode: str) -> sqlite3.Connection:
         db.close()
         raise
     return db
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """SQLite would wait for a FIFO's writer for ever, and says of nothing why it can't be opened."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts") from None
+    except OSError as error:
+        raise OutboxError(
+            f"the outbox {path} can't be read by user {os.geteuid()} ({error.strerror}); run this as the workers' user"
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise OutboxError(f"the outbox {path} is no file; move it away, and a relay makes a new one")
 
 
 @contextmanager

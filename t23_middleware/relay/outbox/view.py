@@ -10,10 +10,11 @@ from typing import Any
 from .. import history
 from ..history import Fatality, History, Series, Watched
 from ..report import Report
+from ..viewer import Key
 from .connection import immediate, open_beside, translated
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, STATS
 from .tally import lose
-from .values import DeadReport, Loss, Snapshot, Stats, Waiting
+from .values import DeadReport, Loss, OutboxCorrupt, Snapshot, Stats, Waiting
 
 _STEPS = f"""
 SELECT minute / ?, name, CASE WHEN name IN {history.GAUGES} THEN max(value) ELSE CAST(total(value) AS INTEGER) END
@@ -22,6 +23,16 @@ FROM minutes WHERE minute >= ? GROUP BY 1, 2
 _VIDEOS = """
 SELECT host, photo_id, sum(plays), CAST(total(bytes) AS INTEGER) FROM videos WHERE hour >= ? GROUP BY 1, 2
 """
+
+
+def _sound(rows: list[Any], *kinds: type) -> list[Any]:
+    """*rows*, whose first columns are of these *kinds*: SQLite keeps anything in any column, so damage may be there."""
+    for row in rows:
+        if not all(map(isinstance, row, kinds)):
+            raise OutboxCorrupt(
+                "the outbox is corrupt (it holds a value of the wrong kind); restart the relay to begin a new one"
+            )
+    return rows
 
 
 class OutboxView:
@@ -43,15 +54,19 @@ class OutboxView:
     def snapshot(self) -> Snapshot:
         """The figures of one moment, which add up."""
         with self._one_moment():
-            oldest = self._rows(OLDEST)
+            oldest = _sound(self._rows(OLDEST), int)
+            counters = self._rows("SELECT name, value FROM counters")
+            losses = self._rows("SELECT * FROM losses ORDER BY day, reason")
+            places = self._rows("SELECT name, offset FROM journals")
+            notes = self._rows("SELECT name, value FROM summary")
             return Snapshot(
-                Stats(*self._rows(STATS)[0]),
-                [host for (host,) in self._rows(HOSTS)],
+                Stats(*_sound(self._rows(STATS), int, int, int, int, int)[0]),
+                [host for (host,) in _sound(self._rows(HOSTS), str)],
                 oldest[0][0] if oldest else None,
-                dict(self._rows("SELECT name, value FROM counters")),
-                [Loss(*row) for row in self._rows("SELECT * FROM losses ORDER BY day, reason")],
-                dict(self._rows("SELECT name, offset FROM journals")),
-                dict(self._rows("SELECT name, value FROM summary")),
+                dict(_sound(counters, str, int)),
+                [Loss(*row) for row in _sound(losses, str, str, int, int)],
+                dict(_sound(places, str, int)),
+                dict(_sound(notes, str, str)),
             )
 
     def history(self, now_ms: int) -> History:
@@ -84,10 +99,22 @@ class OutboxView:
             rows = self._rows(f"SELECT leased, {REPORT_COLUMNS} FROM reports ORDER BY id DESC LIMIT ?", most)
         return [Waiting(Report(*report), bool(leased)) for leased, *report in reversed(rows)]
 
+    def viewings(self) -> list[tuple[Key, str]]:
+        """The viewings that are under way, as :meth:`~t23_middleware.relay.viewer.Viewer.load` takes them."""
+        with self._one_moment():
+            rows = self._rows("SELECT host, session_id, photo_id, state FROM viewings")
+        return [((host, session_id, photo_id), state) for host, session_id, photo_id, state in rows]
+
+    def proxy_rows(self) -> dict[str, str]:
+        """What the relay knows of the proxy's logs, see :mod:`~t23_middleware.relay.proxy_join`."""
+        with self._one_moment():
+            return dict(self._rows("SELECT name, value FROM proxy"))
+
     def dead(self) -> list[DeadReport]:
         """The refused reports, the oldest first."""
         with self._one_moment():
             rows = self._rows(f"SELECT id, code, answer, died_ms, {REPORT_COLUMNS} FROM dead ORDER BY id")
+        _sound(rows, int, str, str, int, int, str, str, str, int, int)
         return [DeadReport(id, Report(*report), code, answer, ms) for id, code, answer, ms, *report in rows]
 
     def _rows(self, query: str, *values: int) -> list[Any]:

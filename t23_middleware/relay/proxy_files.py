@@ -1,0 +1,241 @@
+"""Where the proxy's log is when it was rotated: its siblings by their names, and wherever it was moved to by a descriptor."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+#: Rotated siblings that are followed, however old; and files that are kept open once others took their name.
+NEWEST = 2
+#: The most that are gone back to after a long absence: four days of hourly ones.
+FURTHEST = 100
+#: Seconds without a change after which a file that was removed is closed, so that the disk gets its room back.
+REMOVED_FOR = 60.0
+
+
+class _HasInode(Protocol):
+    @property
+    def inode(self) -> int: ...
+
+
+class _KeptFile(NamedTuple):
+    descriptor: int
+    device: int
+    inode: int
+
+
+class Kept:
+    """The file that lies at a path, and the ones before it, each open: they are read on under any name, in any folder.
+
+    *clock* gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        #: The newest first.
+        self._files: list[_KeptFile] = []
+        #: Descriptor -> size, and when it was seen to change.
+        self._grown: dict[int, tuple[int, float]] = {}
+
+    def __del__(self) -> None:
+        for file in self._files:
+            os.close(file.descriptor)
+
+    def look(self, path: Path) -> dict[Path, os.stat_result]:
+        """Keep the file at *path*. The former ones, newest first, by a path that :meth:`open` knows."""
+        now = self._keep(path)
+        former = {}
+        for file in [each for each in self._files if each != now]:
+            there = os.fstat(file.descriptor)
+            if self._is_over(file, there):
+                self._let_go(file)
+            else:
+                former[_path_of(file)] = there
+        return former
+
+    def open(self, path: Path) -> int | None:
+        """A new descriptor of the kept file that :meth:`look` gave as *path*; ``None`` where it is none of these."""
+        found = [file.descriptor for file in self._files if _path_of(file) == path]
+        return os.dup(found[0]) if found else None
+
+    def _keep(self, path: Path) -> _KeptFile | None:
+        """The kept file that lies at *path* now, opened where it is a new one."""
+        try:
+            there = path.stat()
+            if not stat.S_ISREG(there.st_mode):
+                return None
+            for file in self._files:
+                if (file.device, file.inode) == (there.st_dev, there.st_ino):
+                    return file
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            return None  # whoever reads the log says what is wrong with it
+        there = os.fstat(descriptor)
+        self._files.insert(0, file := _KeptFile(descriptor, there.st_dev, there.st_ino))
+        for old in self._files[1 + NEWEST :]:
+            self._let_go(old)
+        return file
+
+    def _is_over(self, file: _KeptFile, there: os.stat_result) -> bool:
+        """Whether nobody writes to *file* any more, and nobody else has it."""
+        size, since = self._grown.get(file.descriptor, (-1, 0.0))
+        if size != there.st_size:
+            since = self._clock()
+            self._grown[file.descriptor] = there.st_size, since
+        return there.st_nlink == 0 and self._clock() - since > REMOVED_FOR
+
+    def _let_go(self, file: _KeptFile) -> None:
+        self._files.remove(file)
+        self._grown.pop(file.descriptor, None)
+        os.close(file.descriptor)
+
+
+def _path_of(file: _KeptFile) -> Path:
+    return Path(f"/proc/self/fd/{file.descriptor}")
+
+
+class Siblings:
+    """The rotated files of a log, uncompressed: named in the ways of logrotate (``.1``, ``-20261124``, another ``dateformat``,
+    with ``extension`` in front of the log's own ending, in an ``olddir`` below the log's folder) and rotatelogs."""
+
+    def __init__(self, log: Path) -> None:
+        # A link's file is rotated where it lies.
+        real = Path(os.path.realpath(log))
+        self._log = log
+        self._folder = real.parent
+        self._stem = real.stem
+        self._first = real.with_name(f"{real.name}.1")
+        name, stem, ending = re.escape(real.name), re.escape(real.stem), re.escape(real.suffix)
+        number, date = r"\.(\d{1,4})", r"[._-]?(\d[\d._:T-]{5,30})"
+        self._number = re.compile(f"{name}{number}|{stem}{number}{ending}")
+        self._date = re.compile(f"{name}{date}|{stem}{date}{ending}")
+        self._listed: int | None = None
+        self._newest: list[Path] = []
+        #: Inode of the newest file, the log or a sibling, that is known: there reading goes on.
+        self.last: int | None = None
+        #: Why they can't be seen.
+        self.problem: str | None = None
+
+    def newest(self, places: Sequence[_HasInode]) -> list[Path]:
+        """Newest first. The folder is read only when something was made, renamed or removed in it, or to catch up."""
+        try:
+            changed = self._folder.stat().st_mtime_ns
+            if changed != self._listed or len(self._newest) > NEWEST:
+                # Two changes within one tick of the kernel's clock leave the same time.
+                self._listed = changed if time.time_ns() - changed > 1_000_000_000 else None
+                self._newest, self.last, self.problem = *self._choose(places), None
+        except PermissionError:
+            self._newest, self.last, self.problem = [self._first], None, closed_folder(self._folder)
+        except OSError:
+            self._newest, self.last, self.problem = [], None, None
+        return self._newest
+
+    def strangers(self) -> list[Path]:
+        """Files that may be the log's by their names, there or in a folder below, whose names none of these ways gives.
+
+        The latest changed first; none where the folder can't be read.
+        """
+        found = []
+        try:
+            for folder in (self._folder, *_folders_in(self._folder)):
+                for name in _names_in(folder):
+                    if name.startswith(self._stem) and not self._is_named(name):
+                        found.append(folder / name)
+        except OSError:
+            return []
+        return sorted(found, key=_changed, reverse=True)
+
+    def _is_named(self, name: str) -> bool:
+        return name == self._log.name or any(way.fullmatch(name) for way in (self._number, self._date))
+
+    def all(self) -> list[Path]:
+        """The files by these ways of naming, the log first, there or in a folder below; none where that can't be read."""
+        try:
+            return [self._log, *self._sorted([self._folder, *_folders_in(self._folder)])]
+        except OSError:
+            return []
+
+    def forget(self) -> None:
+        """Look for names anew, whatever the folder's time says."""
+        self._listed = None
+
+    def _choose(self, places: Sequence[_HasInode]) -> tuple[list[Path], int | None]:
+        """The newest two; where neither the log nor they are known, all since the last one that is. And its inode."""
+        paths = self._sorted([self._folder])
+        known = {place.inode for place in places}
+        if not known:
+            return paths[:NEWEST], None
+        if last := self._last_known(paths, known):
+            return last
+        elsewhere = self._sorted([self._folder, *_folders_in(self._folder)])
+        return self._last_known(elsewhere, known) or (paths[:NEWEST], None)
+
+    def _last_known(self, paths: list[Path], known: set[int]) -> tuple[list[Path], int] | None:
+        for number, path in enumerate([self._log, *paths[:FURTHEST]]):
+            if (inode := _inode(path)) in known and inode is not None:
+                return paths[: max(NEWEST, number)], inode
+        return None
+
+    def _sorted(self, folders: Iterable[Path]) -> list[Path]:
+        """By their names, since a ``sed -i`` changes their times; where the naming was changed, the newer way first."""
+        numbers, dates = [], []
+        for folder in folders:
+            for name in _names_in(folder):
+                if (found := self._number.fullmatch(name)) is not None:
+                    numbers.append((-int(found[1] or found[2]), folder / name))
+                elif (found := self._date.fullmatch(name)) is not None:
+                    dates.append((found[1] or found[2], folder / name))
+        if not all(_YEAR_FIRST.match(date) for date, _ in dates):
+            dates = [(f"{_changed(path):020}", path) for _, path in dates]
+        ways = [[path for _, path in sorted(way, reverse=True)] for way in (numbers, dates)]
+        ways.sort(key=lambda paths: _changed(paths[0]) if paths else 0, reverse=True)
+        return ways[0] + ways[1]
+
+
+#: A date whose text sorts as its time does; or seconds since the epoch.
+_YEAR_FIRST = re.compile(r"(?:19|20)\d\d|1\d{9}(?!\d)")
+
+
+def _names_in(folder: Path) -> list[str]:
+    return os.listdir(folder)  # noqa: PTH208  (names are all that is needed)
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Those that can be listed."""
+    with os.scandir(folder) as entries:
+        paths = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    return [path for path in paths if os.access(path, os.R_OK | os.X_OK)]
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def closed_folder(folder: Path) -> str:
+    return (
+        f"{folder} can't be listed by {user()}, so plays are missed whenever the log in it is rotated: allow it "
+        f"(`setfacl -m u:{user()}:rx {folder}`), or let the proxy write the log to another folder"
+    )
+
+
+def user() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"uid {os.geteuid()}"
