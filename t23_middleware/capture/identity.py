@@ -62,10 +62,6 @@ class _Asked:
         return parse_cookie(_as_utf8(self._cookie))
 
 
-#: Of a request whose URL is not trusted.
-_NOTHING = _Asked({})
-
-
 class Identifier:
     """Reads the play out of requests, as the settings say where to look."""
 
@@ -110,7 +106,7 @@ class Identifier:
         Raises :class:`NotCounted` where it names none, or one that can't be believed.
         """
         asked = _Asked(environ)
-        said = asked if self._settings.trust_url else _NOTHING
+        said = asked if self._settings.trust_url else _Asked({})
         return Play(
             session_id=self._session(environ, path, asked),
             photo_id=self._photo(environ, path, asked),
