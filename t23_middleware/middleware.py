@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 #: In the environ of a request that passed through us: a second middleware round the same app leaves it alone.
 SEEN = "t23.seen"
+#: In the environ while the app is asked: a call that it makes to itself is part of its answer, and is not counted again.
+CALLING = "t23.calling"
 #: The operator's pages, as they follow ``T23_STATUS_PATH``; what else is under it is the app's.
 PAGES = frozenset(("", "/", ".json", "/metrics"))
 
@@ -41,20 +43,24 @@ class T23Middleware:
         if capture is None or self._is_inner(environ):
             return self.app(environ, start_response)
         capture.wake()
-        if environ.get("REQUEST_METHOD") != "GET":
-            return self.app(environ, start_response)
-        response = Response(environ, start_response, capture)
+        environ[CALLING] = True
         try:
-            body = self.app(environ, response.start)
-        except BaseException:
-            response.abandon()
-            raise
+            if environ.get("REQUEST_METHOD") != "GET":
+                return self.app(environ, start_response)
+            response = Response(environ, start_response, capture)
+            try:
+                body = self.app(environ, response.start)
+            except BaseException:
+                response.abandon()
+                raise
+        finally:
+            environ[CALLING] = False
         return response.body(body)  # type: ignore[no-any-return]
 
     def _is_inner(self, environ: WSGIEnvironment) -> bool:
         outer = environ.setdefault(SEEN, self)
         if outer is self:
-            return False  # also where the app is called again with the same environ
+            return bool(environ.get(CALLING))  # else the app is called again with the same environ
         if not self._told_of_two:
             self._told_of_two = True
             log.warning(

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from types import WrapperDescriptorType
 from typing import Any, Protocol
+
+
+_NEVER = object()
 
 
 class Ending(Protocol):
@@ -39,9 +44,9 @@ class CountedIterable:
 
     def __iter__(self) -> Iterator[bytes]:
         iterator = iter(self._body)
-        if self._chunks is not None:
-            # gevent adds up a list's lengths in a second pass, before it sends the first chunk (pywsgi.py,
-            # ``finalize_headers``).
+        if self._chunks is not None and self._chunks() is not None:
+            # gevent adds up a list's lengths in a second pass within the first, before it sends the first chunk
+            # (pywsgi.py, ``finalize_headers``).
             return iterator
         chunks = self._count(iterator)
         self._chunks = weakref.ref(chunks)
@@ -49,11 +54,11 @@ class CountedIterable:
 
     def _count(self, iterator: Iterator[bytes]) -> Generator[bytes, None, None]:
         # Variables that a closure sees cost less per chunk than attributes.
-        taken, offered, mark = 0, 0, 1
+        (taken, offered), mark = self._sizes(), 1  # an outer middleware may have had a look at the first chunk
         self._sizes = lambda: (taken, offered)
         ending = self._ending
         try:
-            for chunk in iterator:
+            for chunk in _once(iterator):
                 offered += len(chunk) if type(chunk) is bytes else size_of(chunk)
                 yield chunk
                 taken = offered
@@ -97,7 +102,11 @@ class CountedSequence(CountedIterable):
 
 def counted_iterable(body: Iterable[bytes], ending: Ending) -> CountedIterable:
     """The counted form of *body*."""
-    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending)
+    try:
+        has_length = hasattr(body, "__len__")
+    except Exception:  # an object of the app's that fails where the server may not have asked
+        has_length = False
+    return (CountedSequence if has_length else CountedIterable)(body, ending)
 
 
 def size_of(chunk: Any) -> int:
@@ -120,3 +129,11 @@ def _close(body: Any) -> None:
     close = getattr(body, "close", None)
     if close is not None:
         close()
+
+
+def _once(iterator: Iterator[Any]) -> Iterator[Any]:
+    """For a loop, *iterator* whose ``__iter__`` was called: a class in Python may have none, or one that does something."""
+    kind = type(iterator)
+    if type(getattr(kind, "__iter__", None)) is WrapperDescriptorType:
+        return iterator  # made in C: it gives itself
+    return iter(partial(kind.__next__, iterator), _NEVER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..media import SEGMENT_ENDINGS, MediaTypes
@@ -90,7 +90,8 @@ class Response:
 
     def __init__(self, environ: WSGIEnvironment, start_response: StartResponse, capture: Capture) -> None:
         self._environ = environ
-        self._path: str = environ.get("PATH_INFO", "")
+        path = environ.get("PATH_INFO")
+        self._path = path if isinstance(path, str) else ""
         self._start = start_response
         self._capture = capture
         self._status: str | None = None
@@ -116,7 +117,7 @@ class Response:
         self, status: str, headers: Any, exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], object]:
         """``start_response`` as the app sees it (PEP 3333)."""
-        headers, self_headers = _twice(headers)
+        headers, self_headers = _twice(headers, self._capture.has_proxy_log)
         former = self._status, self._headers, self._counted_by
         if self._capture.has_proxy_log:
             # The proxy reads the play's name from the headers, so it is decided before the server has them.
@@ -169,17 +170,23 @@ class Response:
 
     def body(self, body: Any) -> Any:
         """The body for the server: counted where this is a play, else the very object that the app returned."""
+        try:
+            return self._counted(body)
+        except Exception:  # an object of the app's that fails where the server would not have asked
+            _say_not_recorded()
+            self.end(0, 0)
+            return body
+
+    def _counted(self, body: Any) -> Any:
         if self._status is None:
             self._is_late = True
             return self._iterated(body) if self._missing() is None and _is_iterable(body) else body
-        if isinstance(body, CountedIterable):
-            return body  # the app called itself with the same environ, and that call is counted
         if self._counted_by is None or not self._begin() or self._recording is None:
             return body
         if self._counted_by == OFFLOADED:
             self.end(0, 0)  # the file is the proxy's to send, and to count
             return body
-        if type(body) in (bytes, bytearray) and uwsgi_server() is not None:
+        if isinstance(body, (bytes, bytearray)) and uwsgi_server() is not None:
             self.end_unseen(len(body))  # uWSGI sends it as it is, and has nothing to close
             return body
         if type(body) is list and self._environ.get("SERVER_SOFTWARE") == "Granian":
@@ -187,12 +194,12 @@ class Response:
             size = sum(map(size_of, body))
             self.end(size, size)
             return body
-        if not _is_iterable(body):
-            self.end(0, 0)  # for the server to judge
-            return body
         body, ends_itself = counted_file(
             body, self._environ, self._recording.opening, self, self._capture.file_way
         )
+        if not ends_itself and not _is_iterable(body):
+            self.end(0, 0)  # for the server to judge
+            return body
         return body if ends_itself else self._iterated(body)
 
     def _iterated(self, body: Iterable[bytes]) -> CountedIterable:
@@ -287,7 +294,10 @@ class Response:
         return self._recording is not None
 
     def _missing(self) -> str | None:
-        return self._capture.identifier.missing(self._environ, self._path)
+        try:
+            return self._capture.identifier.missing(self._environ, self._path)
+        except Exception:  # an app or an outer middleware has put something else than text there
+            return "no_session"
 
     def _record(self, said: str) -> Recording | None:
         if self._counted_by is None or self._environ.get("t23.ignore"):
@@ -354,15 +364,32 @@ class Response:
         )
 
 
-def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
-    """*headers* for the server, and once more for us: servers take any iterable, which may be read only once."""
+def _twice(headers: Any, at_once: bool) -> tuple[Any, Iterable[Any]]:
+    """*headers* for the server, and once more for us: servers take any iterable, which may be read only once.
+
+    *at_once* says that ours are read before the server's.
+    """
     if type(headers) is list or type(headers) is tuple:
         return headers, headers
+    items: list[Any] = []
     try:
-        items = list(headers)
-    except TypeError:
+        is_iterator = iter(headers) is headers
+        if not is_iterator:
+            items += headers
+    except Exception:
         return headers, ()  # for the server to judge
-    return headers if isinstance(headers, Sized) else iter(items), items
+    if not is_iterator:
+        return headers, items
+    if not at_once:
+        return _recorded(headers, items), items
+    items += headers
+    return iter(items), items
+
+
+def _recorded(headers: Iterator[Any], items: list[Any]) -> Iterator[Any]:
+    for item in headers:
+        items.append(item)
+        yield item
 
 
 def _pairs(headers: Iterable[Any]) -> Iterable[tuple[str, str]]:

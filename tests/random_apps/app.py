@@ -129,7 +129,7 @@ class RandomApp:
             return self._late(self._body(environ, wrapper), start)
         if how.startswith("late") or how == "exc_info late":
             return self._late(self._body(environ, wrapper), start)
-        if how == "never" or how == "in close":
+        if how in ("never", "in close") and not self._is_file():
             return self._body(environ, wrapper, start)
         write = self._begin(start)
         self.fail("after start")
@@ -275,7 +275,7 @@ class RandomApp:
 
     def _size(self) -> int:
         """The length that the app declares: of its file, or of its pieces and what it writes."""
-        if self.does("body").startswith(("file", "wrapper", "werkzeug")):
+        if self._is_file():
             return 5000 if self.does("position") == "0" else 3000
         return sum(map(len, self._pieces())) + {"one": 50, "three": 90, "bytearray": 50}.get(
             self.does("write"), 0
@@ -320,7 +320,7 @@ class RandomApp:
 
     def _body(self, environ: dict[str, Any], wrapper: Any, start: Any = None) -> Any:
         kind = self.does("body")
-        if kind.startswith(("file", "wrapper", "werkzeug")):
+        if self._is_file():
             return self._of_file(kind, environ, wrapper)
         if kind in ("bytes", "bytearray", "str", "memoryview", "array"):
             whole = b"".join(self._pieces())[:2000]
@@ -348,6 +348,9 @@ class RandomApp:
         return made[kind]() if kind in made else BODIES[kind](self, start)
 
     # Files.
+
+    def _is_file(self) -> bool:
+        return self.does("body").startswith(("file", "wrapper", "werkzeug"))
 
     def _of_file(self, kind: str, environ: dict[str, Any], wrapper: Any) -> Any:
         file = opened(self.does("file"), self.does("position"), FOLDER)
@@ -465,10 +468,6 @@ class LengthRaises(Iterable):
         raise ValueError("no length today")
 
 
-class CloseIsNone(Iterable):
-    close = None  # type: ignore[assignment]
-
-
 BODIES: dict[str, Callable[..., Any]] = {
     "iterator": Own,
     "iterable": Iterable,
@@ -476,5 +475,4 @@ BODIES: dict[str, Callable[..., Any]] = {
     "sized": Sized,
     "length lies": LengthLies,
     "length raises": LengthRaises,
-    "close is none": CloseIsNone,
 }

@@ -11,7 +11,7 @@ CHOICES: dict[str, tuple[float, list[str]]] = {
         [
             "list", "tuple", "generator", "iterator", "iterable", "getitem", "sized", "deque", "map", "chain",
             "closing iterator", "bytes", "bytearray", "str", "none", "int", "set", "dict", "memoryview", "array",
-            "close is none", "hostile", "most hostile", "length lies", "length raises",
+            "hostile", "most hostile", "length lies", "length raises",
             "file", "wrapper", "wrapper", "wrapper", "wrapper by keyword", "wrapper subclass", "wrapper closes itself",
             "wrapper is asked", "werkzeug wrapper", "werkzeug range", "send_file", "send_file", "flask",
         ],
