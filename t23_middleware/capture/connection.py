@@ -146,9 +146,9 @@ def link_of(environ: WSGIEnvironment, start_response: object) -> SocketLink | No
     """
     try:
         found = _socket_of(environ, start_response)
+        return None if found is None else SocketLink(found)
     except Exception:  # an attribute of the server or of the app's own objects that fails
         return None
-    return None if found is None else SocketLink(found)
 
 
 def _socket_of(environ: WSGIEnvironment, start_response: object) -> Any:

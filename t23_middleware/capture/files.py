@@ -79,7 +79,7 @@ def counted_file(
                 _read_larger_blocks(body)
             return body, True
     elif wrapper is not None:
-        if (server := uwsgi_server()) is not None and _has_read(body):
+        if (server := uwsgi_server()) is not None and hasattr(body, "read"):
             return _counted_by_uwsgi(body, server, opening, ending, way)
         if isinstance(wrapper, type) and isinstance(body, wrapper):
             return _counted_in_c(body, opening, ending, way)
@@ -281,13 +281,6 @@ def _read_larger_blocks(body: Any) -> None:
                     setattr(wrapper, name, max(getattr(wrapper, name), BLOCK))
     except Exception:  # a file of the app's own that fails where the server would not have asked
         return
-
-
-def _has_read(body: Any) -> bool:
-    try:
-        return hasattr(body, "read")
-    except Exception:  # a body of the app's own that fails where the server would not have asked
-        return False
 
 
 def _place(file: Any) -> int:

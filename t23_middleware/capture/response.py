@@ -131,6 +131,8 @@ class Response:
         except BaseException:
             self._status, self._headers, self._counted_by = former
             raise
+        finally:
+            exc_info = None  # its traceback may hold this frame: a circle that would keep the app's objects
         if not self._capture.has_proxy_log:
             self._status, self._headers = status, self_headers
             self._counted_by = self._who_counts()
@@ -172,7 +174,7 @@ class Response:
         """The body for the server: counted where this is a play, else the very object that the app returned."""
         try:
             return self._counted(body)
-        except Exception:  # an object of the app's that fails where the server would not have asked
+        except Exception:  # a body that fails where it is asked for an attribute; for the server to judge
             _say_not_recorded()
             self.end(0, 0)
             return body

@@ -51,14 +51,14 @@ CLOSE = 2048
 #: Lines of a server's log that say nothing of what happened: places in the code, requests, and what only we say.
 _IDLE = re.compile(
     r"^(\s|Traceback|During handling|The above exc|-{5}|$)|\" [0-9]{3} -?[0-9]*|HTTP/1\.[01] [0-9]{3}"
-    r"|T23Middleware is wrapped|^\S+ - - \[|failed with \w+$"
+    r"|T23Middleware is wrapped|Task queue depth|^\S+ - - \[|failed with \w+$"
 )
 _VARIES = [
     (re.compile(r"0x[0-9a-f]+"), "0x"),
     (re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9:,.]+( \+0000)?"), "TIME"),
     (re.compile(r"\[[0-9]+\]"), "[PID]"),
     (re.compile(r"\('127.0.0.1', [0-9]+\)"), "CLIENT"),
-    (re.compile(r"(\w+\.)?start(_response)?\(\) "), "start() "),
+    (re.compile(r"[\w.<>]*start(_response)?\(\) "), "start() "),
     (re.compile(r"_?[Ww]rite\(\)"), "write()"),
     (re.compile(r"counted_write\(\)|Response._counting.<locals>."), ""),
     (re.compile(r"<[^<>]* at 0x>"), "<object>"),
@@ -126,10 +126,12 @@ class Runner:
         raw, ended = self._exchange(f"/{seed}/{','.join(plain)}/{request}", request, chosen, way)
         time.sleep(settle)
         log = self._log.read().decode(errors="replace")
-        if way == "wrapped" and may_count(chosen):
+        if way == "wrapped" and may_count(chosen) and b"X-T23-Play" not in raw:
             self._expect(request, raw, ended, seed)
         lines = Counter(_plain(line, request) for line in log.splitlines() if not _IDLE.search(line))
-        raw = re.sub(rb"(?m)^Date: [^\r\n]*\r\n", b"", raw).replace(request.encode(), b"REQUEST")
+        raw = re.sub(rb"(?mi)^(Date|X-T23-Play): [^\r\n]*\r\n", b"", raw).replace(request.encode(), b"REQUEST")
+        if "hostile" in chosen["body"]:
+            return Outcome(raw, ended, ())  # all servers fail on it; that we did not count it is logged
         if chosen["client"] == "leaves":
             # How far a server comes until it knows is chance.
             return Outcome(raw[:200], ended, ())
@@ -165,16 +167,23 @@ class Runner:
 
     def _miscounted(self) -> list[Fault]:
         sent: dict[str, list[int]] = {}
+        drains: set[str] = set()
         opened: Counter[str] = Counter()
         for line in self._site._decoded():
             if isinstance(line, Transfer):
                 sent.setdefault(line.opening.play.session_id, []).append(line.sent)
+                if line.position is not None:
+                    drains.add(line.opening.play.session_id)
             elif isinstance(line, Opening):
                 opened[line.play.session_id] += 1
         faults = []
         for request, (seed, got, is_whole) in self.expected.items():
             counts = sent.get(request, [])
-            if counts != [got] and (is_whole or len(counts) != 1 or abs(counts[0] - got) > CLOSE):
+            if plan(seed)["outer"] == "retry" and len(counts) == 2:
+                counts.remove(0)  # of the first try nothing was sent
+            if not is_whole and len(counts) == 1 and (request in drains or abs(counts[0] - got) <= CLOSE):
+                continue  # of what drains, the relay asks the kernel
+            if counts != [got]:
                 said = f"client got {got} {'(all)' if is_whole else '(cut)'}, counted {counts}, opened {opened[request]}"
                 faults.append(Fault(self.name, seed, _choices(seed, frozenset()), said))
         return faults
@@ -187,6 +196,11 @@ def may_count(chosen: dict[str, str]) -> bool:
         and chosen["client"] != "leaves"
         and chosen["environ"] in ("kept", "odd input", "null protocol", "hostile socket", "wrapper taken", "wrapper odd")
         and chosen["outer"] not in ("drop", "broken query")
+        # Lengths that lie, of which each server makes something else, and a file of which gunicorn skips a part.
+        and chosen["chunks"] != "short subclass"
+        and chosen["length"] != "-1"
+        and chosen["position"] != "after a read"
+        and "hostile" not in chosen["body"]
     )  # fmt: skip
 
 
@@ -293,21 +307,21 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def runner(name: str) -> Iterator[Runner]:
+def runner(name: str, **environ: str) -> Iterator[Runner]:
     """The server of that name, started in folders of its own."""
     folder = Path(tempfile.mkdtemp(prefix="random-apps-"))
     try:
         make_files(folder)
-        with running(SETUPS[name], folder, folder) as site:
+        with running(SETUPS[name], folder, folder, **environ) as site:
             yield Runner(name, site)
     finally:
         shutil.rmtree(folder)
 
 
-def compare(name: str, seeds: list[int], say: Any = None) -> list[Fault]:
+def compare(name: str, seeds: list[int], say: Any = None, **environ: str) -> list[Fault]:
     """The faults of the apps *seeds* on one server."""
     faults = []
-    with runner(name) as on:
+    with runner(name, **environ) as on:
         for number, seed in enumerate(seeds, 1):
             fault = on.minimal(seed)
             if fault is not None:
@@ -328,8 +342,8 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _compare(name: str, seeds: list[int]) -> int:
-    return len(compare(name, seeds, _say))
+def _compare(name: str, seeds: list[int], environ: dict[str, str]) -> int:
+    return len(compare(name, seeds, _say, **environ))
 
 
 def main() -> int:
@@ -339,13 +353,15 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="try this app alone")
     parser.add_argument("--server", action="append", choices=list(SETUPS), help="may be given more than once")
     parser.add_argument("--jobs", type=int, default=2, help="servers at a time")
+    parser.add_argument("--proxy-log", action="store_true", help="with T23_PROXY_LOG; then a proxy counts")
     asked = parser.parse_args()
     first = random.randrange(1 << 30) if asked.seed is None else asked.seed
     seeds = [asked.only] if asked.only is not None else list(range(first, first + asked.apps))
     names = asked.server or list(SETUPS)
     _say(f"apps {seeds[0]} to {seeds[-1]} on {', '.join(names)}")
+    environ = {"T23_PROXY_LOG": "/nowhere/t23.log"} if asked.proxy_log else {}
     with multiprocessing.Pool(asked.jobs) as pool:
-        faults = sum(pool.starmap(_compare, [(name, seeds) for name in names], chunksize=1))
+        faults = sum(pool.starmap(_compare, [(name, seeds, environ) for name in names], chunksize=1))
     _say(f"{faults} faults in {len(seeds)} apps on {len(names)} servers, first app {seeds[0]}")
     return 1 if faults else 0
 
