@@ -140,7 +140,7 @@ class PositionedFile:
 
     def seek(self, *place: int) -> Any:
         answer = self._file.seek(*place)
-        self._position = _place(self._file)
+        self._position = place[0] if len(place) == 1 else _place(self._file)
         return answer
 
     def close(self) -> None:

@@ -117,7 +117,7 @@ class Response:
         self, status: str, headers: Any, exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], object]:
         """``start_response`` as the app sees it (PEP 3333)."""
-        headers, self_headers = _twice(headers, self._capture.has_proxy_log)
+        headers, self_headers = _twice(headers)
         former = self._status, self._headers, self._counted_by
         if self._capture.has_proxy_log:
             # The proxy reads the play's name from the headers, so it is decided before the server has them.
@@ -366,32 +366,28 @@ class Response:
         )
 
 
-def _twice(headers: Any, at_once: bool) -> tuple[Any, Iterable[Any]]:
-    """*headers* for the server, and once more for us: servers take any iterable, which may be read only once.
-
-    *at_once* says that ours are read before the server's.
-    """
+def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
+    """*headers* for the server, and once more for us: servers take any iterable, which may be read only once."""
     if type(headers) is list or type(headers) is tuple:
         return headers, headers
     items: list[Any] = []
+    failed: Exception | None = None
     try:
-        is_iterator = iter(headers) is headers
-        if not is_iterator:
-            items += headers
+        iterator = iter(headers)
     except Exception:
         return headers, ()  # for the server to judge
-    if not is_iterator:
+    try:
+        items += iterator
+    except Exception as error:
+        failed = error
+    if iterator is not headers:
         return headers, items
-    if not at_once:
-        return _recorded(headers, items), items
-    items += headers
-    return iter(items), items
+    return (iter(items) if failed is None else _failing(items, failed)), items
 
 
-def _recorded(headers: Iterator[Any], items: list[Any]) -> Iterator[Any]:
-    for item in headers:
-        items.append(item)
-        yield item
+def _failing(items: list[Any], error: Exception) -> Iterator[Any]:
+    yield from items
+    raise error
 
 
 def _pairs(headers: Iterable[Any]) -> Iterable[tuple[str, str]]:

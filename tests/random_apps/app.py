@@ -118,8 +118,8 @@ class RandomApp:
 
     def _answer(self, environ: dict[str, Any], start: Callable[..., Any]) -> Any:
         self.fail("before")
-        wrapper = environ.get("wsgi.file_wrapper", FileWrapper)
         self._spoil(environ)
+        wrapper = environ.get("wsgi.file_wrapper", FileWrapper)
         if self.does("body") == "flask":
             return flask_app.wsgi_app(environ, start)
         if self.does("body") in ("werkzeug range", "send_file"):

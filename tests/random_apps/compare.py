@@ -138,7 +138,7 @@ class Runner:
         return Outcome(raw, ended, tuple(sorted(lines.items())))
 
     def _exchange(self, path: str, request: str, chosen: dict[str, str], way: str) -> tuple[bytes, str]:
-        with socket.create_connection(("127.0.0.1", self._site.port), 5) as client:
+        with socket.create_connection(("127.0.0.1", self._site.port), 30) as client:
             client.settimeout(SILENCE)
             client.sendall(_request(path, request, chosen, way))
             raw, ended = _read(client, TASTE if chosen["client"] == "leaves" else 1 << 40, chosen)
@@ -179,7 +179,7 @@ class Runner:
         faults = []
         for request, (seed, got, is_whole) in self.expected.items():
             counts = sent.get(request, [])
-            if plan(seed)["outer"] == "retry" and len(counts) == 2:
+            if plan(seed)["outer"] == "retry" and len(counts) == 2 and 0 in counts:
                 counts.remove(0)  # of the first try nothing was sent
             if not is_whole and len(counts) == 1 and (request in drains or abs(counts[0] - got) <= CLOSE):
                 continue  # of what drains, the relay asks the kernel
@@ -198,6 +198,7 @@ def may_count(chosen: dict[str, str]) -> bool:
         and chosen["outer"] not in ("drop", "broken query")
         # Lengths that lie, of which each server makes something else, and a file of which gunicorn skips a part.
         and chosen["chunks"] != "short subclass"
+        and chosen["body"] != "length lies"
         and chosen["length"] != "-1"
         and chosen["position"] != "after a read"
         and "hostile" not in chosen["body"]
@@ -269,7 +270,10 @@ def _unchunked(body: bytes) -> tuple[int, bool]:
         size, found, _ = body[at : at + 20].partition(b"\r\n")
         if not found:
             return got, False
-        number = int(size, 16)
+        try:
+            number = int(size, 16)
+        except ValueError:
+            return got, False  # the server wrote a body that it had not announced
         if number == 0:
             return got, True
         at += len(size) + 2

@@ -158,8 +158,13 @@ HANDED_ON: dict[str, Callable[[Any], Any]] = {
 
 def _retries(app: RandomApp, inside: Any, environ: dict[str, Any], start: Any) -> Any:
     said: list[Any] = []
+
+    def noted(status: Any, headers: Any, exc_info: Any = None) -> Any:
+        said.append(status)
+        return lambda data: None
+
     try:
-        first = inside(environ, lambda *head, **_: said.append(head) or (lambda data: None))
+        first = inside(environ, noted)
         getattr(first, "close", lambda: None)()
     except Exception as error:
         app.note(f"outer saw {type(error).__name__}")
