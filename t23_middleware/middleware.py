@@ -54,7 +54,7 @@ class T23Middleware:
                 response.abandon()
                 raise
         finally:
-            environ[CALLING] = False
+            environ.pop(CALLING, None)
         return response.body(body)  # type: ignore[no-any-return]
 
     def _is_inner(self, environ: WSGIEnvironment) -> bool:

@@ -39,8 +39,9 @@ SETUPS = {
     "werkzeug": Setup(f"{SERVE} werkzeug PORT", "werkzeug"),
     "pywsgi": Setup(f"{SERVE} pywsgi PORT", "gevent"),
 }
-#: Seconds without a byte after which an answer is called hung: servers differ in what they do with a length that is wrong.
-SILENCE = 1.5
+#: Seconds without a byte after which an answer is called hung: servers keep a connection whose length was wrong. Each
+#: further try waits twice as long, as the server may be slow.
+SILENCE = 0.2
 #: How often an app is tried before a difference is believed: resets lose bytes, threads log late.
 TRIES = 4
 #: Bytes that a client takes which leaves early.
@@ -101,7 +102,7 @@ class Runner:
         seen: dict[str, set[Outcome]] = {"bare": set(), "wrapped": set()}
         for number in range(TRIES):
             for way in seen:
-                seen[way].add(self._outcome(seed, plain, chosen, way, settle=0.1 * number * number))
+                seen[way].add(self._outcome(seed, plain, chosen, way, number))
             if seen["bare"] & seen["wrapped"]:
                 return None
         return _shown(seen["bare"].pop(), seen["wrapped"].pop())
@@ -119,12 +120,12 @@ class Runner:
         return Fault(self.name, seed, _choices(seed, plain), what)
 
     def _outcome(
-        self, seed: int, plain: frozenset[str], chosen: dict[str, str], way: str, settle: float
+        self, seed: int, plain: frozenset[str], chosen: dict[str, str], way: str, number: int
     ) -> Outcome:
         request = f"r{next(self._numbers)}"
         self._log.seek(0, 2)
-        raw, ended = self._exchange(f"/{seed}/{','.join(plain)}/{request}", request, chosen, way)
-        time.sleep(settle)
+        raw, ended = self._exchange(f"/{seed}/{','.join(plain)}/{request}", request, chosen, way, SILENCE * 2**number)
+        time.sleep(0.1 * number * number)
         log = self._log.read().decode(errors="replace")
         if way == "wrapped" and may_count(chosen) and b"X-T23-Play" not in raw:
             self._expect(request, raw, ended, seed)
@@ -137,9 +138,11 @@ class Runner:
             return Outcome(raw[:200], ended, ())
         return Outcome(raw, ended, tuple(sorted(lines.items())))
 
-    def _exchange(self, path: str, request: str, chosen: dict[str, str], way: str) -> tuple[bytes, str]:
+    def _exchange(
+        self, path: str, request: str, chosen: dict[str, str], way: str, silence: float
+    ) -> tuple[bytes, str]:
         with socket.create_connection(("127.0.0.1", self._site.port), 30) as client:
-            client.settimeout(SILENCE)
+            client.settimeout(silence)
             client.sendall(_request(path, request, chosen, way))
             raw, ended = _read(client, TASTE if chosen["client"] == "leaves" else 1 << 40, chosen)
             if ended != "whole":
