@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .capture.response import Capture, Response
+from .capture.response import CALLING, Capture, Response
 from .errors import ConfigurationError
 from .settings import Settings, as_text
 from .version import VERSION
@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 
 #: In the environ of a request that passed through us: a second middleware round the same app leaves it alone.
 SEEN = "t23.seen"
-#: In the environ while the app is asked: a call that it makes to itself is part of its answer, and is not counted again.
-CALLING = "t23.calling"
 #: The operator's pages, as they follow ``T23_STATUS_PATH``; what else is under it is the app's.
 PAGES = frozenset(("", "/", ".json", "/metrics"))
 

@@ -36,8 +36,9 @@ class CountedIterable:
     chunk, or by being dropped. The app's own ``close()`` runs as often as it would without this object.
     """
 
-    def __init__(self, body: Iterable[bytes], ending: Ending) -> None:
+    def __init__(self, body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int]) -> None:
         self._body = body
+        self._size_of = size_of
         self._ending: Ending | None = ending
         self._chunks: Callable[[], object] | None = None
         self._sizes: Callable[[], tuple[int, int]] = _nothing
@@ -57,7 +58,7 @@ class CountedIterable:
         # Variables that a closure sees cost less per chunk than attributes.
         (taken, offered), mark = self._sizes(), 1  # an outer middleware may have had a look at the first chunk
         self._sizes = lambda: (taken, offered)
-        ending = self._ending
+        ending, size_of = self._ending, self._size_of
         for chunk in _once(iterator):
             offered += len(chunk) if type(chunk) is bytes else size_of(chunk)
             yield chunk
@@ -105,11 +106,6 @@ class CountedSequence(CountedIterable):
         return len(self._body)  # type: ignore[arg-type]
 
 
-def counted_iterable(body: Iterable[bytes], ending: Ending) -> CountedIterable:
-    """The counted form of *body*."""
-    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending)
-
-
 def size_of(chunk: Any) -> int:
     """Bytes of what an app gives as a chunk, whatever its type; 0 where it can't be told."""
     try:
@@ -120,6 +116,18 @@ def size_of(chunk: Any) -> int:
         return len(chunk)
     except Exception:
         return 0
+
+
+def size_of_bytes(chunk: Any) -> int:
+    """The same where a server sends nothing but bytes, and drops other chunks without a word."""
+    return len(chunk) if isinstance(chunk, bytes) else 0
+
+
+def counted_iterable(
+    body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int] = size_of
+) -> CountedIterable:
+    """The counted form of *body*; *size_of* says how many bytes the server sends of a chunk."""
+    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending, size_of)
 
 
 def _nothing() -> tuple[int, int]:

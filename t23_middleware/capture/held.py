@@ -239,4 +239,5 @@ class HeldEnding:
         self._holder.finish(counted - self._in_vain, self._ending)
 
     def drop(self, counted: int, offered: int) -> None:
-        self.end(counted, offered)
+        """An outer middleware that stops early has handed on the last chunk, unless the client has left."""
+        self.end(offered if self._holder.sends() else counted, offered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..media import SEGMENT_ENDINGS, MediaTypes
 from ..settings import Settings
 from ..transfer import APP, OFFLOADED, PLAY_HEADER, PROXY, Opening
-from .body import CountedIterable, counted_iterable, size_of
+from .body import CountedIterable, counted_iterable, size_of, size_of_bytes
 from .connection import has_own_connection, link_of, uwsgi_server
 from .files import FileWay, counted_file
 from .held import HeldEnding, Holder, hides_leaving, holder_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: In the environ while the app is asked: a call that it makes to itself is part of its answer, and is not counted again.
+CALLING = "t23.calling"
 #: Bytes of a body after which its progress is written down, for the case that the worker is killed.
 PROGRESS_EVERY = 8 << 20
 #: Seconds between two such lines at least: at a fast client's speed they would cost 6 % of its throughput.
@@ -117,6 +120,8 @@ class Response:
         self, status: str, headers: Any, exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], object]:
         """``start_response`` as the app sees it (PEP 3333)."""
+        if self._is_late:
+            self._environ.pop(CALLING, None)
         headers, self_headers = _twice(headers)
         former = self._status, self._headers, self._counted_by
         if self._capture.has_proxy_log:
@@ -182,14 +187,17 @@ class Response:
     def _counted(self, body: Any) -> Any:
         if self._status is None:
             self._is_late = True
-            return self._iterated(body) if self._missing() is None and _is_iterable(body) else body
+            if self._missing() is not None or not _is_iterable(body):
+                return body
+            self._environ[CALLING] = True
+            return self._iterated(body)
         if self._counted_by is None or not self._begin() or self._recording is None:
             return body
         if self._counted_by == OFFLOADED:
             self.end(0, 0)  # the file is the proxy's to send, and to count
             return body
-        if isinstance(body, (bytes, bytearray)) and uwsgi_server() is not None:
-            self.end_unseen(len(body))  # uWSGI sends it as it is, and has nothing to close
+        if isinstance(body, bytes) and (uwsgi_server() is not None or "bjoern" in sys.modules):
+            self.end_unseen(len(body))  # these two send it as it is, and have nothing to close
             return body
         if type(body) is list and self._environ.get("SERVER_SOFTWARE") == "Granian":
             # It joins a list, sends it from Rust, and never closes it (granian/wsgi.py:59).
@@ -206,7 +214,10 @@ class Response:
 
     def _iterated(self, body: Iterable[bytes]) -> CountedIterable:
         self._holder = self._holder or holder_of(self._environ)
-        return counted_iterable(body, self if self._holder is None else HeldEnding(self, self._holder))
+        ending = self if self._holder is None else HeldEnding(self, self._holder)
+        server = uwsgi_server()
+        sends_all = server is None or server.takes_buffers
+        return counted_iterable(body, ending, size_of if sends_all else size_of_bytes)
 
     def progress(self, counted: int, held: int = 0) -> int:
         """The server has taken *counted* bytes of the body and holds *held* of them; returns the next mark."""
@@ -261,6 +272,8 @@ class Response:
         self._record_end(Count(self._written + length), declared=1)
 
     def _record_end(self, count: Count, declared: int = 0) -> None:
+        if self._status is None:
+            self._environ.pop(CALLING, None)
         if self._recording is None:
             return
         try:
@@ -380,14 +393,20 @@ def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
         items += iterator
     except Exception as error:
         failed = error
-    if iterator is not headers:
-        return headers, items
-    return (iter(items) if failed is None else _failing(items, failed)), items
+    try:
+        if iterator is not headers:
+            return headers, items
+        return (iter(items) if failed is None else _failing(items, failed)), items
+    finally:
+        failed = None  # its traceback holds this frame
 
 
 def _failing(items: list[Any], error: Exception) -> Iterator[Any]:
     yield from items
-    raise error
+    try:
+        raise error
+    finally:
+        del error
 
 
 def _pairs(headers: Iterable[Any]) -> Iterable[tuple[str, str]]:

@@ -410,10 +410,13 @@ class Own:
     def __init__(self, app: RandomApp, start: Any) -> None:
         self.app = app
         self.start = start
+        self.is_begun = False
         self.chunks = app._chunks()
 
     def __iter__(self) -> Iterator[Any]:
-        self.app.note("iter")
+        if not self.is_begun:
+            self.app.note("iter")  # what asks an iterator again gets it again
+        self.is_begun = True
         self.app.fail("iter")
         return self
 

@@ -87,7 +87,7 @@ class Client:
             cut = True
         response.close()
         length = response.getheader("Content-Length")
-        if length is not None and _has_body(self._method, response.status):
+        if length is not None and length.isdigit() and _has_body(self._method, response.status):
             cut = cut or len(body) < int(length)
         return Answer(response.status, headers, Body(body), cut)
 
