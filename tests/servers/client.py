@@ -122,6 +122,17 @@ class Client:
         except (http.client.HTTPException, OSError):
             return 0
 
+    def drain_what_comes_in_part(self) -> int:
+        """As :meth:`drain` of a body that is cut: how many bytes came all the same."""
+        assert self._response is not None
+        taken = 0
+        try:
+            while block := self._response.read1(1 << 18):
+                taken += len(block)
+        except (http.client.HTTPException, OSError):
+            pass
+        return taken
+
     def head_bytes(self) -> int:
         """Length of the head that :meth:`read_some` met, as servers write it."""
         response = self._response
