@@ -12,7 +12,6 @@ from itertools import chain
 from types import WrapperDescriptorType
 from typing import Any, Protocol
 
-
 _NEVER = object()
 
 
@@ -56,7 +55,10 @@ class CountedIterable:
 
     def _count(self, iterator: Iterator[bytes]) -> Iterator[bytes]:
         # Variables that a closure sees cost less per chunk than attributes.
-        (taken, offered), mark = self._sizes(), 1  # an outer middleware may have had a look at the first chunk
+        (taken, offered), mark = (
+            self._sizes(),
+            1,
+        )  # an outer middleware may have had a look at the first chunk
         self._sizes = lambda: (taken, offered)
         ending, size_of = self._ending, self._size_of
         for chunk in _once(iterator):

@@ -252,7 +252,9 @@ def test_environ_that_is_no_text(wrap: Any, key: str, value: Any, when: str) -> 
 
 def test_cleared_environ_stays_empty(wrap: Any) -> None:
     environ = request()
-    assert ask(wrap(lambda given, start: given.clear() or media(b"film")(given, start)), environ).body == b"film"
+    assert (
+        ask(wrap(lambda given, start: given.clear() or media(b"film")(given, start)), environ).body == b"film"
+    )
     assert environ == {}
 
 
@@ -267,7 +269,10 @@ def test_body_that_answers_nothing(wrap: Any) -> None:
     body = Hostile()
     given: Any = wrap(returning([body]))(request(), lambda *head: None)
     assert list(given)[0] is body
-    assert wrap(lambda environ, start: returning([])(environ, start) or body)(request(), lambda *head: None) is body
+    assert (
+        wrap(lambda environ, start: returning([])(environ, start) or body)(request(), lambda *head: None)
+        is body
+    )
 
 
 # The kernel's word.

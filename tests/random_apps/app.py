@@ -42,6 +42,10 @@ def film(_: str) -> Any:
     return flask_send_file(FOLDER / "film", mimetype="video/mp4", conditional=True)
 
 
+def _same(chunk: Any) -> Any:
+    return chunk
+
+
 class ShortBytes(bytes):
     def __len__(self) -> int:
         return 1
@@ -335,7 +339,7 @@ class RandomApp:
             "tuple": lambda: tuple(self._chunks()),
             "generator": self._chunks,
             "deque": lambda: deque(self._chunks()),
-            "map": lambda: map(lambda chunk: chunk, self._chunks()),
+            "map": lambda: map(_same, self._chunks()),
             "chain": lambda: chain(self._chunks(), [b"end"]),
             "none": lambda: None,
             "int": lambda: 7,

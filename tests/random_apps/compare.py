@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t23_middleware.transfer import Opening, Transfer, decode
+from t23_middleware.transfer import Opening, Transfer
 
 from ..servers.process import Site, running
 from ..servers.setups import Setup
@@ -124,13 +124,17 @@ class Runner:
     ) -> Outcome:
         request = f"r{next(self._numbers)}"
         self._log.seek(0, 2)
-        raw, ended = self._exchange(f"/{seed}/{','.join(plain)}/{request}", request, chosen, way, SILENCE * 2**number)
+        raw, ended = self._exchange(
+            f"/{seed}/{','.join(plain)}/{request}", request, chosen, way, SILENCE * 2**number
+        )
         time.sleep(0.1 * number * number)
         log = self._log.read().decode(errors="replace")
         if way == "wrapped" and may_count(chosen) and b"X-T23-Play" not in raw:
             self._expect(request, raw, ended, seed)
         lines = Counter(_plain(line, request) for line in log.splitlines() if not _IDLE.search(line))
-        raw = re.sub(rb"(?mi)^(Date|X-T23-Play): [^\r\n]*\r\n", b"", raw).replace(request.encode(), b"REQUEST")
+        raw = re.sub(rb"(?mi)^(Date|X-T23-Play): [^\r\n]*\r\n", b"", raw).replace(
+            request.encode(), b"REQUEST"
+        )
         if "hostile" in chosen["body"]:
             return Outcome(raw, ended, ())  # all servers fail on it; that we did not count it is logged
         if chosen["client"] == "leaves":
@@ -141,7 +145,7 @@ class Runner:
     def _exchange(
         self, path: str, request: str, chosen: dict[str, str], way: str, silence: float
     ) -> tuple[bytes, str]:
-        with socket.create_connection(("127.0.0.1", self._site.port), 30) as client:
+        with socket.create_connection(("127.0.0.1", self._site.port), 10) as client:
             client.settimeout(silence)
             client.sendall(_request(path, request, chosen, way))
             raw, ended = _read(client, TASTE if chosen["client"] == "leaves" else 1 << 40, chosen)
@@ -335,7 +339,11 @@ def compare(name: str, seeds: list[int], say: Any = None, **environ: str) -> lis
     faults = []
     with runner(name, **environ) as on:
         for number, seed in enumerate(seeds, 1):
-            fault = on.minimal(seed)
+            try:
+                fault = on.minimal(seed)
+            except OSError as error:
+                faults.append(Fault(name, seed, _choices(seed, frozenset()), f"the server is gone: {error}"))
+                break
             if fault is not None:
                 faults.append(fault)
                 if say is not None:
@@ -343,6 +351,8 @@ def compare(name: str, seeds: list[int], say: Any = None, **environ: str) -> lis
             if say is not None and number % 1000 == 0:
                 say(f"{name}: {number} apps, {len(faults)} faults")
         wrong = on.miscounted()
+        if faults and say is not None:
+            say(str(faults[-1]))
         if say is not None:
             for fault in wrong:
                 say(str(fault))
@@ -359,7 +369,9 @@ def _compare(name: str, seeds: list[int], environ: dict[str, str]) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--apps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=None, help="number of the first app")
     parser.add_argument("--only", type=int, help="try this app alone")

@@ -232,7 +232,8 @@ def _opened(kind: str, folder: Path) -> Any:
         os.close(writing)
         return os.fdopen(reading, "rb")
     if kind in ("temporary", "spooled"):
-        made: Any = tempfile.TemporaryFile() if kind == "temporary" else tempfile.SpooledTemporaryFile(1 << 20)
+        kinds: Any = {"temporary": tempfile.TemporaryFile, "spooled": tempfile.SpooledTemporaryFile}
+        made = kinds[kind]()
         made.write(FILM)
         made.seek(0)
         return made

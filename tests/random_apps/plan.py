@@ -90,7 +90,6 @@ CHOICES: dict[str, tuple[float, list[str]]] = {
 }  # fmt: skip
 
 
-
 def plan(seed: int, plain: frozenset[str] = frozenset()) -> dict[str, str]:
     """The choices of app *seed*, with those in *plain* set back to the ordinary ones."""
     random = Random(seed)

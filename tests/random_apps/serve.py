@@ -70,6 +70,10 @@ def outer(app: RandomApp, inside: Any) -> Any:
 # Outer middlewares that do something to the body.
 
 
+def _same(chunk: Any) -> Any:
+    return chunk
+
+
 def _yields(body: Any) -> Iterator[Any]:
     yield from body
 
@@ -105,7 +109,7 @@ def _lists(body: Any) -> Any:
 def _closes_iterator(body: Any) -> Iterator[Any]:
     chunks = iter(body)
     try:
-        yield from map(lambda chunk: chunk, chunks)
+        yield from map(_same, chunks)
     finally:
         getattr(chunks, "close", lambda: None)()
 
@@ -147,7 +151,7 @@ HANDED_ON: dict[str, Callable[[Any], Any]] = {
     "close twice": _closes_twice,
     "peek": _peeks,
     "peek and again": _peeks_again,
-    "never closed": lambda body: map(lambda chunk: chunk, body),
+    "never closed": lambda body: map(_same, body),
     "iterator closed": _closes_iterator,
     "next only": _NextOnly,
 }
