@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .access import is_allowed
-from .capture.response import Capture, Response
+from .capture.response import CALLING, Capture, Response
 from .errors import ConfigurationError
 from .settings import Settings, as_text
 from .version import VERSION
@@ -42,20 +42,24 @@ class T23Middleware:
         if capture is None or self._is_inner(environ):
             return self.app(environ, start_response)
         capture.wake()
-        if environ.get("REQUEST_METHOD") != "GET":
-            return self.app(environ, start_response)
-        response = Response(environ, start_response, capture)
+        environ[CALLING] = True
         try:
-            body = self.app(environ, response.start)
-        except BaseException:
-            response.abandon()
-            raise
+            if environ.get("REQUEST_METHOD") != "GET":
+                return self.app(environ, start_response)
+            response = Response(environ, start_response, capture)
+            try:
+                body = self.app(environ, response.start)
+            except BaseException:
+                response.abandon()
+                raise
+        finally:
+            environ.pop(CALLING, None)
         return response.body(body)  # type: ignore[no-any-return]
 
     def _is_inner(self, environ: WSGIEnvironment) -> bool:
         outer = environ.setdefault(SEEN, self)
         if outer is self:
-            return False  # also where the app is called again with the same environ
+            return bool(environ.get(CALLING))  # else the app is called again with the same environ
         if not self._told_of_two:
             self._told_of_two = True
             log.warning(

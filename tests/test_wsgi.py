@@ -22,7 +22,7 @@ VIDEO = """
     def _app(name):
         def app(environ, start_response):
             start_response("200 OK", [("Content-Type", "text/plain")])
-            return [f"{name} seen={environ.get('t23.seen')}".encode()]
+            return [f"{name} seen={'t23.seen' in environ}".encode()]
         return app
 
     application = _app("application")
@@ -58,7 +58,7 @@ FLASK_VIDEO = """
 
         @site.get("/")
         def home():
-            return f"{name} seen={flask.request.environ.get('t23.seen')}"
+            return f"{name} seen={'t23.seen' in flask.request.environ}"
 
         return site
 """

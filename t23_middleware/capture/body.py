@@ -6,8 +6,13 @@ Files that a server sends itself (``wsgi.file_wrapper``) are counted in :mod:`.f
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
+from types import WrapperDescriptorType
 from typing import Any, Protocol
+
+_NEVER = object()
 
 
 class Ending(Protocol):
@@ -31,45 +36,41 @@ class CountedIterable:
     """Round an app's iterable: hands on the same chunks, and reports at its end how many bytes were taken.
 
     A body ends by ``close()``, by ``close()`` of its iterator (``yield from`` in an outer middleware), by its last
-    chunk, or by being dropped. The app's own ``close()`` runs as often as it would without this object. Its
-    ``__iter__`` returns a generator, which costs a third of a ``__next__`` per chunk.
+    chunk, or by being dropped. The app's own ``close()`` runs as often as it would without this object.
     """
 
-    def __init__(self, body: Iterable[bytes], ending: Ending) -> None:
+    def __init__(self, body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int]) -> None:
         self._body = body
+        self._size_of = size_of
         self._ending: Ending | None = ending
         self._chunks: Callable[[], object] | None = None
         self._sizes: Callable[[], tuple[int, int]] = _nothing
 
     def __iter__(self) -> Iterator[bytes]:
         iterator = iter(self._body)
-        if self._chunks is not None:
-            # gevent adds up a list's lengths in a second pass, before it sends the first chunk (pywsgi.py,
-            # ``finalize_headers``).
+        if self._chunks is not None and self._chunks() is not None:
+            # gevent adds up a list's lengths in a second pass within the first, before it sends the first chunk
+            # (pywsgi.py, ``finalize_headers``).
             return iterator
-        chunks = self._count(iterator)
+        chunks = _Chunks(self._count(iterator))
+        chunks.closes = lambda: self._close(iterator)
         self._chunks = weakref.ref(chunks)
         return chunks
 
-    def _count(self, iterator: Iterator[bytes]) -> Generator[bytes, None, None]:
+    def _count(self, iterator: Iterator[bytes]) -> Iterator[bytes]:
         # Variables that a closure sees cost less per chunk than attributes.
-        taken, chunk = 0, b""
+        # An outer middleware may have had a look at the first chunks.
+        _, taken = self._sizes()
+        chunk: Any = b""
+        ending, mark, size_of = self._ending, 0 if self._ending is None else self._ending.mark, self._size_of
         self._sizes = lambda: (taken, taken + size_of(chunk))
-        ending, mark = self._ending, 0 if self._ending is None else self._ending.mark
         try:
-            for chunk in iterator:
+            for chunk in _once(iterator):
                 yield chunk
                 taken += len(chunk) if type(chunk) is bytes else size_of(chunk)
                 if taken >= mark and ending is not None:
                     mark = ending.progress(taken)
         except GeneratorExit:
-            # A weak reference to a generator that is being dropped is dead already, as after a `break`: then the app's
-            # iterator is dropped too, and the server may still close the body.
-            if self._chunks is not None and self._chunks() is not None:
-                try:
-                    _close(iterator)
-                finally:
-                    self._finish()
             raise
         except BaseException:
             chunk = b""  # the app failed after the last one was sent
@@ -79,8 +80,13 @@ class CountedIterable:
 
     def close(self) -> None:
         """End the count, and close the app's body as the server would have."""
+        self._close(self._body)
+
+    def _close(self, own: Any) -> None:
         try:
-            _close(self._body)
+            close = getattr(own, "close", None)
+            if close is not None:
+                close()
         finally:
             self._finish()
 
@@ -95,6 +101,15 @@ class CountedIterable:
             ending.end(*self._sizes())
 
 
+class _Chunks(chain[bytes]):
+    """The iterator of a counted body, which can be closed. A ``__next__`` in Python would cost three times as much."""
+
+    closes: Callable[[], None]
+
+    def close(self) -> None:
+        self.closes()
+
+
 class CountedSequence(CountedIterable):
     """Round a list: servers that see one chunk in it give the answer a Content-Length (PEP 3333)."""
 
@@ -105,11 +120,6 @@ class CountedSequence(CountedIterable):
 def is_iterable(body: Any) -> bool:
     """Whether a server can go through *body*."""
     return hasattr(type(body), "__iter__") or hasattr(type(body), "__getitem__")
-
-
-def counted_iterable(body: Iterable[bytes], ending: Ending) -> CountedIterable:
-    """The counted form of *body*."""
-    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending)
 
 
 def size_of(chunk: Any) -> int:
@@ -124,11 +134,25 @@ def size_of(chunk: Any) -> int:
         return 0
 
 
+def size_of_bytes(chunk: Any) -> int:
+    """The same where a server sends nothing but bytes, and drops other chunks without a word."""
+    return len(chunk) if isinstance(chunk, bytes) else 0
+
+
+def counted_iterable(
+    body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int] = size_of
+) -> CountedIterable:
+    """The counted form of *body*; *size_of* says how many bytes the server sends of a chunk."""
+    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending, size_of)
+
+
 def _nothing() -> tuple[int, int]:
     return 0, 0
 
 
-def _close(body: Any) -> None:
-    close = getattr(body, "close", None)
-    if close is not None:
-        close()
+def _once(iterator: Iterator[Any]) -> Iterator[Any]:
+    """For a loop, *iterator* whose ``__iter__`` was called: a class in Python may have none, or one that does something."""
+    kind = type(iterator)
+    if type(getattr(kind, "__iter__", None)) is WrapperDescriptorType:
+        return iterator  # made in C: it gives itself
+    return iter(partial(kind.__next__, iterator), _NEVER)

@@ -122,6 +122,8 @@ class UwsgiServer(NamedTuple):
     module: Any
     #: Its ``sendfile`` runs in the request's own thread, before it closes the file.
     sends_in_this_thread: bool
+    #: It sends chunks of other types than bytes, which it else drops without a word.
+    takes_buffers: bool
 
 
 def uwsgi_server() -> UwsgiServer | None:
@@ -130,7 +132,12 @@ def uwsgi_server() -> UwsgiServer | None:
     if module is None or not hasattr(module, "connection_fd"):
         return None
     elsewhere = ("offload-threads", "async", "gevent", "ugreen", "asyncio")
-    return UwsgiServer(module, not any(name in module.opt for name in elsewhere))
+    buffers = ("wsgi-accept-buffer", "wsgi-accept-buffers")
+    return UwsgiServer(
+        module,
+        sends_in_this_thread=not any(name in module.opt for name in elsewhere),
+        takes_buffers=any(name in module.opt for name in buffers),
+    )
 
 
 def has_own_connection(environ: WSGIEnvironment) -> bool:

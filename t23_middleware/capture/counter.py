@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .body import Ending, counted_iterable, is_iterable, size_of
+from .body import Ending, counted_iterable, is_iterable, size_of, size_of_bytes
 from .connection import uwsgi_server
 from .files import FileWay, counted_file
 from .held import HeldEnding, Holder
@@ -60,22 +61,24 @@ class BodyCounter:
 
     def body(self, body: Any, environ: WSGIEnvironment, way: FileWay) -> Any:
         """The body for the server in place of *body*, which the app returned."""
-        if type(body) in (bytes, bytearray) and uwsgi_server() is not None:
-            self.end_unseen(len(body))  # uWSGI sends it as it is, and has nothing to close
+        server = uwsgi_server()
+        if isinstance(body, bytes) and (server is not None or "bjoern" in sys.modules):
+            self.end_unseen(len(body))  # these two send it as it is, and have nothing to close
             return body
         if type(body) is list and environ.get("SERVER_SOFTWARE") == "Granian":
             # It joins a list, sends it from Rust, and never closes it (granian/wsgi.py:59).
             size = sum(map(size_of, body))
             self.end(size, size)
             return body
-        if not is_iterable(body):
-            self.end(0, 0)  # for the server to judge
-            return body
         body, ends_itself = counted_file(body, environ, self._recording.opening, self, way)
         if ends_itself:
             return body
+        if not is_iterable(body):
+            self.end(0, 0)  # for the server to judge
+            return body
         ending: Ending = self if self._holder is None else HeldEnding(self, self._holder)
-        return counted_iterable(body, ending)
+        sends_all = server is None or server.takes_buffers
+        return counted_iterable(body, ending, size_of if sends_all else size_of_bytes)
 
     def write(self, write: Callable[[bytes], object], data: bytes) -> object:
         """Hand *data* to the server's *write*, and count it."""
@@ -163,12 +166,16 @@ class BodyCounter:
 
 
 class LateEnding:
-    """The ending of a body whose app has not called ``start_response`` yet: *counter* gives it once it has."""
+    """The ending of a body whose app has not called ``start_response`` yet: *counter* gives it once it has.
+
+    *over* is called when the body ends without that.
+    """
 
     mark = 1
 
-    def __init__(self, counter: Callable[[], BodyCounter | None]) -> None:
+    def __init__(self, counter: Callable[[], BodyCounter | None], over: Callable[[], object]) -> None:
         self._counter = counter
+        self._over = over
 
     def progress(self, counted: int, held: int = 0) -> int:
         counter = self._counter()
@@ -177,10 +184,14 @@ class LateEnding:
     def end(self, counted: int, offered: int) -> None:
         if (counter := self._counter()) is not None:
             counter.end(counted, offered)
+        else:
+            self._over()
 
     def drop(self, counted: int, offered: int) -> None:
         if (counter := self._counter()) is not None:
             counter.drop(counted, offered)
+        else:
+            self._over()
 
 
 def say_not_recorded() -> None:

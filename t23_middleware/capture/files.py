@@ -76,18 +76,17 @@ def counted_file(
     if isinstance(wrapper, type) and _is_in_python(wrapper):
         ranged = _wrapper_in_range(body, opening) if way.fast and opening.status == 206 else None
         if isinstance(ranged, wrapper):
-            if _count_inside(ranged, opening, ending, in_range=True):
+            if _count_inside(ranged, opening, ending, way, in_range=True):
                 return ranged, True
             _let_range_seek(body, ranged)
-        elif isinstance(body, wrapper) and _count_inside(body, opening, ending):
+        elif isinstance(body, wrapper) and _count_inside(body, opening, ending, way):
             return body, True
     elif wrapper is not None:
         if (server := uwsgi_server()) is not None and hasattr(body, "read"):
             return _counted_by_uwsgi(body, server, opening, ending, way)
         if isinstance(wrapper, type) and isinstance(body, wrapper):
             return _counted_in_c(body, opening, ending, way)
-    if way.fast and opening.length is not None:
-        _read_larger_blocks(body)
+    _read_larger_blocks(body, opening, way)
     return body, False
 
 
@@ -143,7 +142,7 @@ class PositionedFile:
 
     def seek(self, *place: int) -> Any:
         answer = self._file.seek(*place)
-        self._position = _place(self._file)
+        self._position = place[0] if len(place) == 1 else _place(self._file)
         return answer
 
     def close(self) -> None:
@@ -153,11 +152,18 @@ class PositionedFile:
             if close is not None:
                 close()
         finally:
-            ending, self._ending = self._ending, None
-            if ending is not None:
-                self._report(ending)
+            self.finish()
 
-    def _report(self, ending: FileEnding) -> None:
+    def __del__(self) -> None:
+        if getattr(self, "_ending", None) is not None:
+            self._offered = None  # dropped without a close(): what it was not asked for was not sent
+            self.finish()
+
+    def finish(self) -> None:
+        """End the count, once."""
+        ending, self._ending = self._ending, None
+        if ending is None:
+            return
         moved = max(self._position - self._start, 0)
         if self._taken is not None and ending.has_link:
             # Of the last block only the kernel knows how much left.
@@ -175,31 +181,34 @@ def _is_in_python(wrapper: type) -> bool:
     return isinstance(reads, FunctionType)
 
 
-def _count_inside(body: Any, opening: Opening, ending: FileEnding, *, in_range: bool = False) -> bool:
+def _count_inside(
+    body: Any, opening: Opening, ending: FileEnding, way: FileWay, *, in_range: bool = False
+) -> bool:
     """Exchange the file inside the server's wrapper *body*; whether it could be done."""
-    name = "filelike" if hasattr(body, "filelike") else "file"
-    file = getattr(body, name, None)
-    if file is None or isinstance(file, PositionedFile):
-        return False  # the latter was counted by another middleware of ours
     stop = None
     try:
+        name = "filelike" if hasattr(body, "filelike") else "file"
+        file = getattr(body, name, None)
+        if file is None or type(file) is PositionedFile:
+            return False  # the latter was counted by another middleware of ours
         if in_range:
             first, length = opening.part.first or 0, opening.length or 0
             stop = first + length
             if not _stand_at(file, first):
                 return False
-            if hasattr(
-                body, "blksize"
-            ):  # of gunicorn's and wsgiref's wrapper, where they read the file themselves
-                body.blksize = max(body.blksize, BLOCK)
         offered = _left_on_disk(file) if opening.length is None else opening.length
+        own = vars(body).get("close")
+        has_close = hasattr(body, "close")
         counted = PositionedFile(file, ending, offered, stop, seeks_back=hasattr(body, "prepare"))
         setattr(body, name, counted)
         # gunicorn's and wsgiref's wrapper take over the file's close when they are made, and may have none.
-        if "close" in vars(body) or not hasattr(body, "close"):
+        if own is not None and own != getattr(file, "close", None):
+            _after_close(body, counted.finish)  # the app has set another
+        elif own is not None or not has_close:
             body.close = counted.close
     except Exception:  # a file of the app's own that fails where the server would not have asked
         return False
+    _read_larger_blocks(body, opening, way)
     return True
 
 
@@ -261,21 +270,23 @@ def _let_range_seek(body: Any, inner: Any) -> None:
         return
 
 
-def _read_larger_blocks(body: Any) -> None:
+def _read_larger_blocks(body: Any, opening: Opening, way: FileWay) -> None:
     """Have a wrapper of gunicorn's, wsgiref's or werkzeug's, or werkzeug's Range round one, read larger blocks.
 
     Not of what can't be sought: it may be a live pipe, of which a large block would wait for more than the app does.
     """
-    for wrapper in (body, getattr(body, "iterable", None)):
-        if type(wrapper).__module__ not in _WRAPPERS:
-            continue
-        file: Any = getattr(wrapper, "filelike", None) or getattr(wrapper, "file", None)
-        for name in _BLOCK_SIZES:
-            try:
+    if not way.fast or opening.length is None:
+        return
+    try:
+        for wrapper in (body, getattr(body, "iterable", None)):
+            if type(wrapper).__module__ not in _WRAPPERS:
+                continue
+            file: Any = getattr(wrapper, "filelike", None) or getattr(wrapper, "file", None)
+            for name in _BLOCK_SIZES:
                 if type(getattr(wrapper, name, None)) is int and file.seekable():
                     setattr(wrapper, name, max(getattr(wrapper, name), BLOCK))
-            except Exception:  # a file of the app's own that fails where the server would not have asked
-                return
+    except Exception:  # a file of the app's own that fails where the server would not have asked
+        return
 
 
 def _place(file: Any) -> int:

@@ -49,7 +49,14 @@ _CHANNEL = (
 
 
 def holder_of(environ: WSGIEnvironment) -> Holder | None:
-    """The holder of this request's connection, where the server is one that has any."""
+    """The holder of this request's connection, where the server is one that has any. Never raises."""
+    try:
+        return _holder_in(environ)
+    except Exception:  # an attribute of an object that the app has put there
+        return None
+
+
+def _holder_in(environ: WSGIEnvironment) -> Holder | None:
     asks = environ.get("waitress.client_disconnected")
     channel = getattr(asks, "__self__", None) if isinstance(asks, MethodType) else None
     if all(hasattr(channel, name) for name in _CHANNEL):
@@ -234,4 +241,5 @@ class HeldEnding:
         self._holder.finish(counted - self._in_vain, self._ending)
 
     def drop(self, counted: int, offered: int) -> None:
-        self.end(counted, offered)
+        """An outer middleware that stops early has handed on the last chunk, unless the client has left."""
+        self.end(offered if self._holder.sends() else counted, offered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..media import BYTERANGES, SEGMENT_ENDINGS, MediaTypes
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: In the environ while the app is asked: a call that it makes to itself is part of its answer, and is not counted again.
+CALLING = "t23.calling"
 #: Headers by which an app leaves a file to the proxy: nginx's, Apache's (and Flask's ``USE_X_SENDFILE``), lighttpd's,
 #: LiteSpeed's and Perlbal's.
 OFFLOADING = frozenset(
@@ -81,7 +83,8 @@ class Response:
 
     def __init__(self, environ: WSGIEnvironment, start_response: StartResponse, capture: Capture) -> None:
         self._environ = environ
-        self._path: str = environ.get("PATH_INFO", "")
+        path = environ.get("PATH_INFO")
+        self._path = path if isinstance(path, str) else ""
         self._start = start_response
         self._capture = capture
         self._status: str | None = None
@@ -103,6 +106,8 @@ class Response:
         self, status: str, headers: Any, exc_info: OptExcInfo | None = None
     ) -> Callable[[bytes], object]:
         """``start_response`` as the app sees it (PEP 3333)."""
+        if self._is_late:
+            self._environ.pop(CALLING, None)
         if type(headers) is list:
             readable: Iterable[Any] = headers
         else:
@@ -110,9 +115,16 @@ class Response:
         if self._capture.has_proxy_log:
             write = self._start_named(status, headers, readable, exc_info)
         else:
-            write = (
-                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
-            )
+            try:
+                write = (
+                    self._start(status, headers)
+                    if exc_info is None
+                    else self._start(status, headers, exc_info)
+                )
+            finally:
+                exc_info = (
+                    None  # its traceback may hold this frame: a circle that would keep the app's objects
+                )
             self._status, self._headers = status, readable
             self._counted_by = self._who_counts()
         if self._counted_by is None:
@@ -133,7 +145,7 @@ class Response:
         self._status, self._headers = status, readable
         self._counted_by = self._who_counts()
         if self._counted_by is not None and (counter := self._begin()) and counter.play_id is not None:
-            headers = [*readable, (PLAY_HEADER, counter.play_id)]
+            headers = [*headers, (PLAY_HEADER, counter.play_id)]
         try:
             return (
                 self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
@@ -141,6 +153,8 @@ class Response:
         except BaseException:
             self._status, self._headers, self._counted_by = former
             raise
+        finally:
+            exc_info = None  # as above
 
     def abandon(self) -> None:
         """The app raised: what ``write()`` sent before is all there was."""
@@ -158,11 +172,20 @@ class Response:
 
     def body(self, body: Any) -> Any:
         """The body for the server: counted where this is a play, else the very object that the app returned."""
+        try:
+            return self._counted(body)
+        except Exception:  # a body that fails where it is asked for an attribute; for the server to judge
+            say_not_recorded()
+            if self._counter is not None:
+                self._counter.end(0, 0)
+            return body
+
+    def _counted(self, body: Any) -> Any:
         if self._status is None:
             self._is_late = self._missing() is None and is_iterable(body)
             return self._counted_late(body) if self._is_late else body
-        if self._counted_by is None or isinstance(body, CountedIterable):
-            return body  # a counted body: the app called itself with the same environ
+        if self._counted_by is None:
+            return body
         counter = self._begin()
         if counter is None:
             return body
@@ -172,7 +195,8 @@ class Response:
         return counter.body(body, self._environ, self._capture.file_way)
 
     def _counted_late(self, body: Iterable[bytes]) -> CountedIterable:
-        ending = LateEnding(lambda: self._counter)
+        self._environ[CALLING] = True
+        ending = LateEnding(lambda: self._counter, lambda: self._environ.pop(CALLING, None))
         self._holder = holder_of(self._environ)
         return counted_iterable(body, ending if self._holder is None else HeldEnding(ending, self._holder))
 
@@ -189,7 +213,10 @@ class Response:
         return self._counter
 
     def _missing(self) -> str | None:
-        return self._capture.identifier.missing(self._environ, self._path)
+        try:
+            return self._capture.identifier.missing(self._environ, self._path)
+        except Exception:  # an app or an outer middleware has put something else than text there
+            return "no_session"
 
     def _record(self, said: str) -> BodyCounter | None:
         environ, capture, counted_by = self._environ, self._capture, self._counted_by
@@ -269,13 +296,32 @@ class Response:
 
 def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
     """*headers* for the server, and once more for us: servers take any iterable, which may be read only once."""
-    if type(headers) is list or type(headers) is tuple:
+    if type(headers) is tuple:
         return headers, headers
+    items: list[Any] = []
+    failed: Exception | None = None
     try:
-        items = list(headers)
-    except TypeError:
+        iterator = iter(headers)
+    except Exception:
         return headers, ()  # for the server to judge
-    return headers if isinstance(headers, Sized) else iter(items), items
+    try:
+        items += iterator
+    except Exception as error:
+        failed = error
+    try:
+        if iterator is not headers:
+            return headers, items
+        return (iter(items) if failed is None else _failing(items, failed)), items
+    finally:
+        failed = None  # its traceback holds this frame
+
+
+def _failing(items: list[Any], error: Exception) -> Iterator[Any]:
+    yield from items
+    try:
+        raise error
+    finally:
+        del error
 
 
 def _fields(headers: Iterable[Any]) -> dict[str, str]:

@@ -296,7 +296,7 @@ VIDEO = """
     def _app(name):
         def app(environ, start_response):
             start_response("200 OK", [("Content-Type", "text/plain")])
-            return [f"{name} seen={environ.get('t23.seen')}".encode()]
+            return [f"{name} seen={'t23.seen' in environ}".encode()]
         return app
 
     application = _app("video.application")
@@ -311,7 +311,7 @@ SITE = """
 
     def create_app(name="made"):
         site = flask.Flask("site")
-        site.add_url_rule("/", view_func=lambda: f"{name} seen={flask.request.environ.get('t23.seen')}")
+        site.add_url_rule("/", view_func=lambda: f"{name} seen={'t23.seen' in flask.request.environ}")
         return site
 
     app = create_app("site.app")

@@ -219,6 +219,49 @@ ROUTES: dict[str, Any] = {
 }
 
 
+class Text(bytes):
+    """A bytes class of the app's own."""
+
+
+PIECE = bytes(range(250)) * 100
+#: What an app may return instead of an iterable of bytes; some servers take it.
+ODD_BODIES: dict[str, Callable[[], Any]] = {
+    "bytes": lambda: PIECE,
+    "bytes-subclass": lambda: Text(PIECE),
+    "bytearray": lambda: bytearray(PIECE),
+    "str": lambda: "text" * 1000,
+    "none": lambda: None,
+    "number": lambda: 7,
+    "bytearrays": lambda: [bytearray(PIECE), bytearray(PIECE)],
+    "views": lambda: (memoryview(PIECE) for _ in range(3)),
+    "bytes-subclasses": lambda: iter([Text(PIECE), Text(b""), Text(PIECE)]),
+    "strings": lambda: ["text"],
+    "nones": lambda: [PIECE, None, PIECE],
+}
+ODD_HEADERS: dict[str, Callable[[list[Any]], Any]] = {
+    "tuple": tuple,
+    "iterator": iter,
+    "generator": lambda headers: (each for each in headers),
+    "items": lambda headers: dict(headers).items(),
+    "values-of-bytes": lambda headers: [(name, value.encode()) for name, value in headers],
+    "lists": lambda headers: [list(each) for each in headers],
+}
+
+
+def odd_body(environ: Environ, start: Start) -> Any:
+    start("200 OK", [("Content-Type", "video/mp4")])
+    return ODD_BODIES[Path(environ["PATH_INFO"]).name]()
+
+
+def odd_headers(environ: Environ, start: Start) -> Any:
+    headers = [("Content-Type", "video/mp4"), ("Content-Length", str(len(PIECE)))]
+    start("200 OK", ODD_HEADERS[Path(environ["PATH_INFO"]).name](headers))
+    return [PIECE]
+
+
+ROUTES |= {"odd-body": odd_body, "odd-headers": odd_headers}
+
+
 def app(environ: Environ, start: Start) -> Iterable[bytes]:
     route = ROUTES.get(environ["PATH_INFO"].split("/")[1])
     if route is None:

@@ -87,7 +87,7 @@ class Client:
             cut = True
         response.close()
         length = response.getheader("Content-Length")
-        if length is not None and _has_body(self._method, response.status):
+        if length is not None and length.isdigit() and _has_body(self._method, response.status):
             cut = cut or len(body) < int(length)
         return Answer(response.status, headers, Body(body), cut)
 
@@ -137,6 +137,17 @@ class Client:
         if second := _head_length(answers):
             heads.append(second)
         return heads
+
+    def drain_what_comes_in_part(self) -> int:
+        """As :meth:`drain` of a body that is cut: how many bytes came all the same."""
+        assert self._response is not None
+        taken = 0
+        try:
+            while block := self._response.read1(1 << 18):
+                taken += len(block)
+        except (http.client.HTTPException, OSError):
+            pass
+        return taken
 
     def head_bytes(self) -> int:
         """Length of the head that :meth:`read_some` met, as servers write it."""
