@@ -122,11 +122,12 @@ class Response:
         """``start_response`` as the app sees it (PEP 3333)."""
         if self._is_late:
             self._environ.pop(CALLING, None)
+        said = _text(status) if isinstance(status, bytes) else status  # werkzeug's server takes bytes
         headers, self_headers = _twice(headers)
         former = self._status, self._headers, self._counted_by
         if self._capture.has_proxy_log:
             # The proxy reads the play's name from the headers, so it is decided before the server has them.
-            self._status, self._headers = status, self_headers
+            self._status, self._headers = said, self_headers
             self._counted_by = self._who_counts()
             headers = self._named(headers)
         try:
@@ -139,7 +140,7 @@ class Response:
         finally:
             exc_info = None  # its traceback may hold this frame: a circle that would keep the app's objects
         if not self._capture.has_proxy_log:
-            self._status, self._headers = status, self_headers
+            self._status, self._headers = said, self_headers
             self._counted_by = self._who_counts()
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
