@@ -116,16 +116,10 @@ class Response:
             write = self._start_named(status, headers, readable, exc_info)
         else:
             try:
-                write = (
-                    self._start(status, headers)
-                    if exc_info is None
-                    else self._start(status, headers, exc_info)
-                )
+                write = self._started(status, headers, exc_info)
             finally:
-                exc_info = (
-                    None  # its traceback may hold this frame: a circle that would keep the app's objects
-                )
-            self._status, self._headers = status, readable
+                exc_info = None  # its traceback may hold this frame
+            self._status, self._headers = _said(status), readable
             self._counted_by = self._who_counts()
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
@@ -137,24 +131,30 @@ class Response:
         # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
         return write if write is None else self._counting(write)
 
+    def _started(self, status: str, headers: Any, exc_info: OptExcInfo | None) -> Callable[[bytes], object]:
+        try:
+            return (
+                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
+            )
+        finally:
+            exc_info = None  # its traceback may hold this frame: a circle that would keep the app's objects
+
     def _start_named(
         self, status: str, headers: Any, readable: Iterable[Any], exc_info: OptExcInfo | None
     ) -> Callable[[bytes], object]:
         """The same with the play's name for the proxy: so it is decided before the server has the headers."""
         former = self._status, self._headers, self._counted_by
-        self._status, self._headers = status, readable
+        self._status, self._headers = _said(status), readable
         self._counted_by = self._who_counts()
         if self._counted_by is not None and (counter := self._begin()) and counter.play_id is not None:
             headers = [*headers, (PLAY_HEADER, counter.play_id)]
         try:
-            return (
-                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
-            )
+            return self._started(status, headers, exc_info)
         except BaseException:
             self._status, self._headers, self._counted_by = former
             raise
         finally:
-            exc_info = None  # as above
+            exc_info = None  # its traceback may hold this frame
 
     def abandon(self) -> None:
         """The app raised: what ``write()`` sent before is all there was."""
@@ -359,6 +359,11 @@ def _head_size(status: str, fields: Mapping[str, str]) -> int:
     """Bytes of the status line and the headers, without what the server adds."""
     lines = sum(map(len, fields)) + sum(map(len, fields.values())) + len(": \r\n") * len(fields)
     return len("HTTP/1.1 \r\n\r\n") + len(status) + lines
+
+
+def _said(status: Any) -> Any:
+    """The status as text; werkzeug's server takes bytes."""
+    return _text(status) if isinstance(status, bytes) else status
 
 
 def _text(value: Any) -> str:

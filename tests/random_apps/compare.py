@@ -96,6 +96,9 @@ class Runner:
         self.expected: dict[str, tuple[int, int, bool]] = {}
         self._numbers = iter(range(100_000, 100_000_000))
 
+    def close(self) -> None:
+        self._log.close()
+
     def difference(self, seed: int, plain: frozenset[str] = frozenset()) -> str | None:
         """What is different with us, if it is so again and again."""
         chosen = plan(seed, plain)
@@ -329,7 +332,9 @@ def runner(name: str, **environ: str) -> Iterator[Runner]:
     try:
         make_files(folder)
         with running(SETUPS[name], folder, folder, **environ) as site:
-            yield Runner(name, site)
+            on = Runner(name, site)
+            yield on
+            on.close()
     finally:
         shutil.rmtree(folder)
 

@@ -9,7 +9,7 @@ from ..servers.setups import missing
 from .compare import SETUPS, compare
 
 FIRST = 1
-APPS = 100
+APPS = 150
 
 
 @pytest.mark.parametrize("server", ["gunicorn gthread", "waitress", "wsgiref", "pywsgi"])
