@@ -294,7 +294,7 @@ def test_t23_enabled_0_hands_back_the_bare_app(
     write("video.py", VIDEO)
     monkeypatch.setenv("T23_ENABLED", "0")
 
-    assert ask(entrance("video:other").application) == "other seen=None"
+    assert ask(entrance("video:other").application) == "other seen=False"
 
 
 def test_wrong_settings_leave_the_app_bare_and_running(
@@ -306,7 +306,7 @@ def test_wrong_settings_leave_the_app_bare_and_running(
     write("video.py", VIDEO)
     monkeypatch.setenv("T23_API_URL", "no address")
 
-    assert ask(entrance("video:other").application) == "other seen=None"
+    assert ask(entrance("video:other").application) == "other seen=False"
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 

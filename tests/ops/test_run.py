@@ -481,7 +481,7 @@ def test_the_server_takes_the_place_of_the_command(ask: Ask, tmp_path: Path) -> 
 
 
 def test_with_t23_enabled_0_the_server_serves_the_bare_app(ask: Ask) -> None:
-    assert ask("gunicorn -b 127.0.0.1:PORT video:app", T23_ENABLED="0") == "video.app seen=None"
+    assert ask("gunicorn -b 127.0.0.1:PORT video:app", T23_ENABLED="0") == "video.app seen=False"
 
 
 @pytest.mark.parametrize(
