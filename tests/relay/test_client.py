@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ import subprocess
 import threading
 import time
 import traceback
+import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -293,11 +296,12 @@ def test_a_thread_keeps_its_connection_and_eight_threads_have_their_own(serve: A
     assert server.connections <= 8
 
 
-def test_an_empty_answer_keeps_the_connection_too(serve: Any, client_for: Any) -> None:
-    server = serve(always(answer(b"")))
+def test_a_refusal_keeps_the_connection(serve: Any, client_for: Any) -> None:
+    """The API judged the report, so what follows is the next answer."""
+    server = serve(always(answer(said(status="error", code="no_such_photo"))))
     client = client_for(server.url)
     for _ in range(3):
-        assert isinstance(error_of(client), NoAnswer)
+        assert isinstance(error_of(client), Refused)
     assert server.connections == 1
 
 
@@ -814,6 +818,143 @@ def said(**values: object) -> bytes:
         (said(status="ok", cached=False), False),
         (said(status="ok", cached=None, report={}, site={"a": {"b": "}"}}), False),
         (said(status="ok", code="invalid_input"), False),
+        (b'<response xmlns="http://www.23video.com/ns" status="ok" cached="1"/>', True),
+        (b'<v:response xmlns:v="urn:v" v:status="ok" v:cached="1"></v:response>', True),
+        ("\ufeff" + '{"status": "ok", "cached": "1"}', True),
+        (b"<br />\n<b>Notice</b>: no {index} in <b>/a.php</b> on line <b>3</b><br />\n" + OK, False),
+        (b")]}',\n" + OK + b"\n<!-- page served in 0.02 s by {cache} -->", False),
+        (b'{"notice": "slow"}\n{"status": "ok", "cached": 1}', True),
+        (b"<!-- cached copy -->" + OK, False),
+    ],
+)
+@pytest.mark.parametrize("charset", ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_answers_are_understood_in_every_form(body: bytes | str, cached: bool, charset: str) -> None:
+    """Namespaces, byte order marks and text around the JSON change nothing, in any of Unicode's encodings."""
+    text = body if isinstance(body, str) else body.decode("utf-8")
+    assert judge(200, {}, text.encode(charset)).cached is cached
+
+
+def deflated(data: bytes, window: int) -> bytes:
+    stream = zlib.compressobj(9, zlib.DEFLATED, window)
+    return stream.compress(data) + stream.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(OK)),
+        ("X-GZip", gzip.compress(OK)),
+        ("", gzip.compress(OK)),
+        ("gzip", OK),
+        ("deflate", deflated(OK, zlib.MAX_WBITS)),
+        ("deflate", deflated(OK, -zlib.MAX_WBITS)),
+        ("deflate", OK),
+        ("deflate, gzip", gzip.compress(deflated(OK, zlib.MAX_WBITS))),
+        ("gzip, gzip", gzip.compress(gzip.compress(OK))),
+        ("gzip", gzip.compress(OK[:20]) + gzip.compress(OK[20:])),
+        ("gzip", gzip.compress(OK.decode().encode("utf-16"))),
+    ],
+)
+def test_packed_answers_are_understood(encoding: str, body: bytes, serve: Any, client_for: Any) -> None:
+    """Some caches compress though identity is asked for, some say so wrongly."""
+    headers = [f"Content-Encoding: {encoding}"] if encoding else []
+    server = serve(always(answer(body, "200 OK", *headers)))
+    client = client_for(server.url)
+    assert [client.send(REPORT).message for _ in range(2)] == ["The download was reported"] * 2
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress, lambda data: gzip.compress(gzip.compress(data))])
+def test_packed_answers_stay_bounded(pack: Callable[[bytes], bytes]) -> None:
+    """What unpacks to more than an answer may have is none, and is not unpacked to its end."""
+    body = pack(b" " * (60 << 20) + OK)
+    tracemalloc.start()
+    try:
+        with pytest.raises(NoAnswer) as caught:
+            judge(200, {"Content-Encoding": "deflate, gzip"}, body[:LONGEST_ANSWER], URL)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+    assert caught.value.answered
+
+
+def test_unknown_packing_is_named() -> None:
+    """An operator can only correct what he reads about."""
+    with pytest.raises(NoAnswer, match="Content-Encoding"):
+        judge(200, {"Content-Encoding": "br"}, b"\x0b\x02\x80x\x03", URL)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\n\r\n" * 3,
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 199 X\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("pause", [0, 0.1])
+def test_each_report_gets_its_answer(first: bytes, pause: float, serve: Any, client_for: Any) -> None:
+    """Interim answers of any number come before the answer, at once or some time before it."""
+
+    def manner(connection: socket.socket, number: int) -> bool:
+        connection.sendall(first)
+        time.sleep(pause)
+        connection.sendall(answer(OK if number % 2 else said(status="error", code="no_such_photo")))
+        return True
+
+    server = serve(manner)
+    client = client_for(server.url)
+    for _ in range(2):
+        assert client.send(REPORT).message
+        assert isinstance(error_of(client), Refused)
+    assert server.connections == 1
+
+
+def test_endless_interim_answers_time_out(serve: Any, client_for: Any) -> None:
+    """The time that an answer may take has them in it."""
+
+    def manner(connection: socket.socket, number: int) -> None:
+        while True:
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+    started = time.monotonic()
+    assert isinstance(error_of(client_for(serve(manner).url, timeout=0.5)), NoAnswer)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
+        answer(b""),
+        answer(b"<html>please log in</html>"),
+        answer(b"busy", "503 Service Unavailable"),
+        answer(b"", "302 Found", "Location: /login"),
+        answer(OK) + answer(OK)[:40],
+    ],
+)
+def test_strange_answers_end_the_connection(strange: bytes, serve: Any, client_for: Any) -> None:
+    """What follows them on the same connection must not be taken for the next report's answer."""
+
+    def manner(connection: socket.socket, number: int) -> bool:
+        connection.sendall(strange if number == 1 else answer(said(status="error", code="no_such_photo")))
+        return True
+
+    server = serve(manner)
+    client = client_for(server.url)
+    with suppress(DeliveryError):
+        client.send(REPORT)
+    assert isinstance(error_of(client), Refused)
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "cached"),
+    [
+        (OK, False),
+        (said(status="ok", cached=1), True),
     ],
 )
 @pytest.mark.parametrize("status", [200, 404, 500, 503, 302])
@@ -938,7 +1079,14 @@ def test_the_http_status_decides_where_the_api_does_not(
         said(status="UP"),
         said(result="ok"),
         b'<a href="x">{"status": "ok"}',
-        b'nonsense {"status": "ok"}',
+        b'<!-- {"status": "ok"} --> nothing',
+        b'<!-- {"status": "ok"}',
+        b'<script>var config = {"status": "ok"}</script>',
+        b'{"status": "ok"} {"status": "error", "code": "invalid_input"}',
+        b'{"result": {"status": "ok"}}',
+        b'Notice: {"log": [{"status": "ok"}, ',
+        b"\x1f\x8b" + OK,
+        gzip.compress(OK)[:-9],
         b'{"status": "ok"} <script>',
         b" " * LONGEST_ANSWER + OK,
         b"/* */" + b" " * 65_000 + b"x",
