@@ -130,7 +130,11 @@ def _by_status(
         return NotAccepted(clip(f"{_remedy(f'HTTP {status}', url)} {_quoted(said, session_id)}"))
     if said is None and status < 300:
         packed = headers.get("Content-Encoding", "").strip().casefold()
-        how = "" if packed in _READABLE else " and is packed in a way that can't be read here (Content-Encoding)"
+        how = (
+            ""
+            if packed in _READABLE
+            else " and is packed in a way that can't be read here (Content-Encoding)"
+        )
         told = clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says{how}")
         return NoAnswer(told, answered=True)
     if status in _BUSY_STATUSES or status >= 500:

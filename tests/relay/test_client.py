@@ -864,7 +864,9 @@ def test_packed_answers_are_understood(encoding: str, body: bytes, serve: Any, c
     assert server.connections == 1
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress, lambda data: gzip.compress(gzip.compress(data))])
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, zlib.compress, lambda data: gzip.compress(gzip.compress(data))]
+)
 def test_packed_answers_stay_bounded(pack: Callable[[bytes], bytes]) -> None:
     """What unpacks to more than an answer may have is none, and is not unpacked to its end."""
     body = pack(b" " * (60 << 20) + OK)

@@ -125,16 +125,22 @@ class SQLiteOutbox:
     def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
         with self._transaction():
             rows = [row for host in hosts for row in self._due(host, now_ms, count)]
-            rows = sorted(rows)[:count]
-            self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[0],) for row in rows))
+            return self._leased(sorted(rows)[:count])
+
+    def claim_after(self, id: int, host: str, now_ms: int) -> list[Entry]:
+        with self._transaction():
+            return self._leased(self._due(host, now_ms, 1, id) or self._due(host, now_ms, 1))
+
+    def _leased(self, rows: list[Any]) -> list[Entry]:
+        self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[0],) for row in rows))
         return [Entry(row[0], Report(*row[4:]), row[1], row[2], bool(row[3])) for row in rows]
 
-    def _due(self, host: str, now_ms: int, count: int) -> list[Any]:
+    def _due(self, host: str, now_ms: int, count: int, after: int = 0) -> list[Any]:
         """One host at a time: the index has them in order then, where several would all be read and sorted."""
         return self._db.execute(
             f"SELECT id, tries, attempts, retimed, {REPORT_COLUMNS} FROM reports"
-            " WHERE host = ? AND leased = 0 AND (due_ms <= ? OR due_ms > ?) ORDER BY id LIMIT ?",
-            (host, now_ms, now_ms + LONGEST_DELAY_MS, count),
+            " WHERE host = ? AND leased = 0 AND id > ? AND (due_ms <= ? OR due_ms > ?) ORDER BY id LIMIT ?",
+            (host, after, now_ms, now_ms + LONGEST_DELAY_MS, count),
         ).fetchall()
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:

@@ -178,6 +178,9 @@ class Outbox(Protocol):
     def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
         """Lease up to *count* reports of *hosts* that are due, the oldest first."""
 
+    def claim_after(self, id: int, host: str, now_ms: int) -> list[Entry]:
+        """Lease the report of *host* that is due and comes after *id*, else the first one that is due; one or none."""
+
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
         """Write down what became of claimed reports."""
 
