@@ -5,28 +5,28 @@ Pure: bytes in, a value or an error out. The messages go into logs and dead lett
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import NamedTuple
-from urllib.parse import quote, quote_plus, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
 
 from werkzeug.http import parse_date
 
 from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, Unexplained
+from .quoted import clean, clean_url, clip
 
 #: Longest answer that is believed, in bytes.
 LONGEST_ANSWER = 65536
 
 #: Longest ``Retry-After`` that is obeyed, in seconds.
 LONGEST_WAIT = 3600.0
-#: Characters of a message, as it goes to logs and dead letters.
-LONGEST_MESSAGE = 200
 _LONGEST_CODE = 64
+#: How a code looks, and what stands for one that looks like something else.
+_A_CODE, _NO_CODE = re.compile(r"[A-Za-z0-9]+(?:[-_.][A-Za-z0-9]+)*"), "unknown_code"
 #: Codes that every report from this server would meet.
 SITE_CODES = frozenset({"permission_denied", "invalid_signature", "invalid_method"})
 #: The other codes of the documentation ("Error codes"): the same report would always meet them.
@@ -166,10 +166,10 @@ def _redirected(status: int, location: str, url: str, session_id: str) -> str:
     if target is None:
         return clip(f"{shown(url)} redirects nowhere (HTTP {status}); correct T23_API_URL.")
     origin, path = target
-    way = f"T23_API_URL to {clean(origin, session_id)}"
+    way = f"T23_API_URL to {clean_url(origin, session_id)}"
     if path != urlsplit(url).path:
-        way += f" and T23_REPORT_PATH to {clean(path, session_id)}"
-    return clip(f"Redirected to {clean(origin + path, session_id)}; if that is the API, set {way}.")
+        way += f" and T23_REPORT_PATH to {clean_url(path, session_id)}"
+    return clip(f"Redirected to {clean_url(origin + path, session_id)}; if that is the API, set {way}.")
 
 
 def _target(url: str, location: str) -> tuple[str, str] | None:
@@ -318,36 +318,13 @@ def _date(text: str) -> datetime | None:
 
 
 def _code(said: _Said, session_id: str) -> str:
-    return clean(said.code, session_id)[:_LONGEST_CODE]
+    """The code, if it looks like one."""
+    code = clean(said.code, session_id)
+    return code if len(code) <= _LONGEST_CODE and _A_CODE.fullmatch(code) else _NO_CODE * bool(code)
 
 
 def _quoted(said: _Said | None, session_id: str) -> str:
     return "" if said is None else clean(said.message or said.code, session_id)
-
-
-def clean(text: str, session_id: str) -> str:
-    """*text* from outside, on one line, without the session."""
-    return clip(_scrubbed(one_line(_scrubbed(text, session_id)), session_id))
-
-
-def _scrubbed(text: str, session_id: str) -> str:
-    if not session_id or not text:
-        return text
-    forms = (session_id, quote(session_id, "", errors="replace"), quote_plus(session_id, errors="replace"))
-    # Most sessions have one form, and each costs a pattern of its own.
-    for secret in dict.fromkeys((*forms, html.escape(session_id), one_line(session_id))):
-        if secret:
-            text = re.sub(re.escape(secret), "…", text, flags=re.IGNORECASE)
-    return text
-
-
-def one_line(text: str) -> str:
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
-
-
-def clip(text: str) -> str:
-    text = one_line(text)
-    return text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 1] + "…"
 
 
 def shown(url: str) -> str:

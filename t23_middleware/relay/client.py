@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import io
+import logging
 import socket
 import ssl
 import threading
@@ -29,8 +30,12 @@ from urllib3.exceptions import HTTPError, LocationValueError
 from ..errors import DeliveryError, NoAnswer, Refused, Unreachable
 from ..settings import Settings, process_environment
 from ..version import VERSION
-from .answer import LONGEST_ANSWER, Answer, clip, clock_ahead, judge, shown
+from .answer import LONGEST_ANSWER, Answer, clock_ahead, judge, shown
+from .quoted import clip
 from .report import Report, form
+
+# urllib3 warns of headers that it can't read, with their text, and that may hold the session.
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 #: Seconds that a connection may take, all of ``T23_TIMEOUT`` if that is less.
 CONNECT_SECONDS = 3.0

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, RetryLater, Unexplained
-from .answer import Answer, clip
+from .answer import Answer
 from .breaker import FAILURES_TO_OPEN, PROBE_WHEN_PAUSED, Breaker
 from .crash import crash_point
 from .health import FAILING, PAUSED, WELL, Health, as_notes, healths, next_health
 from .history import grown_troubles, troubles_note, troubles_of
 from .outbox import Acked, Again, Dead, Entry, Lost, Outbox, OutboxError, Settlement
+from .quoted import clip
 from .report import REPORT_PATHS, Report
 
 __all__ = ["FAILURES_TO_OPEN", "PROBE_WHEN_PAUSED", "Breaker", "Delivery"]

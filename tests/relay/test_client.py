@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import pytest
 from hypothesis import given
@@ -1189,6 +1191,89 @@ def test_a_session_in_a_redirect_is_not_told() -> None:
     with pytest.raises(NotAccepted) as caught:
         judge(302, {"Location": f"/s/{SESSION}/x"}, b"", URL, SESSION)
     assert "s3cr" not in str(caught.value)
+
+
+def escapes(session: str) -> dict[str, str]:
+    """Forms in which an API may repeat a session."""
+    raw = session.encode()
+    percent = "".join(f"%{byte:02X}" for byte in raw)
+    return {
+        "plain": session,
+        "upper": session.upper(),
+        "cut": session[:-3],
+        "cut in front": session[5:],
+        "spaced": " ".join(session),
+        "quoted": quote(session, ""),
+        "percent": percent,
+        "twice": quote(percent),
+        "thrice": quote(quote(percent)),
+        "backslashes": "".join(f"\\u{ord(char):04x}" for char in session),
+        "octal": "".join(f"\\{byte:03o}" for byte in raw),
+        "entities": "".join(f"&#{byte};" for byte in raw),
+        "hex": raw.hex(),
+        "hex upper": raw.hex().upper(),
+        "base64": base64.b64encode(raw).decode(),
+        "base64 cut": base64.b64encode(raw).decode()[3:-5],
+        "base64 url": base64.urlsafe_b64encode(b"=" + raw).decode().rstrip("="),
+        "base64 twice": base64.b64encode(base64.b64encode(raw)).decode(),
+        "base32": base64.b32encode(raw).decode(),
+        "punycode": f"xn--{session.encode('punycode').decode()}",
+        "wide": "".join(chr(ord(char) + 0xFEE0) for char in session),
+        "hashed": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+OTHER_SESSIONS = [
+    "s3cr3t-Session/42",
+    "4711081542",
+    "abcdefghijklmnop",
+    "550e8400-e29b-41d4-a716-446655440000",
+]
+
+
+@pytest.mark.parametrize("session", OTHER_SESSIONS)
+@pytest.mark.parametrize("form", escapes("x" * 20))
+@pytest.mark.parametrize("place", ["message", "code", "both", "location"])
+def test_no_form_of_a_session_is_told(session: str, form: str, place: str) -> None:
+    """Of a code, a message and a redirect the words stay, but no form of a session of eight characters and more."""
+    repeated = escapes(session)[form]
+    headers, values = {}, {"status": "error", "code": "strange_code", "message": "The session is unknown"}
+    if place == "location":
+        headers["Location"] = f"/login/{repeated}"
+    else:
+        for name in ("message", "code") if place == "both" else (place,):
+            values[name] = f"no_such_{repeated}" if name == "code" else f"The session {repeated} is unknown."
+    with pytest.raises(DeliveryError) as caught:
+        judge(302 if headers else 200, headers, b"" if headers else said(**values), URL, session)
+    told = f"{caught.value} {getattr(caught.value, 'code', '')}".casefold()
+    assert repeated.casefold() not in told
+    long_runs = (repeated[at : at + 8].casefold() for at in range(len(repeated) - 7))
+    assert not [run for run in long_runs if run in told and run not in "no_such_ the session is unknown"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("The download was reported", "The download was reported"),
+        ("There is no video with this photo_id", "There is no video with this photo_id"),
+        ("Method /api/analytics/report/play doesn't exist (HTTP 404), see v1.2", None),
+        ("Database error: timed out after 30 s.", None),
+        ("Unknown session dGhpcyBpcyBpdA== here", "Unknown session … here"),
+    ],
+)
+def test_plain_words_of_the_api_stay(text: str, told: str | None) -> None:
+    """Operators read what the API says, as far as it is in words."""
+    assert judge(200, {}, said(status="ok", message=text), URL, "4711081542").message == (told or text)
+
+
+def test_strange_headers_are_not_logged(
+    serve: Any, client_for: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """urllib3 quotes headers that it can't read, in which the session may be repeated."""
+    server = serve(always(answer(OK, "200 OK", "Fine: yes", f"bad header {SESSION}", "After: this")))
+    with suppress(DeliveryError):
+        client_for(server.url).send(REPORT)
+    assert "s3cr3t" not in caplog.text
 
 
 json_values = st.recursive(
