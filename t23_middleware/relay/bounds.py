@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from ..state import StateFolder
 from ..transfer import LONGEST_LINE
+from .elapsed import Elapsed
 from .journals import PIECE
 from .outbox import GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox
 from .report import CLOCK_SET_MS
@@ -152,7 +153,7 @@ class Bounds:
     """Keeps *outbox*, and what lies in *folder* beside it, within bounds.
 
     *max_age* is in seconds, *max_bytes* in bytes; *monotonic* is a clock in seconds, *wall_ms* one in ms since the
-    epoch, *space* tells the room on the folder's disk.
+    epoch, *space* tells the room on the folder's disk. Ages are *elapsed*'s, by default counted from now on.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Bounds:
         monotonic: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         space: Callable[[Path], Space] = space_at,
+        elapsed: Elapsed | None = None,
     ) -> None:
         self._outbox = outbox
         self._folder = folder
@@ -176,6 +178,7 @@ class Bounds:
         self._monotonic = monotonic
         self._wall_ms = wall_ms
         self._space_at = space
+        self._elapsed = elapsed or Elapsed({}, "", monotonic)
         self._look_at = self._look_at_age = float("-inf")
         self._told: dict[str, float] = {}
         self._shift_ms: int | None = None
@@ -193,6 +196,11 @@ class Bounds:
             self._look_at = now  # there may be more
         else:
             self._shrink(space)
+
+    @property
+    def elapsed_ms(self) -> int:
+        """The time that ages are measured by, in ms."""
+        return self._elapsed.now_ms()
 
     @property
     def piece(self) -> int:
@@ -216,7 +224,9 @@ class Bounds:
         Where nothing waits the reserve may go for it: there is nothing to acknowledge.
         Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
         """
-        batch = self._without_old(self._dated(batch))
+        batch = self._dated(batch)
+        if batch.since_ms is None:
+            batch = batch._replace(since_ms=self._elapsed.now_ms())
         try:
             with self._outbox.growing_by(self._space().growth, may_make_room=not self._outbox.hosts()):
                 self._outbox.ingest(batch)
@@ -233,7 +243,7 @@ class Bounds:
                 self._look_at = self._monotonic()
 
     def _dated(self, batch: Ingest) -> Ingest:
-        """A time from before the host's clock was set is no age: such a report is as old as its way into the outbox."""
+        """A time from before the host's clock was set is none: such a report tells of its way into the outbox."""
         undated = [report.time_ms for report in batch.reports if report.time_ms < CLOCK_SET_MS]
         if not undated or self._wall_ms() < CLOCK_SET_MS:
             return batch
@@ -255,27 +265,18 @@ class Bounds:
             self._shift_ms = self._wall_ms() - latest_ms
         return self._shift_ms
 
-    def _without_old(self, batch: Ingest) -> Ingest:
-        """What is too old already must not be sent before somebody looks at its age."""
-        now_ms = self._wall_ms()
-        old = [report for report in batch.reports if report.time_ms < now_ms - self._max_age_ms]
-        if not old:
-            return batch
-        self._tell("too_old", len(old))
-        young = [report for report in batch.reports if report.time_ms >= now_ms - self._max_age_ms]
-        lost = GivenUp("too_old", len(old), sum(report.sent for report in old))
-        return batch._replace(reports=young, losses=[*batch.losses, lost], at_ms=now_ms)
-
     def _drop_aged(self, now: float) -> int:
         """Looks at all that waits, and so not at every look."""
         if now < self._look_at_age:
             return 0
         self._date_what_waits()
-        outbox, now_ms = self._outbox, self._wall_ms()
+        outbox, elapsed_ms = self._outbox, self._elapsed.now_ms()
+        outbox.note(self._elapsed.note())
+        outbox.begin_ages(elapsed_ms)
         dropped = [
-            self._gone("dead_too_old", outbox.lose_dead_older, now_ms - DEAD_MS, MOST_AT_ONCE),
+            self._gone("dead_too_old", outbox.lose_dead_older, elapsed_ms - DEAD_MS, MOST_AT_ONCE),
             self._gone("dead_full", outbox.lose_dead_oldest, MOST_AT_ONCE, MOST_DEAD),
-            self._gone("too_old", outbox.lose_older, now_ms - self._max_age_ms, MOST_AT_ONCE),
+            self._gone("too_old", outbox.lose_older, elapsed_ms - self._max_age_ms, MOST_AT_ONCE),
         ]
         self._look_at_age = now + (0 if max(dropped) >= MOST_AT_ONCE else self._age_every)
         return sum(dropped)

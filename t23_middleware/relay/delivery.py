@@ -15,6 +15,7 @@ from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, RetryL
 from .answer import Answer
 from .breaker import FAILURES_TO_OPEN, PROBE_WHEN_PAUSED, Breaker
 from .crash import crash_point
+from .elapsed import Elapsed
 from .health import FAILING, PAUSED, WELL, Health, as_notes, healths, next_health
 from .history import grown_troubles, troubles_note, troubles_of
 from .outbox import Acked, Again, Dead, Entry, Lost, Outbox, OutboxError, Settlement
@@ -58,7 +59,8 @@ class _Result(NamedTuple):
 class Delivery:
     """Moves reports from the outbox to the API.
 
-    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch.
+    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch. Retries are due by
+    *elapsed*, by default counted from now on.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class Delivery:
         monotonic: Callable[[], float],
         wall_ms: Callable[[], int],
         notes: Mapping[str, str] = {},
+        elapsed: Elapsed | None = None,
     ) -> None:
         self._outbox = outbox
         self._send = send
         self._retry_ambiguous = retry_ambiguous
         self._monotonic = monotonic
         self._wall_ms = wall_ms
+        self._elapsed_ms = (elapsed or Elapsed({}, "", monotonic)).now_ms
         self._tasks: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
         self._came = threading.Event()
@@ -216,7 +220,7 @@ class Delivery:
                 kept.append(entry)
                 continue
             self.in_flight -= 1
-            self._unsettled.append(Again(entry.id, self._wall_ms(), entry.tries, entry.attempts))
+            self._unsettled.append(Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts))
         for entry in kept:
             self._tasks.put(entry)
 
@@ -253,9 +257,9 @@ class Delivery:
                 free.append(host)
             elif allowed:
                 probes.append(host)
-        entries = self._outbox.claim(room, self._wall_ms(), free) if free else []
+        entries = self._outbox.claim(room, self._elapsed_ms(), free) if free else []
         for host in probes:
-            probe = self._outbox.claim_after(self._probed.get(host, 0), host, self._wall_ms())
+            probe = self._outbox.claim_after(self._probed.get(host, 0), host, self._elapsed_ms())
             self._probed.update((host, entry.id) for entry in probe)
             entries += probe
         return entries
@@ -331,7 +335,7 @@ class Delivery:
                 extra=_told("api_paused", breaker.host, why),
             )
         self._spare(breaker)
-        return Again(entry.id, self._wall_ms(), entry.tries, entry.attempts)
+        return Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts)
 
     def _spare(self, breaker: Breaker) -> None:
         """What waits for a sender is no longer for an API that is left alone, its probe excepted."""
@@ -356,19 +360,20 @@ class Delivery:
         if entry.retimed:
             return Dead(entry.id, "cached", "the API answered from its cache twice, and so recorded nothing")
         later = max(self._wall_ms(), entry.report.time_ms + 1)
-        return Again(entry.id, self._wall_ms(), 0, entry.attempts, later)
+        return Again(entry.id, self._elapsed_ms(), 0, entry.attempts, later)
 
     def _unanswered(self, entry: Entry, error: RetryLater, seconds: float) -> Settlement:
         ambiguous = isinstance(error, NoAnswer)
         if ambiguous and not self._retry_ambiguous:
             self._setbacks.pop(entry.id, None)
             return Lost(entry.id, "ambiguous")
-        return Again(entry.id, self._wall_ms() + int(seconds * 1000), entry.tries + ambiguous, entry.attempts)
+        due_ms = self._elapsed_ms() + int(seconds * 1000)
+        return Again(entry.id, due_ms, entry.tries + ambiguous, entry.attempts)
 
     def _refused(self, entry: Entry, error: DeliveryError) -> Settlement:
         code = error.code if isinstance(error, Refused) else type(error).__name__
         if isinstance(error, Unexplained) and entry.attempts < len(UNEXPLAINED_DELAYS):
-            due = self._wall_ms() + int(UNEXPLAINED_DELAYS[entry.attempts] * 1000)
+            due = self._elapsed_ms() + int(UNEXPLAINED_DELAYS[entry.attempts] * 1000)
             return Again(entry.id, due, entry.tries, entry.attempts + 1)
         self._say_refused(entry.report, code, error)
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])

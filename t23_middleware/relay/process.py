@@ -12,11 +12,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ..settings import Settings
-from ..state import Holder, StateFolder, hold_lock
+from ..state import Holder, StateFolder, boot_id, hold_lock
 from ..version import VERSION
 from .bounds import Bounds, Reserve
 from .client import AnalyticsClient
 from .delivery import Delivery
+from .elapsed import Elapsed
 from .intake import Intake
 from .outbox import OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
 from .watchdog import Watchdog
@@ -201,12 +202,15 @@ class Relay:
         """The files and connections of a relay that holds the lock."""
         reserve = Reserve(self._folder.reserve)
         self._outbox = SQLiteOutbox(self._folder.outbox, reserve.give_up)
+        notes = self._outbox.notes()
+        elapsed = Elapsed(notes, boot_id(), time.monotonic)
         self._bounds = Bounds(
             self._outbox,
             self._folder,
             reserve,
             max_age=self._settings.max_age,
             max_bytes=self._settings.max_bytes,
+            elapsed=elapsed,
         )
         self._intake = self._make_intake()
         client = AnalyticsClient(self._settings)
@@ -216,7 +220,8 @@ class Relay:
             retry_ambiguous=self._settings.retry_ambiguous,
             monotonic=time.monotonic,
             wall_ms=_wall_ms,
-            notes=self._outbox.notes(),
+            notes=notes,
+            elapsed=elapsed,
         )
         try:
             yield

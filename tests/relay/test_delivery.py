@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from t23_middleware.relay.delivery import (
     Breaker,
     Delivery,
 )
+from t23_middleware.relay.elapsed import Elapsed
 from t23_middleware.relay.outbox import Entry, Ingest, OutboxError, Settlement, SQLiteOutbox, Stats
 from t23_middleware.relay.report import Report
 
@@ -526,6 +528,45 @@ def test_one_error_is_told_per_change_however_the_api_changes(bench, caplog):
     bench.api.says = lambda report: OK
     bench.run(400, 5)
     assert bench.stats().sent == 50
+
+
+# A clock that somebody sets.
+
+
+@pytest.mark.parametrize("off_ms", [31 * 86_400_000, 3_600_000, -3_600_000, -400 * 86_400_000])
+def test_retries_keep_their_distance(off_ms, bench):
+    """Whatever the wall clock does meanwhile: a report whose tries are counted does not use them up at once."""
+    bench.add()
+    bench.api.says = raising(Unexplained("odd", "what?"))
+    bench.run(30, 5)
+    for _ in range(8):
+        bench.clock.set_ms = off_ms - bench.clock.set_ms
+        bench.run(900, 5)
+    times = bench.api.times()
+    assert [round(later - one) for one, later in pairwise(times)] == [60, 300, 900, 2700]
+    assert bench.stats() == Stats(1, 0, 0, 1, 0)
+
+
+def test_retries_keep_their_distance_over_relays(bench, tmp_path):
+    """The next relay goes on with the same clock, whatever the wall clock says by then."""
+    bench.add()
+    bench.api.says = raising(Unexplained("odd", "what?"))
+    bench.turn()
+    bench.outbox.note(Elapsed({}, "boot", bench.clock.monotonic).note())
+    bench.clock.set_ms = 31 * 86_400_000
+    bench.clock.now += 50
+    elapsed = Elapsed(bench.outbox.notes(), "boot", bench.clock.monotonic)
+    bench.delivery = Delivery(
+        bench.outbox,
+        bench.api.send,
+        retry_ambiguous=True,
+        monotonic=bench.clock.monotonic,
+        wall_ms=bench.clock.wall_ms,
+        notes={ACCEPTED: "1"},
+        elapsed=elapsed,
+    )
+    bench.run(100, 1)
+    assert bench.api.times() == [0, pytest.approx(60, abs=2)]
 
 
 # An answer that nobody understands.

@@ -217,7 +217,7 @@ def test_a_dead_letter_keeps_the_report_and_the_answer(outbox):
     (entry,) = claimed(outbox)
     outbox.settle([Dead(entry.id, "no_such_photo", "There is no such photo")], NOW + 5)
     row = outbox._db.execute("SELECT * FROM dead").fetchone()
-    assert row == (entry.id, *report(1), "no_such_photo", "There is no such photo", NOW + 5)
+    assert row == (entry.id, *report(1), "no_such_photo", "There is no such photo", NOW + 5, None)
 
 
 def test_what_is_settled_twice_counts_once(outbox):
@@ -322,6 +322,15 @@ def as_if_of_version(version: int, path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {version}")
         db.execute(f"PRAGMA application_id = {schema._seal(version)}")
+
+
+def test_a_file_of_an_older_version_is_refused(outbox, path):
+    """Its tables are other ones; it is neither damaged nor to be set aside."""
+    outbox.close()
+    as_if_of_version(SCHEMA_VERSION - 1, path)
+    with pytest.raises(OutboxError, match="older version"):
+        SQLiteOutbox(path)
+    assert list(path.parent.glob("*corrupt*")) == []
 
 
 def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(outbox, path):

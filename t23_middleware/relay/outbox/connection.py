@@ -94,9 +94,10 @@ def open_file(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         db.execute(f"PRAGMA journal_size_limit = {LOG_KEPT}")
-        if version > SCHEMA_VERSION:
+        if version not in (0, SCHEMA_VERSION):
+            kind = "a newer" if version > SCHEMA_VERSION else "an older"
             raise OutboxError(
-                f"{path} is of a newer version of t23_middleware; run that one, or move the file"
+                f"{path} is of {kind} version of t23_middleware; run that one, or move the file"
             )
         if version == 0:
             db.executescript(f"BEGIN IMMEDIATE; {TABLES} {FOR_PAGES} {FOR_PROXY} {SET_VERSION} COMMIT;")

@@ -42,7 +42,7 @@ DELETE FROM videos WHERE hour = :hour
 AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY bytes DESC LIMIT :most)
 AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY plays DESC LIMIT :most)
 """
-#: Longest that a retry is ever put off, in ms; a due time beyond it comes from a clock that was set back.
+#: Longest that a retry is ever put off, in ms; a due time beyond it comes from a clock that began anew.
 LONGEST_DELAY_MS = 2 * 3600 * 1000
 #: SQLite's own bound of a file's pages.
 MOST_PAGES = (1 << 30) - 1
@@ -94,7 +94,8 @@ class SQLiteOutbox:
                 losses.append(GivenUp(batch.lost_as, len(batch.reports), sent))
             else:
                 self._db.executemany(
-                    f"INSERT INTO reports ({REPORT_COLUMNS}) VALUES ({REPORT_MARKS})", batch.reports
+                    f"INSERT INTO reports ({REPORT_COLUMNS}, since_ms) VALUES ({REPORT_MARKS}, ?)",
+                    ((*report, batch.since_ms) for report in batch.reports),
                 )
             give_up(self._db, losses, batch.at_ms)
             self._keep_viewings(batch.viewings)
@@ -241,12 +242,19 @@ class SQLiteOutbox:
             self._fold_log()  # only then the file is shorter
         return wanted
 
+    def begin_ages(self, elapsed_ms: int) -> None:
+        """What has no age yet waits since *elapsed_ms*: refused reports, and those that are to be sent again."""
+        for table in ("reports", "dead"):
+            query = f"SELECT 1 FROM {table} WHERE since_ms IS NULL LIMIT 1"
+            with translated():
+                found = self._db.execute(query).fetchone()
+            if found:
+                with self._transaction():
+                    self._db.execute(f"UPDATE {table} SET since_ms = ? WHERE since_ms IS NULL", (elapsed_ms,))
+
     def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
-        """Give up reports that tell of a time before *before_ms*, up to *most*; how many. Not what is in flight."""
-        query = (
-            f"SELECT id FROM reports WHERE leased = 0 AND time_ms >= {CLOCK_SET_MS} AND time_ms < ?"
-            " ORDER BY id LIMIT ?"
-        )
+        """Give up reports that wait since before *before_ms* (elapsed), up to *most*; how many. Not what is in flight."""
+        query = "SELECT id FROM reports WHERE leased = 0 AND since_ms < ? ORDER BY id LIMIT ?"
         return self._lose_found("reports", query, (before_ms, most), reason, now_ms)
 
     def latest_undated(self) -> int | None:
@@ -270,8 +278,8 @@ class SQLiteOutbox:
         return self._lose_found("reports", query, (most, kept), reason, now_ms)
 
     def lose_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
-        """Give up dead letters that were refused before *before_ms*, up to *most*; how many."""
-        query = "SELECT id FROM dead WHERE died_ms < ? ORDER BY died_ms LIMIT ?"
+        """Give up dead letters that were refused before *before_ms* (elapsed), up to *most*; how many."""
+        query = "SELECT id FROM dead WHERE since_ms < ? ORDER BY since_ms LIMIT ?"
         return self._lose_found("dead", query, (before_ms, most), reason, now_ms)
 
     def lose_dead_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
@@ -303,7 +311,7 @@ class SQLiteOutbox:
 
     def _bury(self, item: Dead, now_ms: int) -> None:
         self._db.execute(
-            f"INSERT OR REPLACE INTO dead SELECT id, {REPORT_COLUMNS}, ?, ?, ? FROM reports WHERE id = ?",
+            f"INSERT OR REPLACE INTO dead SELECT id, {REPORT_COLUMNS}, ?, ?, ?, NULL FROM reports WHERE id = ?",
             (item.code, item.answer, now_ms, item.id),
         )
         buried = self._db.execute("DELETE FROM reports WHERE id = ?", (item.id,)).rowcount
