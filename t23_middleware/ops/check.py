@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..relay.answer import Answer
 from ..relay.client import AnalyticsClient, Probe
-from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats
+from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats, log_size
 from ..relay.report import REPORT_PATHS, Report
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
@@ -32,7 +32,7 @@ from . import text
 from .check_proxy import proxy_items
 from .item import OK, WARN, WRONG, Item
 from .owner import act_as_owner_of
-from .status import NOTHING
+from .status import NOTHING, long_readers, reader_words
 
 #: Free bytes below which one should look, and below which SQLite and journals soon fail.
 LITTLE_SPACE, NO_SPACE = 64 << 20, 8 << 20
@@ -263,6 +263,8 @@ def _outbox(folder: StateFolder) -> tuple[Snapshot, list[Item]]:
     except StateError as error:
         return NOTHING, [Item(WRONG, "outbox", str(error))]
     items = [Item(OK, "outbox", _outbox_words(known.stats))]
+    if names := long_readers(folder.outbox):
+        items.append(Item(WARN, "outbox", reader_words(names, log_size(folder.outbox))))
     if dead := known.stats.dead:
         said = f"{text.reports(dead)} refused by the API; see 't23-middleware dead list'"
         items.append(Item(WARN, "outbox", said))

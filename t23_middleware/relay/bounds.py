@@ -19,7 +19,7 @@ from ..state import StateFolder
 from ..transfer import LONGEST_LINE
 from .elapsed import Elapsed
 from .journals import PIECE
-from .outbox import GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox
+from .outbox import LONG_LOG, GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox, readers
 from .report import CLOCK_SET_MS
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,13 @@ RESERVE = 512 << 10
 FREE_PAGES, FREE_SHARE = 256, 1 << 18
 #: Pages that it gives back at once, and how many while there is little room: each may first be moved by the log.
 SHRINK_PAGES, SMALL_SHRINK_PAGES = 1024, 64
+#: Bytes of the write-ahead log with which nothing more is written but acknowledgements; of a small
+#: ``T23_MAX_BYTES``, a share of it.
+MOST_LOG, MOST_LOG_SHARE = 64 << 20, 4
+#: Seconds for which the log is long before that means a reader, and not one large transaction.
+LONG_FOR = 2.0
+#: Bytes of a long log with which two transactions are a second apart, and how far apart they are at most.
+LOG_FOR_A_SECOND, LONGEST_REST = 8 << 20, 30.0
 #: Seconds between two lines of the log for the same reason.
 TELL_EVERY = 3600.0
 
@@ -182,6 +189,8 @@ class Bounds:
         self._look_at = self._look_at_age = float("-inf")
         self._told: dict[str, float] = {}
         self._shift_ms: int | None = None
+        self._log_is_long_since: float | None = None
+        self._said_long = False
 
     def keep(self) -> None:
         """Give up what is beyond the bounds, a piece at a time: the next look goes on. Raises :class:`OutboxError`."""
@@ -213,10 +222,47 @@ class Bounds:
         Always where nothing waits that this would hold up, and where the journals are full, whose oldest lines must
         go then. Raises :class:`OutboxError`.
         """
+        log_size = self._outbox.log_size()
+        if self.log_is_full or (log_size > LONG_LOG and log_size + self._outbox.size() > self._max_bytes):
+            return self._unread() > MOST_UNREAD
         growth = self._space().growth
         if growth >= LEAST_ROOM or growth + self._outbox.free() >= LEAST_ROOM:
             return True
         return not self._outbox.hosts() or self._unread() > MOST_UNREAD
+
+    @property
+    def log_is_full(self) -> bool:
+        """Whether a reader has kept the write-ahead log for so long that nothing more should be written."""
+        return self._outbox.log_size() > min(MOST_LOG, self._max_bytes // MOST_LOG_SHARE + LONG_LOG)
+
+    def rest(self) -> float:
+        """Seconds to wait before the next transaction: each makes a log longer that a reader keeps from being reused."""
+        size, now = self._outbox.log_size(), self._monotonic()
+        if size <= LONG_LOG:
+            if self._said_long:
+                log.warning("the outbox's log is short again", extra={"t23_event": "log_short"})
+            self._log_is_long_since, self._said_long = None, False
+            return 0.0
+        self._log_is_long_since = self._log_is_long_since or now
+        if now < self._log_is_long_since + LONG_FOR:
+            return 0.0
+        self._say_long(size)
+        return min((size / LOG_FOR_A_SECOND) ** 2, LONGEST_REST)
+
+    def _say_long(self, size: int) -> None:
+        if self._said_long:
+            return
+        self._said_long = True
+        who = ", ".join(readers(self._folder.outbox)) or "a process that can't be seen from here"
+        log.error(
+            "%s keeps the outbox open for reading, so its log (%s-wal, %d MiB) can't be reused: end that. Until then"
+            " reports are delivered more slowly, and not at all from %d MiB on",
+            who,
+            self._folder.outbox,
+            size >> 20,
+            MOST_LOG >> 20,
+            extra={"t23_event": "log_long", "t23_reason": who, "t23_path": f"{self._folder.outbox}-wal"},
+        )
 
     def ingest(self, batch: Ingest) -> None:
         """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.

@@ -89,7 +89,11 @@ class Relay:
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + self._take_in()
-            if not self._ending and not self._delivery.step():
+            self._rest()
+            if self._bounds.log_is_full:
+                self._delivery.settle()
+                self._delivery.wait(TRY_STORE_AGAIN)
+            elif not self._ending and not self._delivery.step():
                 self._delivery.wait(max(next_look - time.monotonic(), 0.001))
             if self._delivery.in_flight:
                 self._moved = now
@@ -98,6 +102,12 @@ class Relay:
         self._delivery.stop(self._settings.exit_seconds)
         self._say_whether_finished()
         os.close(self._lock)
+
+    def _rest(self) -> None:
+        until = time.monotonic() + self._bounds.rest()
+        while not self._ending and time.monotonic() < until:
+            self.watchdog.came_round()
+            time.sleep(min(0.1, max(until - time.monotonic(), 0)))
 
     def _begin(self) -> None:
         with suppress(OSError):  # a full disk: the outbox says it

@@ -10,6 +10,7 @@ from typing import Any
 from .. import history
 from ..report import CLOCK_SET_MS, Report
 from .connection import SQLITE_ERRORS, immediate, translated
+from .readers import log_size
 from .salvage import open_or_replace
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, REPORT_MARKS, STATS
 from .tally import add_counts, add_history, add_history_now, give_up, lose
@@ -55,6 +56,7 @@ class SQLiteOutbox:
     """
 
     def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
+        self._path = path
         self._make_room = make_room
         self._spares_reserve = False
         try:
@@ -212,6 +214,10 @@ class SQLiteOutbox:
     def size(self) -> int:
         """Bytes of the file that hold something."""
         return (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
+
+    def log_size(self) -> int:
+        """Bytes of the write-ahead log."""
+        return log_size(self._path)
 
     def free(self) -> int:
         """Bytes of the file that are free."""
