@@ -51,6 +51,8 @@ USUAL_GROWTH = 16 << 20
 LEAST_ROOM = 64 << 10
 #: Bytes of the reserve.
 RESERVE = 512 << 10
+#: Seconds after a failed write before more room is tried than the outbox has.
+TRY_FULL_EVERY = 10.0
 #: Free pages that the outbox's file keeps, room that nobody else can take; on a small disk a share of it.
 FREE_PAGES, FREE_SHARE = 256, 1 << 18
 #: Pages that it gives back at once, and how many while there is little room: each may first be moved by the log.
@@ -126,12 +128,21 @@ class Reserve:
         )
         return True
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it went, and there was no room for it since: the disk is full, whatever it says of itself."""
+        return self._given_up
+
     def keep(self, space: Space) -> None:
-        """Make it where it is missing and there is room."""
+        """Make it where it is missing and there is room.
+
+        The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much.
+        """
         if self._is_there() or space.free < space.low_water + RESERVE:
             return
         try:
-            self._make()
+            self._make(RESERVE * 2 if self._given_up else RESERVE)
+            os.truncate(self._path, RESERVE)
         except OSError:
             with suppress(OSError):
                 self._path.unlink()
@@ -146,12 +157,13 @@ class Reserve:
         except OSError:
             return False
 
-    def _make(self) -> None:
+    def _make(self, size: int) -> None:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            left = memoryview(os.urandom(RESERVE))  # zeros take no room where the disk compresses
+            left = memoryview(os.urandom(size))  # zeros take no room where the disk compresses
             while left:
                 left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)  # some file systems find out only then
         finally:
             os.close(descriptor)
 
@@ -186,7 +198,7 @@ class Bounds:
         self._wall_ms = wall_ms
         self._space_at = space
         self._elapsed = elapsed or Elapsed({}, "", monotonic)
-        self._look_at = self._look_at_age = float("-inf")
+        self._look_at = self._look_at_age = self._try_reserve_at = self._full_until = float("-inf")
         self._told: dict[str, float] = {}
         self._shift_ms: int | None = None
         self._log_is_long_since: float | None = None
@@ -199,7 +211,9 @@ class Bounds:
             return
         self._look_at = now + LOOK_EVERY
         space = self._space()
-        self._reserve.keep(space)
+        if now >= self._try_reserve_at:
+            self._reserve.keep(self._told_space())
+            self._try_reserve_at = now + (TRY_FULL_EVERY if self._reserve.is_given_up else 0)
         full = self._drop_aged(now) >= MOST_AT_ONCE
         if self._drop_what_is_over() or full:
             self._look_at = now  # there may be more
@@ -273,10 +287,13 @@ class Bounds:
         batch = self._dated(batch)
         if batch.since_ms is None:
             batch = batch._replace(since_ms=self._elapsed.now_ms())
+        growth = self._space().growth
         try:
-            with self._outbox.growing_by(self._space().growth, may_make_room=not self._outbox.hosts()):
+            with self._outbox.growing_by(growth, may_make_room=not self._outbox.hosts()):
                 self._outbox.ingest(batch)
-        except OutboxError:
+        except OutboxError as error:
+            if isinstance(error, OutboxFull) and growth >= USUAL_GROWTH:
+                self._full_until = self._monotonic() + TRY_FULL_EVERY
             if self._unread() <= MOST_UNREAD:
                 raise
             self._outbox.ingest(batch._replace(lost_as="journals_full", at_ms=self._wall_ms()))
@@ -352,6 +369,17 @@ class Bounds:
             )
 
     def _space(self) -> Space:
+        """The room there is: none after a write that failed, whatever the disk says (a quota, a limit on files).
+
+        Where nothing waits, a little is tried: there is nothing to acknowledge that needs it.
+        """
+        space = self._told_space()
+        failed = self._reserve.is_given_up or self._monotonic() < self._full_until
+        if not failed or space.free < space.low_water:
+            return space
+        return space._replace(free=0 if self._outbox.hosts() else USUAL_GROWTH)
+
+    def _told_space(self) -> Space:
         try:
             return self._space_at(self._folder.path)
         except OSError:  # the folder is gone, which the relay sees by its lock

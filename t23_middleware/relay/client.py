@@ -141,6 +141,8 @@ class AnalyticsClient:
             http.client.HTTPException,
             OSError,
             ValueError,
+            MemoryError,
+            RuntimeError,  # no thread, where a library needs one
         ) as error:
             # "from None": the texts of these errors may hold a proxy's password.
             raise _not_answered(error, url, body.begun) from None

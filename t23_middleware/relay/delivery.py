@@ -98,6 +98,7 @@ class Delivery:
         #: Host -> report that was its last probe: the next one is another, so that one that fails holds up no other.
         self._probed: dict[str, int] = {}
         self._said_strange: set[str] = set()
+        self._said_no_thread = False
         #: (Host, code) -> when a refusal was told last, and how many were not told since.
         self._told_refused: dict[tuple[str, str], tuple[float, int]] = {}
         #: How the last report failed, for whatever reason.
@@ -229,8 +230,10 @@ class Delivery:
             self._breaker(entry.report.host).claimed(entry.id)
             self._tasks.put(entry)
         self.in_flight += len(entries)
-        while len(self._senders) < min(self.in_flight, MOST_SENDERS):
-            self._start_sender()
+        while len(self._senders) < min(self.in_flight, MOST_SENDERS) and self._start_sender():
+            pass
+        if entries and not self._senders:
+            self._send_here()
 
     def _claim(self) -> list[Entry]:
         self._set_at_hand()
@@ -267,16 +270,31 @@ class Delivery:
     def _breaker(self, host: str) -> Breaker:
         return self._breakers.setdefault(host, Breaker(host))
 
-    def _start_sender(self) -> None:
+    def _start_sender(self) -> bool:
+        """Whether there is one more; where not, what there is goes on, and the next step tries again."""
         # A daemon: one that hangs in a system call must not hold up the exit.
         sender = threading.Thread(
             target=self._send_forever, daemon=True, name=f"t23-sender-{len(self._senders)}"
         )
+        try:
+            sender.start()
+        except (RuntimeError, MemoryError) as error:
+            self._say_no_thread(error)
+            return False
         self._senders.append(sender)
-        sender.start()
+        return True
+
+    def _send_here(self) -> None:
+        """Send one without a thread, so that the loop comes round, and put back the others: they were not sent."""
+        self._send_one(self._tasks.get())
+        self._take_back(lambda entry: True)
 
     def _send_forever(self) -> None:
         while (entry := self._tasks.get()) is not None:
+            self._send_one(entry)
+
+    def _send_one(self, entry: Entry | None) -> None:
+        if entry is not None:
             try:
                 outcome: Answer | DeliveryError = self._send(entry.report)
                 crash_point("after_send")
@@ -403,6 +421,18 @@ class Delivery:
                 "t23_count": number + 1,
             },
         )
+
+    def _say_no_thread(self, error: Exception) -> None:
+        """Once, until there are as many as are wanted."""
+        if not self._said_no_thread:
+            self._said_no_thread = True
+            log.error(
+                "only %d threads for sending can be started (%s); reports are delivered more slowly. Raise the limit on"
+                " tasks or memory (RLIMIT_NPROC, TasksMax=, the pod's pids limit)",
+                len(self._senders),
+                error,
+                extra={"t23_event": "no_thread", "t23_reason": str(error), "t23_count": len(self._senders)},
+            )
 
     def _say_strange(self, report: Report, error: RetryLater) -> None:
         """Once for each API; where none of its answers is understood, the breaker says it."""

@@ -120,11 +120,11 @@ class Relay:
         if not self._keep_bounds():
             self._ending = self._ending or self._must_end()
             return TRY_STORE_AGAIN
-        self._intake.look()
-        if self._must_end():
-            self._ending = True
-            return 0.0
         try:
+            self._intake.look()
+            if self._must_end():
+                self._ending = True
+                return 0.0
             if self._intake.keep():
                 self._moved = time.monotonic()
             self._intake.tidy()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,12 @@ from t23_middleware.ops.standin import StandInServer
 from t23_middleware.relay import bounds as module
 from t23_middleware.relay.bounds import (
     DEAD_MS,
+    LONG_FOR,
     MOST_DEAD,
     PIECE,
+    RESERVE,
     SMALL_PIECE,
+    TRY_FULL_EVERY,
     Bounds,
     Reserve,
     Space,
@@ -28,6 +34,7 @@ from t23_middleware.relay.bounds import (
 )
 from t23_middleware.relay.elapsed import Elapsed
 from t23_middleware.relay.outbox import (
+    LONG_LOG,
     Acked,
     Again,
     Dead,
@@ -40,6 +47,7 @@ from t23_middleware.relay.outbox import (
     OutboxView,
     SQLiteOutbox,
     Stats,
+    readers,
 )
 from t23_middleware.relay.process import Relay
 from t23_middleware.relay.report import Report
@@ -503,6 +511,123 @@ def test_a_reserve_that_the_disk_does_not_take_after_all_leaves_nothing(world, m
     assert not world.folder.reserve.exists()
     world.keep(bounds)
     assert world.folder.reserve.exists()
+
+
+def refusing(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A quota: the disk has room, and the outbox still can't grow. The growths that it was asked for."""
+    asked: list[int] = []
+    growing_by = world.outbox.growing_by
+
+    @contextmanager
+    def grows(size: int, **more: bool) -> Iterator[None]:
+        asked.append(size)
+        with growing_by(0, **more):
+            yield
+
+    monkeypatch.setattr(world.outbox, "growing_by", grows)
+    return asked
+
+
+def test_a_write_that_failed_means_full(world, monkeypatch):
+    """Whatever the disk says of itself: nothing is taken in for a while but into free pages, then it is tried again."""
+    bounds = world.bounds()
+    bounds.ingest(batch(report(0)))
+    asked = refusing(world, monkeypatch)
+    assert (bounds.has_room(), bounds.piece) == (True, PIECE)
+    with pytest.raises(OutboxFull):
+        bounds.ingest(batch(*map(report, range(1, 3000))))
+    assert (bounds.has_room(), bounds.piece) == (False, SMALL_PIECE)
+    world.seconds += TRY_FULL_EVERY
+    assert (bounds.has_room(), bounds.piece) == (True, PIECE)
+    assert asked == [PLENTY.growth]
+
+
+def test_a_reserve_that_went_though_there_is_room(world, monkeypatch, caplog):
+    """It is tried again seldom, and made only where a quota has twice its size."""
+    bounds = world.bounds()
+    bounds.ingest(batch(report(0)))
+    bounds.keep()
+    assert world.reserve.give_up()
+    quota, write = [RESERVE + 1000], os.write
+
+    def limited(descriptor: int, data: Any) -> int:
+        if len(data) > quota[0]:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", limited)
+    for _ in range(5):
+        world.keep(bounds)
+        assert not world.folder.reserve.exists()
+        assert not bounds.has_room()
+    quota[0] = 2 * RESERVE
+    world.keep(bounds)
+    assert world.folder.reserve.stat().st_size == RESERVE
+    assert bounds.has_room()
+    assert caplog.records[-1].t23_event == "disk_free"
+
+
+def test_a_full_quota_with_an_empty_outbox(world, monkeypatch):
+    """What is new may have a little of the room, since nothing is to be acknowledged."""
+    bounds = world.bounds()
+    bounds.keep()
+    assert world.reserve.give_up()
+    assert bounds.has_room()
+    bounds.ingest(batch(report(0)))
+    assert world.stats().waiting == 1
+
+
+# A reader that keeps the log.
+
+
+READER = """
+import sqlite3, sys
+db = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True, isolation_level=None)
+db.execute("BEGIN")
+db.execute("SELECT count(*) FROM reports").fetchone()
+print("reads", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def reader(world: World) -> Iterator[subprocess.Popen[str]]:
+    world.outbox.ingest(batch(report(0)))
+    command = [sys.executable, "-c", READER, str(world.folder.outbox)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reads\n"
+    yield process
+    process.communicate(timeout=30)
+
+
+def test_who_keeps_the_log_is_named(world, reader, caplog):
+    """The longer the log, the longer the rest between two transactions; nothing of it once the reader is gone."""
+    bounds = world.bounds()
+    assert bounds.rest() == 0
+    number = 0
+    while world.outbox.log_size() <= LONG_LOG:
+        number += 500
+        world.outbox.ingest(batch(*map(report, range(number, number + 500))))
+    assert bounds.rest() == 0, "it may be one large transaction"
+    world.seconds += LONG_FOR
+    first = bounds.rest()
+    assert 0 < first < 1
+    (found,) = readers(world.folder.outbox)
+    assert found.startswith(f"process {reader.pid} (")
+    assert f"process {reader.pid} (" in errors(caplog)[0]
+    while world.outbox.log_size() <= 2 * LONG_LOG:
+        number += 500
+        world.outbox.ingest(batch(*map(report, range(number, number + 500))))
+    assert bounds.rest() > first
+    assert bounds.has_room()
+    assert not world.bounds(max_bytes=1 << 20).has_room(), "the log counts"
+    reader.communicate(timeout=30)
+    for _ in range(2):
+        world.outbox.ingest(batch(report(1)))
+    assert bounds.rest() == 0
+    assert [record.t23_event for record in caplog.records] == ["log_long", "log_short"]
+    assert readers(world.folder.outbox) == []
 
 
 def test_a_disk_that_is_full_takes_the_reserve_for_acknowledgements_but_not_for_what_is_new(world):

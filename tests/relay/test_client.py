@@ -355,6 +355,24 @@ def test_close_ends_the_connections_of_all_threads_and_later_reports_open_new_on
 # Not sent.
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), OSError(24, "Too many open files")]
+)
+def test_what_ran_out_before_sending_is_unreachable(
+    error: Exception, serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the report has left, so it must not count as one that may have arrived."""
+    server = serve(always(answer()))
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socket", fails)
+        assert isinstance(error_of(client_for(server.url)), Unreachable)
+    assert server.requests == []
+
+
 def test_a_refused_connection_is_unreachable(client_for: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -569,6 +569,54 @@ def test_retries_keep_their_distance_over_relays(bench, tmp_path):
     assert bench.api.times() == [0, pytest.approx(60, abs=2)]
 
 
+# What runs out.
+
+
+@pytest.mark.parametrize("retry", [True, False])
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_few_threads_send_all_once(threads, retry, tmp_path, monkeypatch, caplog):
+    """With as many as there are, or none; nothing counts as sent or lost that was not sent."""
+    bench = Bench(tmp_path / "few.db", retry)
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) >= threads:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    bench.add(50)
+    for _ in range(60):
+        bench.turn()
+    assert bench.stats() == Stats(50, 0, 50, 0, 0)
+    assert set(bench.api.sessions().values()) == {1}
+    assert [record.t23_event for record in caplog.records] == ["no_thread"]
+    monkeypatch.setattr(threading.Thread, "start", start)
+    bench.delivery.stop(PATIENCE)
+    bench.outbox.close()
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_without_threads_an_api_that_is_down(retry, tmp_path, monkeypatch):
+    """What could not be sent waits, also where nothing may be sent twice."""
+    bench = Bench(tmp_path / "few.db", retry)
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    bench.add(20)
+    bench.api.says = raising(Unreachable("no descriptors left"))
+    bench.run(60)
+    assert bench.stats() == Stats(20, 20, 0, 0, 0)
+    assert bench.rows("SELECT DISTINCT tries, leased FROM reports") == [(0, 0)]
+    bench.api.says = lambda report: OK
+    bench.run(120)
+    assert bench.stats() == Stats(20, 0, 20, 0, 0)
+    bench.outbox.close()
+
+
 # An answer that nobody understands.
 
 
