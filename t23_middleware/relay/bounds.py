@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -381,9 +382,15 @@ class Bounds:
 
     def _told_space(self) -> Space:
         try:
-            return self._space_at(self._folder.path)
+            space = self._space_at(self._folder.path)
         except OSError:  # the folder is gone, which the relay sees by its lock
             return Space(0, 0)
+        largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if largest == resource.RLIM_INFINITY:
+            return space
+        # Pages beyond that would be in the log for ever.
+        left = max(largest - self._outbox.size() - self._outbox.free(), 0)
+        return Space(min(space.free, left), min(space.size, largest))
 
     def _unread(self) -> int:
         """Bytes in the journals that the outbox does not have."""

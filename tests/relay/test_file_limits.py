@@ -23,7 +23,7 @@ from .writers import journal, transfer
 @pytest.mark.parametrize("limit", [600_000, 700_000])
 def test_all_leaves_though_no_file_may_grow(limit: int, state: Path) -> None:
     """RLIMIT_FSIZE: the outbox fills up, the rest waits in the journals, and all of it is delivered once."""
-    folder, count = StateFolder(state), 10_000
+    folder, count = StateFolder(state), 20_000
     plays = [transfer(n, time.monotonic_ns() - 10**9 + n, f"session-{n % 50}") for n in range(count)]
     for part in range(4):
         journal(folder, f"{part}-dead", *plays[part::4])
@@ -41,7 +41,7 @@ def test_all_leaves_though_no_file_may_grow(limit: int, state: Path) -> None:
         resource.prlimit(relay.pid, resource.RLIMIT_FSIZE, (limit, limit))
         try:
             assert until(lambda: folder.outbox.exists() and stats(folder).waiting > 200)
-            assert until(lambda: b"ERROR t23_middleware.relay.process" in (state / "said.log").read_bytes())
+            assert until(lambda: b"until it can be written" in (state / "said.log").read_bytes())
             assert stats(folder).waiting < count
             assert relay.poll() is None
             api.heal()
