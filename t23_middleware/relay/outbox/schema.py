@@ -24,9 +24,10 @@ CREATE TABLE IF NOT EXISTS reports (
     retimed INTEGER NOT NULL DEFAULT 0,
     due_ms INTEGER NOT NULL DEFAULT 0,
     leased INTEGER NOT NULL DEFAULT 0,
-    since_ms INTEGER
+    since_ms INTEGER,
+    turn INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX IF NOT EXISTS reports_by_host ON reports (host, leased, id);
+CREATE INDEX IF NOT EXISTS reports_by_host ON reports (host, leased, turn, id);
 CREATE TABLE IF NOT EXISTS dead (
     id INTEGER PRIMARY KEY,
     time_ms INTEGER NOT NULL, host TEXT NOT NULL, session_id TEXT NOT NULL, photo_id TEXT NOT NULL,

@@ -14,6 +14,7 @@ from .readers import log_size
 from .salvage import open_or_replace
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, REPORT_MARKS, STATS
 from .tally import add_counts, add_history, add_history_now, give_up, lose
+from .turns import Turns
 from .values import (
     Acked,
     Again,
@@ -45,6 +46,13 @@ AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hou
 """
 #: Longest that a retry is ever put off, in ms; a due time beyond it comes from a clock that began anew.
 LONGEST_DELAY_MS = 2 * 3600 * 1000
+#: Whether a dead letter is of the video that has more than half of all.
+_MOST_REFUSED = """
+((host, photo_id) IN (SELECT host, photo_id FROM dead GROUP BY 1, 2 HAVING count(*) * 2 > (SELECT count(*) FROM dead)))
+"""
+_LAST_TURN = "SELECT max(turn) FROM reports WHERE host = ? AND leased = 0"
+#: Reports of one video or session that wait and are no flood, however few others wait.
+LEAST_FLOOD = 1000
 #: SQLite's own bound of a file's pages.
 MOST_PAGES = (1 << 30) - 1
 
@@ -65,6 +73,9 @@ class SQLiteOutbox:
             if not make_room():
                 raise
             self._db = open_or_replace(path)
+        with translated():
+            (first,) = self._db.execute("SELECT coalesce(min(turn), 1) FROM reports").fetchone()
+        self._turns = Turns(first - 1)
 
     def close(self) -> None:
         """Close the file."""
@@ -96,8 +107,8 @@ class SQLiteOutbox:
                 losses.append(GivenUp(batch.lost_as, len(batch.reports), sent))
             else:
                 self._db.executemany(
-                    f"INSERT INTO reports ({REPORT_COLUMNS}, since_ms) VALUES ({REPORT_MARKS}, ?)",
-                    ((*report, batch.since_ms) for report in batch.reports),
+                    f"INSERT INTO reports ({REPORT_COLUMNS}, since_ms, turn) VALUES ({REPORT_MARKS}, ?, ?)",
+                    ((*report, batch.since_ms, self._turns.next(report)) for report in batch.reports),
                 )
             give_up(self._db, losses, batch.at_ms)
             self._keep_viewings(batch.viewings)
@@ -128,22 +139,27 @@ class SQLiteOutbox:
     def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
         with self._transaction():
             rows = [row for host in hosts for row in self._due(host, now_ms, count)]
-            return self._leased(sorted(rows)[:count])
+            rows = sorted(rows)[:count]
+            if rows:
+                self._turns.reached = max(self._turns.reached, rows[-1][0])
+            return self._leased(rows)
 
     def claim_after(self, id: int, host: str, now_ms: int) -> list[Entry]:
         with self._transaction():
-            return self._leased(self._due(host, now_ms, 1, id) or self._due(host, now_ms, 1))
+            (turn,) = self._db.execute("SELECT max(turn) FROM reports WHERE id = ?", (id,)).fetchone()
+            after = self._due(host, now_ms, 1, (turn, id)) if turn is not None else []
+            return self._leased(after or self._due(host, now_ms, 1))
 
     def _leased(self, rows: list[Any]) -> list[Entry]:
-        self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[0],) for row in rows))
-        return [Entry(row[0], Report(*row[4:]), row[1], row[2], bool(row[3])) for row in rows]
+        self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[1],) for row in rows))
+        return [Entry(row[1], Report(*row[5:]), row[2], row[3], bool(row[4])) for row in rows]
 
-    def _due(self, host: str, now_ms: int, count: int, after: int = 0) -> list[Any]:
+    def _due(self, host: str, now_ms: int, count: int, after: tuple[int, int] = (-1, 0)) -> list[Any]:
         """One host at a time: the index has them in order then, where several would all be read and sorted."""
         return self._db.execute(
-            f"SELECT id, tries, attempts, retimed, {REPORT_COLUMNS} FROM reports"
-            " WHERE host = ? AND leased = 0 AND id > ? AND (due_ms <= ? OR due_ms > ?) ORDER BY id LIMIT ?",
-            (host, after, now_ms, now_ms + LONGEST_DELAY_MS, count),
+            f"SELECT turn, id, tries, attempts, retimed, {REPORT_COLUMNS} FROM reports WHERE host = ? AND leased = 0"
+            " AND (turn, id) > (?, ?) AND (due_ms <= ? OR due_ms > ?) ORDER BY turn, id LIMIT ?",
+            (host, *after, now_ms, now_ms + LONGEST_DELAY_MS, count),
         ).fetchall()
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
@@ -276,12 +292,37 @@ class SQLiteOutbox:
             self._db.execute(f"UPDATE dead SET died_ms = died_ms + ? WHERE {_UNDATED_DEAD}", (shift_ms,))
 
     def lose_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
-        """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight."""
+        """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight.
+
+        Where one video or session has more than half of all that waits, its latest go instead.
+        """
+        if flood := self._flood(min(most, max(self.stats().waiting - kept, 0))):
+            with self._transaction():
+                lose(self._db, "reports", [(id, reason) for id in flood], now_ms)
+            return len(flood)
         query = (
             "SELECT id FROM reports WHERE leased = 0 ORDER BY id"
             " LIMIT max(0, min(?, (SELECT count(*) FROM reports) - ?))"
         )
         return self._lose_found("reports", query, (most, kept), reason, now_ms)
+
+    def _flood(self, most: int) -> list[int]:
+        """Ids of reports whose turn is behind half of all that waits, the last first."""
+        waiting = self.stats().waiting
+        behind = self._turns.reached + max(waiting // 2, LEAST_FLOOD)
+        with translated():
+            last = [self._db.execute(_LAST_TURN, (host,)).fetchone()[0] or 0 for host in self.hosts()]
+        if max(last, default=0) - self._turns.reached >= waiting:
+            return []  # all that waits is of it
+        found: list[int] = []
+        for host in self.hosts():
+            with translated():
+                rows = self._db.execute(
+                    "SELECT id FROM reports WHERE host = ? AND leased = 0 AND turn > ? ORDER BY turn DESC LIMIT ?",
+                    (host, behind, most - len(found)),
+                ).fetchall()
+            found += [id for (id,) in rows]
+        return found
 
     def lose_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
         """Give up dead letters that were refused before *before_ms* (elapsed), up to *most*; how many."""
@@ -289,10 +330,11 @@ class SQLiteOutbox:
         return self._lose_found("dead", query, (before_ms, most), reason, now_ms)
 
     def lose_dead_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
-        """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many."""
-        query = (
-            "SELECT id FROM dead ORDER BY died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
-        )
+        """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many.
+
+        Where one video has more than half of them, its go first.
+        """
+        query = f"SELECT id FROM dead ORDER BY {_MOST_REFUSED} DESC, died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
         return self._lose_found("dead", query, (most, kept), reason, now_ms)
 
     def _lose_found(self, table: str, query: str, values: tuple[int, int], reason: str, now_ms: int) -> int:
