@@ -180,14 +180,13 @@ def test_a_flood_holds_up_nobody(kind, outbox):
     outbox.settle([Acked(entry.id) for entry in claimed(outbox, 64)], NOW)
     outbox.ingest(batch(*[of(f"viewer-{n}", f"{n % 5}") for n in range(40)]))
     seen = 0
-    for turn in range(1, 30):
+    for _ in range(3):
         entries = claimed(outbox, 64)
         seen += sum(entry.report.session_id.startswith("viewer") for entry in entries)
         outbox.settle([Acked(entry.id) for entry in entries], NOW)
         if seen == 40:
             break
     assert seen == 40
-    assert turn <= 3
 
 
 def test_a_flood_that_goes_on_holds_up_nobody(outbox):
