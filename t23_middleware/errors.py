@@ -58,6 +58,11 @@ class Unreachable(RetryLater):
 class NoAnswer(RetryLater):
     """The report was sent but its answer was lost, so it may have been recorded."""
 
+    def __init__(self, message: str, *, answered: bool = False) -> None:
+        super().__init__(message)
+        #: Whether something answered, but not as the API does: that seldom passes by itself.
+        self.answered = answered
+
 
 class Busy(RetryLater):
     """The API, or a server before it, answered that it can't take the report now."""

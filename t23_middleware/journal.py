@@ -12,27 +12,39 @@ import os
 import threading
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import StateError
-from .state import StateFolder, boot_id, hold_lock, network_namespace
+from .state import StateFolder, boot_id, hold_lock, lock_is_held, network_namespace
 from .transfer import FORMAT, Counts, Transfer, Writer, decode, encode
 
 log = logging.getLogger(__name__)
 
 #: A journal is followed by the next one past this size, in bytes, so that the relay can remove what it has read.
 ROTATE_AT = 1 << 20
+#: The same where the process may write no larger file, if its journal has so many bytes.
+LEAST_ROTATED = 1 << 16
 #: Lines that are kept for a better time when the disk takes none; what falls out is counted.
 KEPT_ASIDE = 1000
 #: Seconds between two tries to begin, while the folder can't be used.
 RETRY_BEGIN = 1.0
+#: Seconds between two tries to write after the disk was full, while a relay needs what room there is.
+RETRY_FULL = 1.0
+#: Bytes that a disk says are free, where a write that failed met a quota.
+MUCH_ROOM = 64 << 20
+#: Bytes that all journals may take, where no relay reads them.
+MOST_BYTES = 256 << 20
 #: Seconds between two looks whether the journal is still where it was made.
 LOOK_EVERY = 1.0
 #: Seconds between two lines of what was counted aside, where no play's line takes the figures along.
 COUNTS_EVERY = 1.0
 #: Bytes up to which a response is no play, so that its line is no loss.
 PROBE = 2
+
+#: What a full disk says, or a full quota.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 #: How a close line begins, after its checksum.
 _CLOSE = b'["close"'
@@ -56,8 +68,17 @@ class JournalWriter:
     again, and at last counted.
     """
 
-    def __init__(self, folder: StateFolder, version: str, digest: str, *, prefix: str = "") -> None:
+    def __init__(
+        self,
+        folder: StateFolder,
+        version: str,
+        digest: str,
+        most_bytes: int = MOST_BYTES,
+        *,
+        prefix: str = "",
+    ) -> None:
         self._folder = folder
+        self._most_bytes = most_bytes
         self._pid = os.getpid()
         self._prefix = prefix
         self.name = self._new_name()
@@ -69,6 +90,8 @@ class JournalWriter:
         self._abandoned: int | None = None
         self._look_at = 0.0
         self._size = 0
+        self._wait_until = 0.0
+        self._waits_for = ""
         self._changing = threading.Lock()
         self._counting = threading.Lock()
         self._not_before = 0.0
@@ -123,15 +146,59 @@ class JournalWriter:
 
     def _append(self, line: bytes) -> bool:
         try:
+            self._refuse_while_full()
             if self._aside:
                 self._write_aside()
             self._write(line)
         except (OSError, StateError) as error:
+            self._look_whether_full(error)
             self._keep_aside(line, error)
             return False
         self._went_well()
         if self._size > ROTATE_AT:
             self._rotate()
+        return True
+
+    def _refuse_while_full(self) -> None:
+        """Raise :class:`StateError` for a while after the disk or the journals were found full."""
+        now = time.monotonic()
+        if not self._waits_for or now < self._wait_until:
+            if self._waits_for:
+                raise StateError(self._waits_for)
+            return
+        self._wait_until = now + RETRY_FULL
+        if self._is_relays_room() or self._journals_are_full():
+            raise StateError(self._waits_for)
+        self._waits_for = ""
+
+    def _look_whether_full(self, error: OSError | StateError) -> None:
+        """After a failed write: a file of its greatest size ends, and the last room is left to the relay."""
+        code = error.errno if isinstance(error, OSError) else None
+        if code == errno.EFBIG and self._size > LEAST_ROTATED:
+            self._size = ROTATE_AT + 1
+            self._rotate()
+        elif code in _FULL and not self._waits_for and self._is_relays_room():
+            self._waits_for, self._wait_until = str(error), time.monotonic() + RETRY_FULL
+
+    def _is_relays_room(self) -> bool:
+        """Whether a quota is full, and a relay gave up its reserve for acknowledgements: it makes room for all others."""
+        disk = os.statvfs(self._folder.path)
+        if disk.f_bavail * disk.f_frsize < MUCH_ROOM:
+            return False  # the disk itself is full, where a relay finds room within its own file
+        return not self._folder.reserve.exists() and lock_is_held(self._folder.relay_lock)
+
+    def _journals_are_full(self) -> bool:
+        total = 0
+        for path in self._folder.journals.glob("*.journal"):
+            with suppress(FileNotFoundError):  # a relay took it in
+                total += path.stat().st_size
+        if total <= self._most_bytes:
+            return False
+        self._waits_for = (
+            f"the journals take {total >> 20} MiB, and no relay reads them; start one:"
+            " 't23-middleware relay', or T23_RELAY=auto"
+        )
+        self._wait_until = time.monotonic() + RETRY_FULL
         return True
 
     def _write(self, line: bytes) -> None:
@@ -259,6 +326,7 @@ class JournalWriter:
             self._files = _Files(self._open(files.sequence + 1), files.journal, files.sequence + 1)
             if files.previous is not None:
                 os.close(files.previous)
+            self._journals_are_full()
         except OSError as error:
             log.warning(
                 "the journal can't be rotated and grows on, until that is mended: %s",

@@ -102,6 +102,7 @@ def site(state: Path) -> Iterator[Site]:
 
 
 def test_a_relay_writes_json_for_programs_and_tells_of_alike_refusals_once(site: Site):
+    site.prove()
     site.play(20, photo="404")
     relay = site.start("relay", "--json")
     try:

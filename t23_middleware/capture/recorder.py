@@ -46,7 +46,7 @@ class _Process:
 
     def __init__(self, settings: Settings, version: str) -> None:
         folder = StateFolder(settings.state_path())
-        self.journal = JournalWriter(folder, version, settings.relay_digest())
+        self.journal = JournalWriter(folder, version, settings.relay_digest(), settings.max_bytes)
         self.launcher = RelayLauncher(settings, folder)
         self._numbers = count(1)
         self._seen: set[str] = set()

@@ -23,8 +23,8 @@ from ..errors import (
 )
 from ..relay.answer import Answer
 from ..relay.client import AnalyticsClient, Probe
-from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats
-from ..relay.report import Report
+from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats, log_size
+from ..relay.report import REPORT_PATHS, Report
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
 from ..version import VERSION
@@ -33,7 +33,7 @@ from .check_proxy import proxy_items
 from .counted import counted_items
 from .item import OK, WARN, WRONG, Item
 from .owner import act_as_owner_of
-from .status import NOTHING
+from .status import NOTHING, long_readers, reader_words
 
 #: Free bytes below which one should look, and below which SQLite and journals soon fail.
 LITTLE_SPACE, NO_SPACE = 64 << 20, 8 << 20
@@ -41,8 +41,6 @@ LITTLE_SPACE, NO_SPACE = 64 << 20, 8 << 20
 CLOCK_OFF = 60.0
 #: Seconds that importing the app may take.
 IMPORT_SECONDS = 60.0
-#: The documentation heads the method's page with the first and names the second in its example.
-REPORT_PATHS = ("/api/analytics/report/play", "/api/analytics/report/download")
 #: File systems that other machines see too: neither SQLite's write-ahead log nor record locks are safe there.
 _NETWORK = re.compile(
     r"nfs[34]?|cifs|smb\w*|ncpfs|9p|afs|ceph|glusterfs|lustre|beegfs\w*|gfs2|ocfs2|gpfs"
@@ -267,6 +265,8 @@ def _outbox(folder: StateFolder) -> tuple[Snapshot, list[Item]]:
     except StateError as error:
         return NOTHING, [Item(WRONG, "outbox", str(error))]
     items = [Item(OK, "outbox", _outbox_words(known.stats))]
+    if names := long_readers(folder.outbox):
+        items.append(Item(WARN, "outbox", reader_words(names, log_size(folder.outbox))))
     if dead := known.stats.dead:
         said = f"{text.reports(dead)} refused by the API; see 't23-middleware dead list'"
         items.append(Item(WARN, "outbox", said))
@@ -363,17 +363,30 @@ def _is_method(probe: Probe) -> bool:
 
 
 def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator[Item]:
+    """To the path that is set and, where that takes no report, to the documented ones."""
     host = settings.hosts[0] if settings.per_host else ""
     report = Report(time.time_ns() // 1_000_000, host, trial.session_id, trial.photo_id, sent=1, skip=1)
     yield Item(
         OK, "send", f"a real report of 1 byte (skip=1) of video {trial.photo_id}; TwentyThree counts it"
     )
-    try:
-        answer = client.send(report)
-    except DeliveryError as error:
-        yield Item(WRONG, "send", f"the answer: {error}")
+    refused = []
+    for path in dict.fromkeys((settings.report_path, *REPORT_PATHS)):
+        try:
+            answer = client.send(report, path)
+        except DeliveryError as error:
+            refused.append(f"{path}: {error}")
+            continue
+        yield _taken(settings, path, answer, refused)
         return
+    yield Item(WRONG, "send", f"the answers: {'; '.join(refused)}")
+
+
+def _taken(settings: Settings, path: str, answer: Answer, refused: list[str]) -> Item:
+    if path != settings.report_path:
+        lines = f"T23_REPORT_PATH={path}"
+        return Item(WRONG, "send", f"{path} takes reports, but not {'; '.join(refused)}. Set:", lines)
     if answer.cached:
-        yield Item(WARN, "send", "the answer came from the API's cache, so nothing was recorded; try again")
-    else:
-        yield Item(OK, "send", f"taken after {answer.seconds:.2f} s; the answer: {answer.message or 'ok'}")
+        return Item(WARN, "send", "the answer came from the API's cache, so nothing was recorded; try again")
+    return Item(
+        OK, "send", f"{path} took it after {answer.seconds:.2f} s; the answer: {answer.message or 'ok'}"
+    )

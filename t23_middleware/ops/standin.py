@@ -32,13 +32,12 @@ from t23_middleware.ops.loopback import foreign, foreign_host
 from t23_middleware.ops.standin_answers import DENIED, REPORTED, Answer, Call, refusal, rendered
 from t23_middleware.ops.standin_faults import Fault, FaultSwitch, disturb, falsified, page
 from t23_middleware.ops.standin_http import HTTPServer
+from t23_middleware.relay.report import REPORT_PATHS
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 DEFAULT_PORT = 8023
-#: The method's page is headed by the first, its example names the second.
-REPORT_PATHS = ("/api/analytics/report/play", "/api/analytics/report/download")
 #: Seconds for which an anonymous answer may come from the cache (documentation, "Caching").
 CACHE_SECONDS = 1800
 
@@ -62,6 +61,8 @@ class StandIn:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.whitelisted = whitelisted
+        #: Paths at which it takes reports.
+        self.methods = set(REPORT_PATHS)
         #: How many reports were dropped because of the limit.
         self.dropped = 0
         self.faults = FaultSwitch()
@@ -123,7 +124,7 @@ class StandIn:
         return disturb(rendered(falsified(answer, fault, self._clock()), call), fault, released)
 
     def _answer(self, call: Call) -> Answer:
-        if call.path not in REPORT_PATHS:
+        if call.path not in self.methods:
             return Answer(f"There is no method {call.path}", "invalid_method")
         if call.method not in ("GET", "POST"):
             return Answer(f"The method {call.path} takes GET and POST only", "invalid_method")

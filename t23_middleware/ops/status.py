@@ -28,7 +28,7 @@ from ..relay.health import (
     Health,
     healths,
 )
-from ..relay.outbox import UNCOUNTED, NoOutbox, OutboxView, Snapshot, Stats
+from ..relay.outbox import LONG_LOG, UNCOUNTED, NoOutbox, OutboxView, Snapshot, Stats, log_size, readers
 from ..settings import Settings
 from ..state import Holder, StateFolder, lock_is_held
 from . import text
@@ -81,6 +81,10 @@ class Status:
     relay_mode: str
     #: Whether a proxy's log is followed, as ``T23_PROXY_LOG`` says.
     follows_log: bool = False
+    #: Bytes of the outbox's write-ahead log.
+    log_bytes: int = 0
+    #: Where the log is long: the processes that keep it so.
+    readers: tuple[str, ...] = ()
 
     @property
     def stats(self) -> Stats:
@@ -164,6 +168,23 @@ def look(settings: Settings) -> Status:
         relay=(folder.relay_holder() or Holder(0, "", "", False)) if held else None,
         relay_mode=settings.relay,
         follows_log=bool(settings.proxy_log),
+        log_bytes=log_size(folder.outbox),
+        readers=long_readers(folder.outbox),
+    )
+
+
+def long_readers(outbox: Path) -> tuple[str, ...]:
+    """Where the log of *outbox* is long: who keeps it so; a name for nobody that can be seen."""
+    if log_size(outbox) <= LONG_LOG:
+        return ()
+    return tuple(readers(outbox)) or ("a process that can't be seen from here",)
+
+
+def reader_words(names: tuple[str, ...], log_bytes: int) -> str:
+    """What to do about them."""
+    return (
+        f"{', '.join(names)} keeps the outbox open for reading, and its log (outbox.db-wal) takes"
+        f" {text.size(log_bytes)}: delivery is slow until that process ends or closes it."
     )
 
 
@@ -211,6 +232,8 @@ def as_json(status: Status) -> dict[str, Any]:
         "waiting_for_proxy": status.awaited.number,
         "journal_bytes": status.journal_bytes,
         "foreign_journals": status.foreign_journals,
+        "log_bytes": status.log_bytes,
+        "readers": list(status.readers),
         "lost_by_reason": status.lost_by_reason,
         "losses": [loss._asdict() for loss in status.outbox.losses],
         "counters": status.ignored,
@@ -236,7 +259,11 @@ def _api(health: Health) -> dict[str, Any]:
 
 def sentences(status: Status) -> list[str]:
     """How it goes, in words: what matters first."""
-    return [*_of_delivery(status), *_of_the_proxy(status), *_unknown(status)]
+    return [*_of_delivery(status), *_of_readers(status), *_of_the_proxy(status), *_unknown(status)]
+
+
+def _of_readers(status: Status) -> list[str]:
+    return [reader_words(status.readers, status.log_bytes)] if status.readers else []
 
 
 def _unknown(status: Status) -> Iterator[str]:

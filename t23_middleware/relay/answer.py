@@ -5,27 +5,28 @@ Pure: bytes in, a value or an error out. The messages go into logs and dead lett
 
 from __future__ import annotations
 
-import html
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import NamedTuple
-from urllib.parse import quote, quote_plus, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
 
 from werkzeug.http import parse_date
 
 from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, Unexplained
+from .quoted import clean, clean_url, clip
 
 #: Longest answer that is believed, in bytes.
 LONGEST_ANSWER = 65536
 
 #: Longest ``Retry-After`` that is obeyed, in seconds.
 LONGEST_WAIT = 3600.0
-#: Characters of a message, as it goes to logs and dead letters.
-LONGEST_MESSAGE = 200
 _LONGEST_CODE = 64
+#: How a code looks, and what stands for one that looks like something else.
+_A_CODE, _NO_CODE = re.compile(r"[A-Za-z0-9]+(?:[-_.][A-Za-z0-9]+)*"), "unknown_code"
 #: Codes that every report from this server would meet.
 SITE_CODES = frozenset({"permission_denied", "invalid_signature", "invalid_method"})
 #: The other codes of the documentation ("Error codes"): the same report would always meet them.
@@ -95,11 +96,12 @@ def judge(
     400, 413                                          :class:`~t23_middleware.errors.Refused`
     408, 425, 5xx                                     :class:`~t23_middleware.errors.Busy`
     a code that nobody documents, none, other 4xx     :class:`~t23_middleware.errors.Unexplained`
-    2xx with HTML, nothing, more than 64 KB           :class:`~t23_middleware.errors.NoAnswer`: something took the
-                                                      report, and nobody knows whether it was the API
+    2xx with HTML, nothing, more than 64 KB (also     :class:`~t23_middleware.errors.NoAnswer`, ``answered``:
+    when unpacked)                                    something took the report, and nobody knows whether it was
+                                                      the API
     ================================================  =========================================================
     """
-    said = _parsed(body)
+    said = _parsed(_unpacked(body, headers.get("Content-Encoding", "")))
     if said is not None and said.ok:
         return Answer(said.cached, clean(said.message, session_id), 0.0)
     if status in (429, 503):
@@ -127,7 +129,14 @@ def _by_status(
     if status in _SITE_STATUSES:
         return NotAccepted(clip(f"{_remedy(f'HTTP {status}', url)} {_quoted(said, session_id)}"))
     if said is None and status < 300:
-        return NoAnswer(clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says"))
+        packed = headers.get("Content-Encoding", "").strip().casefold()
+        how = (
+            ""
+            if packed in _READABLE
+            else " and is packed in a way that can't be read here (Content-Encoding)"
+        )
+        told = clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says{how}")
+        return NoAnswer(told, answered=True)
     if status in _BUSY_STATUSES or status >= 500:
         return _busy(status, headers, url)
     code = (_code(said, session_id) if said else "") or f"http_{status}"
@@ -157,10 +166,10 @@ def _redirected(status: int, location: str, url: str, session_id: str) -> str:
     if target is None:
         return clip(f"{shown(url)} redirects nowhere (HTTP {status}); correct T23_API_URL.")
     origin, path = target
-    way = f"T23_API_URL to {clean(origin, session_id)}"
+    way = f"T23_API_URL to {clean_url(origin, session_id)}"
     if path != urlsplit(url).path:
-        way += f" and T23_REPORT_PATH to {clean(path, session_id)}"
-    return clip(f"Redirected to {clean(origin + path, session_id)}; if that is the API, set {way}.")
+        way += f" and T23_REPORT_PATH to {clean_url(path, session_id)}"
+    return clip(f"Redirected to {clean_url(origin + path, session_id)}; if that is the API, set {way}.")
 
 
 def _target(url: str, location: str) -> tuple[str, str] | None:
@@ -173,18 +182,59 @@ def _target(url: str, location: str) -> tuple[str, str] | None:
         return None
 
 
+#: Values of ``Content-Encoding`` that :func:`_unpacked` can read.
+_READABLE = ("", "identity", "gzip", "x-gzip", "deflate")
+#: How often an answer may be packed, one way in the other.
+_MOST_PACKINGS = 3
+_GZIP = b"\x1f\x8b"
+
+
+def _unpacked(body: bytes, encoding: str) -> bytes:
+    """*body* without its ``Content-Encoding`` (RFC 9110 section 8.4), as far as it has one that can be read.
+
+    At most a byte more than an answer may have, whatever it would unpack to. The header is not believed alone: some
+    caches say nothing of it, and some leave it there after they unpacked.
+    """
+    names = [name.strip().casefold() for name in encoding.split(",")]
+    for name in [*reversed(names), ""][:_MOST_PACKINGS]:
+        if body.startswith(_GZIP):
+            body = _inflated(body, zlib.MAX_WBITS + 16)
+        elif name == "deflate":
+            # Some servers leave out the header of zlib that RFC 9110 section 8.4.1.2 asks for.
+            body = _inflated(body, zlib.MAX_WBITS) or _inflated(body, -zlib.MAX_WBITS) or body
+    return body
+
+
+def _inflated(body: bytes, window: int) -> bytes:
+    """The data, whose members of gzip may be several; empty where it is none, or is cut off."""
+    found = b""
+    while body and len(found) <= LONGEST_ANSWER:
+        stream = zlib.decompressobj(window)
+        try:
+            found += stream.decompress(body, LONGEST_ANSWER + 1 - len(found))
+        except zlib.error:
+            return b""
+        if not stream.eof:
+            return found if len(found) > LONGEST_ANSWER else b""
+        body = stream.unused_data
+    return found
+
+
 def _parsed(body: bytes) -> _Said | None:
     """What the API said, or None where it is not the API that speaks."""
     if len(body) > LONGEST_ANSWER:
         return None
-    # UTF-8 in and out, says the documentation.
-    text = body.decode("utf-8-sig", "replace").strip().lstrip("\ufeff")
-    values = _xml(text) if text.startswith("<") else _json(text)
+    # UTF-8 in and out, says the documentation; a server before it may write UTF-16 or UTF-32.
+    text = body.decode(json.detect_encoding(body), "replace").strip().lstrip("\ufeff")
+    values = (_xml(text) if text.startswith("<") else {}) or _json(text)
     status = _text(values.get("status")).casefold()
-    if status not in ("ok", "error"):
+    if status not in _STATUSES:
         return None
     cached = _text(values.get("cached")).casefold() in ("1", "true", "t")
     return _Said(status == "ok", _text(values.get("code")), _text(values.get("message")), cached)
+
+
+_STATUSES = ("ok", "error")
 
 
 def _text(value: object) -> str:
@@ -192,7 +242,7 @@ def _text(value: object) -> str:
 
 
 def _xml(text: str) -> Mapping[str, object]:
-    """The attributes of the root element ``response``."""
+    """The attributes of the root element ``response``, in whatever namespace."""
     # Entities, which can grow without bound or name files, are declared in a DOCTYPE alone.
     if "<!DOCTYPE" in text:
         return {}
@@ -200,23 +250,46 @@ def _xml(text: str) -> Mapping[str, object]:
         root = ElementTree.fromstring(text)
     except (ElementTree.ParseError, ValueError):
         return {}
-    return root.attrib if root.tag == "response" else {}
+    if root.tag.rpartition("}")[2] != "response":
+        return {}
+    return {name.rpartition("}")[2]: value for name, value in root.attrib.items()}
 
 
-#: What v1 puts before its JSON unless asked for ``raw``: ``var visual =``, ``callback(``, or v2's comment.
-_SCRIPT = re.compile(r"(?:/\*\s*\*/)?\s*(?:var\s+[\w$.]+\s*=|[\w$.]+\s*\()?\s*")
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+#: A tag that a message of PHP or of a proxy has none of: what has one is a page, whose scripts may hold any JSON.
+_PAGE = re.compile(r"<(?!/?(?:b|br|p)\b)[a-z!?/]", re.IGNORECASE)
+#: How an object with a name in it begins; other braces are a part of the text around it.
+_OBJECT = re.compile(r'\{\s*"')
+#: Objects that are looked at, so that no answer costs more than some parsing.
+_MOST_OBJECTS = 10
 
 
 def _json(text: str) -> Mapping[str, object]:
-    """The outermost object."""
-    start, end = text.find("{"), text.rfind("}") + 1
-    if start < 0 or start > 200 or not _SCRIPT.fullmatch(text[:start]) or text[end:].strip(" \t\r\n;)"):
-        return {}
-    try:
-        found = json.loads(text[start:end])
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    """The one object that says how it went, whatever stands before or behind it.
+
+    v1 itself puts ``var visual =`` or ``callback(`` before it unless asked for ``raw``, v2 a comment; servers put
+    warnings there, and notes behind it. An object within another is not the answer, and neither is one of two.
+    """
+    text = _COMMENT.sub("", text)
+    found: list[Mapping[str, object]] = []
+    around, position = "", 0
+    for _ in range(_MOST_OBJECTS):
+        start = _OBJECT.search(text, position)
+        if start is None:
+            break
+        try:
+            value, end = _DECODER.raw_decode(text, start.start())
+        except (ValueError, RecursionError):
+            return {}
+        around += text[position : start.start()]
+        position = end
+        if _text(value.get("status")).casefold() in _STATUSES:
+            found.append(value)
+    is_page = _PAGE.search(around + text[position:])
+    return found[0] if len(found) == 1 and not is_page else {}
+
+
+_DECODER = json.JSONDecoder()
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -245,36 +318,13 @@ def _date(text: str) -> datetime | None:
 
 
 def _code(said: _Said, session_id: str) -> str:
-    return clean(said.code, session_id)[:_LONGEST_CODE]
+    """The code, if it looks like one."""
+    code = clean(said.code, session_id)
+    return code if len(code) <= _LONGEST_CODE and _A_CODE.fullmatch(code) else _NO_CODE * bool(code)
 
 
 def _quoted(said: _Said | None, session_id: str) -> str:
     return "" if said is None else clean(said.message or said.code, session_id)
-
-
-def clean(text: str, session_id: str) -> str:
-    """*text* from outside, on one line, without the session."""
-    return clip(_scrubbed(one_line(_scrubbed(text, session_id)), session_id))
-
-
-def _scrubbed(text: str, session_id: str) -> str:
-    if not session_id or not text:
-        return text
-    forms = (session_id, quote(session_id, "", errors="replace"), quote_plus(session_id, errors="replace"))
-    # Most sessions have one form, and each costs a pattern of its own.
-    for secret in dict.fromkeys((*forms, html.escape(session_id), one_line(session_id))):
-        if secret:
-            text = re.sub(re.escape(secret), "…", text, flags=re.IGNORECASE)
-    return text
-
-
-def one_line(text: str) -> str:
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
-
-
-def clip(text: str) -> str:
-    text = one_line(text)
-    return text if len(text) <= LONGEST_MESSAGE else text[: LONGEST_MESSAGE - 1] + "…"
 
 
 def shown(url: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from typing import NamedTuple
 
 from ..state import StateFolder
 from ..transfer import LONGEST_LINE
+from .elapsed import Elapsed
 from .journals import PIECE
-from .outbox import GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox
+from .outbox import LONG_LOG, GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox, readers
 from .report import CLOCK_SET_MS
 
 log = logging.getLogger(__name__)
@@ -50,10 +52,19 @@ USUAL_GROWTH = 16 << 20
 LEAST_ROOM = 64 << 10
 #: Bytes of the reserve.
 RESERVE = 512 << 10
+#: Seconds after a failed write before more room is tried than the outbox has.
+TRY_FULL_EVERY = 10.0
 #: Free pages that the outbox's file keeps, room that nobody else can take; on a small disk a share of it.
 FREE_PAGES, FREE_SHARE = 256, 1 << 18
 #: Pages that it gives back at once, and how many while there is little room: each may first be moved by the log.
 SHRINK_PAGES, SMALL_SHRINK_PAGES = 1024, 64
+#: Bytes of the write-ahead log with which nothing more is written but acknowledgements; of a small
+#: ``T23_MAX_BYTES``, a share of it.
+MOST_LOG, MOST_LOG_SHARE = 64 << 20, 4
+#: Seconds for which the log is long before that means a reader, and not one large transaction.
+LONG_FOR = 2.0
+#: Bytes of a long log with which two transactions are a second apart, and how far apart they are at most.
+LOG_FOR_A_SECOND, LONGEST_REST = 8 << 20, 30.0
 #: Seconds between two lines of the log for the same reason.
 TELL_EVERY = 3600.0
 
@@ -118,12 +129,21 @@ class Reserve:
         )
         return True
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it went, and there was no room for it since: the disk is full, whatever it says of itself."""
+        return self._given_up
+
     def keep(self, space: Space) -> None:
-        """Make it where it is missing and there is room."""
+        """Make it where it is missing and there is room.
+
+        The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much.
+        """
         if self._is_there() or space.free < space.low_water + RESERVE:
             return
         try:
-            self._make()
+            self._make(RESERVE * 2 if self._given_up else RESERVE)
+            os.truncate(self._path, RESERVE)
         except OSError:
             with suppress(OSError):
                 self._path.unlink()
@@ -138,12 +158,13 @@ class Reserve:
         except OSError:
             return False
 
-    def _make(self) -> None:
+    def _make(self, size: int) -> None:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            left = memoryview(os.urandom(RESERVE))  # zeros take no room where the disk compresses
+            left = memoryview(os.urandom(size))  # zeros take no room where the disk compresses
             while left:
                 left = left[os.write(descriptor, left) :]
+            os.fsync(descriptor)  # some file systems find out only then
         finally:
             os.close(descriptor)
 
@@ -152,7 +173,7 @@ class Bounds:
     """Keeps *outbox*, and what lies in *folder* beside it, within bounds.
 
     *max_age* is in seconds, *max_bytes* in bytes; *monotonic* is a clock in seconds, *wall_ms* one in ms since the
-    epoch, *space* tells the room on the folder's disk.
+    epoch, *space* tells the room on the folder's disk. Ages are *elapsed*'s, by default counted from now on.
     """
 
     def __init__(
@@ -166,6 +187,7 @@ class Bounds:
         monotonic: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         space: Callable[[Path], Space] = space_at,
+        elapsed: Elapsed | None = None,
     ) -> None:
         self._outbox = outbox
         self._folder = folder
@@ -176,9 +198,12 @@ class Bounds:
         self._monotonic = monotonic
         self._wall_ms = wall_ms
         self._space_at = space
-        self._look_at = self._look_at_age = float("-inf")
+        self._elapsed = elapsed or Elapsed({}, "", monotonic)
+        self._look_at = self._look_at_age = self._try_reserve_at = self._full_until = float("-inf")
         self._told: dict[str, float] = {}
         self._shift_ms: int | None = None
+        self._log_is_long_since: float | None = None
+        self._said_long = False
 
     def keep(self) -> None:
         """Give up what is beyond the bounds, a piece at a time: the next look goes on. Raises :class:`OutboxError`."""
@@ -187,12 +212,19 @@ class Bounds:
             return
         self._look_at = now + LOOK_EVERY
         space = self._space()
-        self._reserve.keep(space)
+        if now >= self._try_reserve_at:
+            self._reserve.keep(self._told_space())
+            self._try_reserve_at = now + (TRY_FULL_EVERY if self._reserve.is_given_up else 0)
         full = self._drop_aged(now) >= MOST_AT_ONCE
         if self._drop_what_is_over() or full:
             self._look_at = now  # there may be more
         else:
             self._shrink(space)
+
+    @property
+    def elapsed_ms(self) -> int:
+        """The time that ages are measured by, in ms."""
+        return self._elapsed.now_ms()
 
     @property
     def piece(self) -> int:
@@ -205,10 +237,47 @@ class Bounds:
         Always where nothing waits that this would hold up, and where the journals are full, whose oldest lines must
         go then. Raises :class:`OutboxError`.
         """
+        log_size = self._outbox.log_size()
+        if self.log_is_full or (log_size > LONG_LOG and log_size + self._outbox.size() > self._max_bytes):
+            return self._unread() > MOST_UNREAD
         growth = self._space().growth
         if growth >= LEAST_ROOM or growth + self._outbox.free() >= LEAST_ROOM:
             return True
         return not self._outbox.hosts() or self._unread() > MOST_UNREAD
+
+    @property
+    def log_is_full(self) -> bool:
+        """Whether a reader has kept the write-ahead log for so long that nothing more should be written."""
+        return self._outbox.log_size() > min(MOST_LOG, self._max_bytes // MOST_LOG_SHARE + LONG_LOG)
+
+    def rest(self) -> float:
+        """Seconds to wait before the next transaction: each makes a log longer that a reader keeps from being reused."""
+        size, now = self._outbox.log_size(), self._monotonic()
+        if size <= LONG_LOG:
+            if self._said_long:
+                log.warning("the outbox's log is short again", extra={"t23_event": "log_short"})
+            self._log_is_long_since, self._said_long = None, False
+            return 0.0
+        self._log_is_long_since = self._log_is_long_since or now
+        if now < self._log_is_long_since + LONG_FOR:
+            return 0.0
+        self._say_long(size)
+        return min((size / LOG_FOR_A_SECOND) ** 2, LONGEST_REST)
+
+    def _say_long(self, size: int) -> None:
+        if self._said_long:
+            return
+        self._said_long = True
+        who = ", ".join(readers(self._folder.outbox)) or "a process that can't be seen from here"
+        log.error(
+            "%s keeps the outbox open for reading, so its log (%s-wal, %d MiB) can't be reused: end that. Until then"
+            " reports are delivered more slowly, and not at all from %d MiB on",
+            who,
+            self._folder.outbox,
+            size >> 20,
+            MOST_LOG >> 20,
+            extra={"t23_event": "log_long", "t23_reason": who, "t23_path": f"{self._folder.outbox}-wal"},
+        )
 
     def ingest(self, batch: Ingest) -> None:
         """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.
@@ -216,11 +285,16 @@ class Bounds:
         Where nothing waits the reserve may go for it: there is nothing to acknowledge.
         Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
         """
-        batch = self._without_old(self._dated(batch))
+        batch = self._dated(batch)
+        if batch.since_ms is None:
+            batch = batch._replace(since_ms=self._elapsed.now_ms())
+        growth = self._space().growth
         try:
-            with self._outbox.growing_by(self._space().growth, may_make_room=not self._outbox.hosts()):
+            with self._outbox.growing_by(growth, may_make_room=not self._outbox.hosts()):
                 self._outbox.ingest(batch)
-        except OutboxError:
+        except OutboxError as error:
+            if isinstance(error, OutboxFull) and growth >= USUAL_GROWTH:
+                self._full_until = self._monotonic() + TRY_FULL_EVERY
             if self._unread() <= MOST_UNREAD:
                 raise
             self._outbox.ingest(batch._replace(lost_as="journals_full", at_ms=self._wall_ms()))
@@ -233,7 +307,7 @@ class Bounds:
                 self._look_at = self._monotonic()
 
     def _dated(self, batch: Ingest) -> Ingest:
-        """A time from before the host's clock was set is no age: such a report is as old as its way into the outbox."""
+        """A time from before the host's clock was set is none: such a report tells of its way into the outbox."""
         undated = [report.time_ms for report in batch.reports if report.time_ms < CLOCK_SET_MS]
         if not undated or self._wall_ms() < CLOCK_SET_MS:
             return batch
@@ -255,27 +329,18 @@ class Bounds:
             self._shift_ms = self._wall_ms() - latest_ms
         return self._shift_ms
 
-    def _without_old(self, batch: Ingest) -> Ingest:
-        """What is too old already must not be sent before somebody looks at its age."""
-        now_ms = self._wall_ms()
-        old = [report for report in batch.reports if report.time_ms < now_ms - self._max_age_ms]
-        if not old:
-            return batch
-        self._tell("too_old", len(old))
-        young = [report for report in batch.reports if report.time_ms >= now_ms - self._max_age_ms]
-        lost = GivenUp("too_old", len(old), sum(report.sent for report in old))
-        return batch._replace(reports=young, losses=[*batch.losses, lost], at_ms=now_ms)
-
     def _drop_aged(self, now: float) -> int:
         """Looks at all that waits, and so not at every look."""
         if now < self._look_at_age:
             return 0
         self._date_what_waits()
-        outbox, now_ms = self._outbox, self._wall_ms()
+        outbox, elapsed_ms = self._outbox, self._elapsed.now_ms()
+        outbox.note(self._elapsed.note())
+        outbox.begin_ages(elapsed_ms)
         dropped = [
-            self._gone("dead_too_old", outbox.lose_dead_older, now_ms - DEAD_MS, MOST_AT_ONCE),
+            self._gone("dead_too_old", outbox.lose_dead_older, elapsed_ms - DEAD_MS, MOST_AT_ONCE),
             self._gone("dead_full", outbox.lose_dead_oldest, MOST_AT_ONCE, MOST_DEAD),
-            self._gone("too_old", outbox.lose_older, now_ms - self._max_age_ms, MOST_AT_ONCE),
+            self._gone("too_old", outbox.lose_older, elapsed_ms - self._max_age_ms, MOST_AT_ONCE),
         ]
         self._look_at_age = now + (0 if max(dropped) >= MOST_AT_ONCE else self._age_every)
         return sum(dropped)
@@ -305,10 +370,27 @@ class Bounds:
             )
 
     def _space(self) -> Space:
+        """The room there is: none after a write that failed, whatever the disk says (a quota, a limit on files).
+
+        Where nothing waits, a little is tried: there is nothing to acknowledge that needs it.
+        """
+        space = self._told_space()
+        failed = self._reserve.is_given_up or self._monotonic() < self._full_until
+        if not failed or space.free < space.low_water:
+            return space
+        return space._replace(free=0 if self._outbox.hosts() else USUAL_GROWTH)
+
+    def _told_space(self) -> Space:
         try:
-            return self._space_at(self._folder.path)
+            space = self._space_at(self._folder.path)
         except OSError:  # the folder is gone, which the relay sees by its lock
             return Space(0, 0)
+        largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if largest == resource.RLIM_INFINITY:
+            return space
+        # Pages beyond that would be in the log for ever.
+        left = max(largest - self._outbox.size() - self._outbox.free(), 0)
+        return Space(min(space.free, left), min(space.size, largest))
 
     def _unread(self) -> int:
         """Bytes in the journals that the outbox does not have."""

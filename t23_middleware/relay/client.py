@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import http.client
 import io
+import logging
 import socket
 import ssl
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, NamedTuple
@@ -25,11 +27,15 @@ from requests.adapters import HTTPAdapter
 from requests.utils import select_proxy
 from urllib3.exceptions import HTTPError, LocationValueError
 
-from ..errors import DeliveryError, NoAnswer, Unreachable
+from ..errors import DeliveryError, NoAnswer, Refused, Unreachable
 from ..settings import Settings, process_environment
 from ..version import VERSION
-from .answer import LONGEST_ANSWER, Answer, clip, clock_ahead, judge, shown
+from .answer import LONGEST_ANSWER, Answer, clock_ahead, judge, shown
+from .quoted import clip
 from .report import Report, form
+
+# urllib3 warns of headers that it can't read, with their text, and that may hold the session.
+logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 #: Seconds that a connection may take, all of ``T23_TIMEOUT`` if that is less.
 CONNECT_SECONDS = 3.0
@@ -49,7 +55,7 @@ _UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
 _HEADERS = {
     "User-Agent": f"t23_middleware/{VERSION}",
     "Accept": "application/json, text/xml;q=0.5",
-    # A compressed answer could be of any size when unpacked.
+    # Some caches compress all the same; judge() unpacks that.
     "Accept-Encoding": "identity",
     "Content-Type": "application/x-www-form-urlencoded",
 }
@@ -57,6 +63,14 @@ _HEADERS = {
 
 #: The form of a request that reports nothing.
 _NO_REPORT = {"format": "json", "raw": "1"}
+
+
+class _Posted(NamedTuple):
+    """What came back, not judged yet."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
 
 
 class Probe(NamedTuple):
@@ -85,17 +99,18 @@ class AnalyticsClient:
         self._sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def send(self, report: Report) -> Answer:
+    def send(self, report: Report, path: str | None = None) -> Answer:
         """Sends *report* once, within ``T23_TIMEOUT``; looking up the name and a proxy's tunnel come on top.
 
+        *path* may be another than ``T23_REPORT_PATH``.
         Raises :class:`~t23_middleware.errors.Unreachable` where it was not sent,
         :class:`~t23_middleware.errors.NoAnswer` where it was and nothing is known of it, and what
         :func:`judge` raises.
         """
         started = time.monotonic()
-        url = self._settings.report_url(report.host)
-        status, headers, content = self._posted(url, form(report), self._cookie(report))
-        answer = judge(status, headers, content, url, report.session_id)
+        url = self._settings.report_url(report.host, path)
+        posted = self._posted(url, form(report), self._cookie(report))
+        answer = self._judged(posted, url, report.session_id)
         return answer._replace(seconds=time.monotonic() - started)
 
     def probe(self, host: str = "", path: str | None = None) -> Probe:
@@ -106,18 +121,16 @@ class AnalyticsClient:
         url = self._settings.report_url(host, path)
         asked_s = time.time()
         try:
-            status, headers, content = self._posted(url, _NO_REPORT | {"time": str(int(asked_s * 1000))}, {})
+            posted = self._posted(url, _NO_REPORT | {"time": str(int(asked_s * 1000))}, {})
         except DeliveryError as error:
             return Probe(url, error, None)
-        ahead = clock_ahead(headers, (asked_s + time.time()) / 2)
+        ahead = clock_ahead(posted.headers, (asked_s + time.time()) / 2)
         try:
-            return Probe(url, judge(status, headers, content, url), ahead)
+            return Probe(url, self._judged(posted, url, ""), ahead)
         except DeliveryError as error:
             return Probe(url, error, ahead)
 
-    def _posted(
-        self, url: str, fields: Mapping[str, str], headers: Mapping[str, str]
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    def _posted(self, url: str, fields: Mapping[str, str], headers: Mapping[str, str]) -> _Posted:
         body = _Body(fields, time.monotonic() + self._settings.timeout)
         try:
             return self._exchange(url, body, headers)
@@ -128,9 +141,21 @@ class AnalyticsClient:
             http.client.HTTPException,
             OSError,
             ValueError,
+            MemoryError,
+            RuntimeError,  # no thread, where a library needs one
         ) as error:
             # "from None": the texts of these errors may hold a proxy's password.
             raise _not_answered(error, url, body.begun) from None
+
+    def _judged(self, posted: _Posted, url: str, session_id: str) -> Answer:
+        try:
+            return judge(*posted, url, session_id)
+        except Refused:
+            raise
+        except DeliveryError:
+            # Somebody else than the API may have answered, and what follows on this connection may be its answer.
+            self._session().close()
+            raise
 
     def close(self) -> None:
         """Closes the connections of all threads; a later report opens new ones."""
@@ -139,9 +164,7 @@ class AnalyticsClient:
         for session in sessions:
             session.close()
 
-    def _exchange(
-        self, url: str, body: _Body, headers: Mapping[str, str]
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange(self, url: str, body: _Body, headers: Mapping[str, str]) -> _Posted:
         session = self._session()
         with session.post(
             url,
@@ -154,7 +177,7 @@ class AnalyticsClient:
         ) as response:
             content = _content(response.raw)
             session.used = time.monotonic()
-            return response.status_code, response.headers, content
+            return _Posted(response.status_code, response.headers, content)
 
     def _session(self) -> _Session:
         session: _Session | None = getattr(self._local, "session", None)
@@ -251,11 +274,14 @@ class _Until(io.RawIOBase):
         self._deadline = None if timeout is None else time.monotonic() + timeout
         #: Whether its end was met.
         self.ended = False
+        self._over = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
+        if self._over:
+            return None
         if self._deadline is not None:
             left = self._deadline - time.monotonic()
             if left <= 0:
@@ -265,8 +291,29 @@ class _Until(io.RawIOBase):
         self.ended = read == 0
         return read
 
+    def end(self) -> None:
+        """Read no more from the socket."""
+        self._over = True
+
+    def shut_down(self) -> None:
+        """End the connection, which urllib3 finds closed before it uses it again."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._stream.close()
+        super().close()
+
+
+class _Buffer(io.BufferedReader):
+    """The stream of one answer; where more has come than that, the connection is of no more use."""
+
+    def close(self) -> None:
+        until: Any = self.raw
+        if not self.closed:
+            until.end()
+            if self.peek():  # only what is in the buffer
+                until.shut_down()
         super().close()
 
 
@@ -274,11 +321,18 @@ class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         self._until = _Until(sock, self.fp.detach())
-        self.fp: Any = io.BufferedReader(self._until)
+        self.fp: Any = _Buffer(self._until)
 
     def begin(self) -> None:
-        """Reads status and headers; headers that were cut off, the standard library takes for whole ones."""
+        """Reads status and headers.
+
+        Two things that the standard library does not do: it takes headers that were cut off for whole ones, and any
+        1xx but 100 for the answer (RFC 9110 section 15.2: there may be several before it; 101 is the last).
+        """
         super().begin()
+        while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
+            self.headers: Any = None
+            super().begin()
         if self._until.ended:
             raise http.client.IncompleteRead(b"")
 
@@ -362,9 +416,3 @@ def _distrusted(error: ssl.SSLCertVerificationError) -> str:
     unknown = getattr(error, "verify_code", 0) in _UNKNOWN_ISSUER
     remedy = "; name its authority's file in REQUESTS_CA_BUNDLE" if unknown else ""
     return f"its certificate is not trusted ({getattr(error, 'verify_message', error)}){remedy}"
-
-
-# What an answer means.
-
-
-# Words for logs and dead letters.

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import logging
 import queue
-import random
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, RetryLater, Unexplained
 from .answer import Answer
+from .breaker import FAILURES_TO_OPEN, PROBE_WHEN_PAUSED, Breaker
 from .crash import crash_point
+from .elapsed import Elapsed
 from .health import FAILING, PAUSED, WELL, Health, as_notes, healths, next_health
 from .history import grown_troubles, troubles_note, troubles_of
 from .outbox import Acked, Again, Dead, Entry, Lost, Outbox, OutboxError, Settlement
-from .report import Report
+from .quoted import clip
+from .report import REPORT_PATHS, Report
+
+__all__ = ["FAILURES_TO_OPEN", "PROBE_WHEN_PAUSED", "Breaker", "Delivery"]
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +32,13 @@ MOST_SENDERS = 16
 CLAIMED_PER_SENDER = 2
 #: Reports that are claimed in all at most, from an API that answers faster than a step takes to write that down.
 MOST_CLAIMED = 256
-#: Failures in a row after which an API is left alone but for a probe.
-FAILURES_TO_OPEN = 5
-#: Seconds to the first probe; each one that fails doubles it, up to the longest.
-FIRST_PROBE, LONGEST_PROBE = 1.0, 60.0
-#: Seconds between two probes while the API takes nothing from this server; somebody has to mend that by hand.
-PROBE_WHEN_PAUSED = 300.0
-#: Longest that ``Retry-After`` is obeyed, in seconds.
-LONGEST_RETRY_AFTER = 3600.0
 #: Seconds before a report is tried again that failed while its API is not left alone; doubled, up to the longest,
 #: each time that others got through since and it did not.
 RETRY_AFTER, LONGEST_RETRY = 1.0, 300.0
+#: The longest where its answer is not understood: each try may be recorded.
+LONGEST_STRANGE_RETRY = 3600.0
+#: Name of the note that an API took a report, before its host.
+ACCEPTED = "accepted:"
 #: Seconds between two tries to write down, at the end, what could not be written.
 SETTLE_AGAIN = 0.1
 #: Seconds before each further try of a report that the API refuses with a code nobody documents: over an hour in all.
@@ -51,97 +51,6 @@ MOST_CODES = 100
 LONGEST_KEPT = 500
 
 
-class Breaker:
-    """Whether an API may be asked now: all reports, one probe, or none."""
-
-    def __init__(self, host: str, jitter: Callable[[float, float], float] = random.uniform) -> None:
-        self._host = host
-        self._jitter = jitter
-        self._failures = 0
-        self._probes = 0
-        self._closed_until = 0.0
-        #: Id of the report that is under way as a probe.
-        self.probe: int | None = None
-        #: How often the API answered as it should.
-        self.successes = 0
-        #: Why the API takes nothing from this server, where that is so.
-        self.paused: str | None = None
-        #: How the last report failed that the API did not judge.
-        self.failure = ""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the API is left alone but for probes."""
-        return self.paused is not None or self._failures >= FAILURES_TO_OPEN
-
-    def allows(self, now: float) -> int | None:
-        """How many reports may go now: ``None`` for any number."""
-        if now < self._closed_until:
-            return 0
-        if self.is_open:
-            return 1 if self.probe is None else 0
-        return None
-
-    def claimed(self, id: int) -> None:
-        """The report *id* is on its way."""
-        if self.is_open:
-            self.probe = id
-
-    def worked(self) -> None:
-        """The API answered as it should."""
-        if self.is_open:
-            log.warning("reports are delivered again%s", self._where(), extra=self._told("api_back"))
-        self._failures, self._probes, self._closed_until, self.probe, self.paused = 0, 0, 0.0, None, None
-        self.successes += 1
-
-    def failed(self, id: int, now: float, error: RetryLater) -> None:
-        """The API did not answer *id*, or said "not now"."""
-        was_open, probed = self.is_open, self._returned(id)
-        self._failures += 1
-        self.failure = str(error)
-        wait = min(error.retry_after or 0.0, LONGEST_RETRY_AFTER)
-        if self.is_open and not was_open:
-            log.error(
-                "the API takes no reports%s (%s); they wait here until it does",
-                self._where(),
-                error,
-                extra=self._told("api_down", error),
-            )
-        if self.is_open and (probed or not was_open):
-            # Only a probe lengthens the wait: what was under way when the API failed tells nothing new.
-            longest = min(FIRST_PROBE * 2**self._probes, LONGEST_PROBE)
-            self._probes = min(self._probes + 1, 10)
-            wait = max(wait, self._jitter(longest / 2, longest))
-        self._closed_until = max(self._closed_until, now + wait)
-
-    def denied(self, id: int, now: float, error: NotAccepted) -> None:
-        """The API takes nothing from this server, as it told *id*."""
-        self._returned(id)
-        self._closed_until = now + PROBE_WHEN_PAUSED
-        if self.paused is None:
-            log.error(
-                "delivery pauses%s: %s. Reports wait here, and one is tried each 5 minutes",
-                self._where(),
-                error,
-                extra=self._told("api_paused", error),
-            )
-        self.paused = str(error)
-
-    def _returned(self, id: int) -> bool:
-        """Whether *id* was the probe, which is back then."""
-        probed = self.probe == id
-        if probed:
-            self.probe = None
-        return probed
-
-    def _where(self) -> str:
-        return f" for {self._host}" if self._host else ""
-
-    def _told(self, event: str, error: DeliveryError | None = None) -> dict[str, str]:
-        """Fields of a log line, for formatters that write them."""
-        return {"t23_event": event, "t23_host": self._host, "t23_reason": "" if error is None else str(error)}
-
-
 class _Result(NamedTuple):
     entry: Entry
     outcome: Answer | DeliveryError
@@ -150,7 +59,8 @@ class _Result(NamedTuple):
 class Delivery:
     """Moves reports from the outbox to the API.
 
-    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch.
+    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch. Retries are due by
+    *elapsed*, by default counted from now on.
     """
 
     def __init__(
@@ -162,12 +72,14 @@ class Delivery:
         monotonic: Callable[[], float],
         wall_ms: Callable[[], int],
         notes: Mapping[str, str] = {},
+        elapsed: Elapsed | None = None,
     ) -> None:
         self._outbox = outbox
         self._send = send
         self._retry_ambiguous = retry_ambiguous
         self._monotonic = monotonic
         self._wall_ms = wall_ms
+        self._elapsed_ms = (elapsed or Elapsed({}, "", monotonic)).now_ms
         self._tasks: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
         self._came = threading.Event()
@@ -180,6 +92,13 @@ class Delivery:
         self._health = healths(notes)
         self._troubles = troubles_of(notes)
         self._answered_ms: dict[str, int] = {}
+        #: Hosts that took a report from this state folder once; before that, a refusal may mean that none fits.
+        self._noted_accepted = {name.removeprefix(ACCEPTED) for name in notes if name.startswith(ACCEPTED)}
+        self._accepted = set(self._noted_accepted)
+        #: Host -> report that was its last probe: the next one is another, so that one that fails holds up no other.
+        self._probed: dict[str, int] = {}
+        self._said_strange: set[str] = set()
+        self._said_no_thread = False
         #: (Host, code) -> when a refusal was told last, and how many were not told since.
         self._told_refused: dict[tuple[str, str], tuple[float, int]] = {}
         #: How the last report failed, for whatever reason.
@@ -198,7 +117,7 @@ class Delivery:
         self._gather()
         try:
             with self._outbox.together():
-                self._outbox.settle(self._unsettled, self._wall_ms())
+                self._write_down()
                 entries = self._claim()
                 health = self._note_health()
         except OutboxError as error:
@@ -209,7 +128,7 @@ class Delivery:
             crash_point("after_ack")
         if entries:
             crash_point("after_claim")
-        self._unsettled = []
+        self._unsettled, self._noted_accepted = [], set(self._accepted)
         self._troubles = grown_troubles(self._troubles, self._health, health)
         self._health = health
         self.store_fails = False
@@ -229,11 +148,12 @@ class Delivery:
         if not self._unsettled:
             return False
         try:
-            self._outbox.settle(self._unsettled, self._wall_ms())
+            with self._outbox.together():
+                self._write_down()
         except OutboxError as error:
             self._say_store_fails(error)
             return False
-        self._unsettled = []
+        self._unsettled, self._noted_accepted = [], set(self._accepted)
         return True
 
     def can_deliver(self) -> bool:
@@ -261,6 +181,11 @@ class Delivery:
         for _ in self._senders:
             self._tasks.put(None)
         self._senders = []
+
+    def _write_down(self) -> None:
+        self._outbox.settle(self._unsettled, self._wall_ms())
+        if new := self._accepted - self._noted_accepted:
+            self._outbox.note({ACCEPTED + host: "1" for host in new})
 
     def _gather(self) -> None:
         while not self._results.empty():
@@ -296,7 +221,7 @@ class Delivery:
                 kept.append(entry)
                 continue
             self.in_flight -= 1
-            self._unsettled.append(Again(entry.id, self._wall_ms(), entry.tries, entry.attempts))
+            self._unsettled.append(Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts))
         for entry in kept:
             self._tasks.put(entry)
 
@@ -305,8 +230,10 @@ class Delivery:
             self._breaker(entry.report.host).claimed(entry.id)
             self._tasks.put(entry)
         self.in_flight += len(entries)
-        while len(self._senders) < min(self.in_flight, MOST_SENDERS):
-            self._start_sender()
+        while len(self._senders) < min(self.in_flight, MOST_SENDERS) and self._start_sender():
+            pass
+        if entries and not self._senders:
+            self._send_here()
 
     def _claim(self) -> list[Entry]:
         self._set_at_hand()
@@ -333,24 +260,41 @@ class Delivery:
                 free.append(host)
             elif allowed:
                 probes.append(host)
-        entries = self._outbox.claim(room, self._wall_ms(), free) if free else []
+        entries = self._outbox.claim(room, self._elapsed_ms(), free) if free else []
         for host in probes:
-            entries += self._outbox.claim(1, self._wall_ms(), [host])
+            probe = self._outbox.claim_after(self._probed.get(host, 0), host, self._elapsed_ms())
+            self._probed.update((host, entry.id) for entry in probe)
+            entries += probe
         return entries
 
     def _breaker(self, host: str) -> Breaker:
         return self._breakers.setdefault(host, Breaker(host))
 
-    def _start_sender(self) -> None:
+    def _start_sender(self) -> bool:
+        """Whether there is one more; where not, what there is goes on, and the next step tries again."""
         # A daemon: one that hangs in a system call must not hold up the exit.
         sender = threading.Thread(
             target=self._send_forever, daemon=True, name=f"t23-sender-{len(self._senders)}"
         )
+        try:
+            sender.start()
+        except (RuntimeError, MemoryError) as error:
+            self._say_no_thread(error)
+            return False
         self._senders.append(sender)
-        sender.start()
+        return True
+
+    def _send_here(self) -> None:
+        """Send one without a thread, so that the loop comes round, and put back the others: they were not sent."""
+        self._send_one(self._tasks.get())
+        self._take_back(lambda entry: True)
 
     def _send_forever(self) -> None:
         while (entry := self._tasks.get()) is not None:
+            self._send_one(entry)
+
+    def _send_one(self, entry: Entry | None) -> None:
+        if entry is not None:
             try:
                 outcome: Answer | DeliveryError = self._send(entry.report)
                 crash_point("after_send")
@@ -373,30 +317,57 @@ class Delivery:
         if isinstance(outcome, DeliveryError):
             self.last_failure = str(outcome)
         if isinstance(outcome, RetryLater):
-            breaker.failed(entry.id, self._monotonic(), outcome)
-            self._spare(breaker, entry.report.host)
-            return self._unanswered(entry, outcome, self._setback(entry, breaker))
+            if breaker.failed(entry.id, self._monotonic(), outcome):
+                text = "the API takes no reports%s (%s); they wait here until it does"
+                log.error(
+                    text,
+                    _for(breaker.host),
+                    outcome,
+                    extra=_told("api_down", breaker.host, outcome),
+                )
+            self._spare(breaker)
+            return self._unanswered(entry, outcome, self._setback(entry, breaker, outcome))
         self._setbacks.pop(entry.id, None)
         if isinstance(outcome, NotAccepted):
-            breaker.denied(entry.id, self._monotonic(), outcome)
-            self._spare(breaker, entry.report.host)
-            return Again(entry.id, self._wall_ms(), entry.tries, entry.attempts)
-        breaker.worked()
-        self._answered_ms[entry.report.host] = self._wall_ms()
+            return self._denied(entry, breaker, outcome)
+        if isinstance(outcome, Refused) and breaker.host not in self._accepted:
+            return self._denied(entry, breaker, NotAccepted(_unproven(outcome)), soon=True)
+        if breaker.worked():
+            text = "reports are delivered again%s"
+            log.warning(text, _for(breaker.host), extra=_told("api_back", breaker.host))
+        self._answered_ms[breaker.host] = self._wall_ms()
         if isinstance(outcome, Answer):
+            self._accepted.add(breaker.host)
             return self._answered(entry, outcome)
         return self._refused(entry, outcome)
 
-    def _spare(self, breaker: Breaker, host: str) -> None:
+    def _denied(self, entry: Entry, breaker: Breaker, why: NotAccepted, *, soon: bool = False) -> Settlement:
+        if breaker.denied(entry.id, self._monotonic(), why, soon=soon):
+            text = "delivery pauses%s: %s. Reports wait here, and one is tried each 5 minutes%s"
+            often = ", at first more often" if soon else ""
+            log.error(
+                text,
+                _for(breaker.host),
+                why,
+                often,
+                extra=_told("api_paused", breaker.host, why),
+            )
+        self._spare(breaker)
+        return Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts)
+
+    def _spare(self, breaker: Breaker) -> None:
         """What waits for a sender is no longer for an API that is left alone, its probe excepted."""
         if breaker.is_open:
-            self._take_back(lambda entry: entry.report.host == host and entry.id != breaker.probe)
+            self._take_back(lambda entry: entry.report.host == breaker.host and entry.id != breaker.probe)
 
-    def _setback(self, entry: Entry, breaker: Breaker) -> float:
+    def _setback(self, entry: Entry, breaker: Breaker, error: RetryLater) -> float:
         """Seconds before *entry* is tried again. One that fails alone must not be tried each second for days."""
         successes, seconds = self._setbacks.get(entry.id, (breaker.successes, RETRY_AFTER))
+        strange = isinstance(error, NoAnswer) and error.answered
         if breaker.successes > successes:
-            seconds = min(seconds * 2, LONGEST_RETRY)
+            seconds = min(seconds * 2, LONGEST_STRANGE_RETRY if strange else LONGEST_RETRY)
+            if strange:
+                self._say_strange(entry.report, error)
         self._setbacks[entry.id] = breaker.successes, seconds
         return seconds
 
@@ -407,19 +378,20 @@ class Delivery:
         if entry.retimed:
             return Dead(entry.id, "cached", "the API answered from its cache twice, and so recorded nothing")
         later = max(self._wall_ms(), entry.report.time_ms + 1)
-        return Again(entry.id, self._wall_ms(), 0, entry.attempts, later)
+        return Again(entry.id, self._elapsed_ms(), 0, entry.attempts, later)
 
     def _unanswered(self, entry: Entry, error: RetryLater, seconds: float) -> Settlement:
         ambiguous = isinstance(error, NoAnswer)
         if ambiguous and not self._retry_ambiguous:
             self._setbacks.pop(entry.id, None)
             return Lost(entry.id, "ambiguous")
-        return Again(entry.id, self._wall_ms() + int(seconds * 1000), entry.tries + ambiguous, entry.attempts)
+        due_ms = self._elapsed_ms() + int(seconds * 1000)
+        return Again(entry.id, due_ms, entry.tries + ambiguous, entry.attempts)
 
     def _refused(self, entry: Entry, error: DeliveryError) -> Settlement:
         code = error.code if isinstance(error, Refused) else type(error).__name__
         if isinstance(error, Unexplained) and entry.attempts < len(UNEXPLAINED_DELAYS):
-            due = self._wall_ms() + int(UNEXPLAINED_DELAYS[entry.attempts] * 1000)
+            due = self._elapsed_ms() + int(UNEXPLAINED_DELAYS[entry.attempts] * 1000)
             return Again(entry.id, due, entry.tries, entry.attempts + 1)
         self._say_refused(entry.report, code, error)
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])
@@ -450,6 +422,37 @@ class Delivery:
             },
         )
 
+    def _say_no_thread(self, error: Exception) -> None:
+        """Once, until there are as many as are wanted."""
+        if not self._said_no_thread:
+            self._said_no_thread = True
+            log.error(
+                "only %d threads for sending can be started (%s); reports are delivered more slowly. Raise the limit on"
+                " tasks or memory (RLIMIT_NPROC, TasksMax=, the pod's pids limit)",
+                len(self._senders),
+                error,
+                extra={"t23_event": "no_thread", "t23_reason": str(error), "t23_count": len(self._senders)},
+            )
+
+    def _say_strange(self, report: Report, error: RetryLater) -> None:
+        """Once for each API; where none of its answers is understood, the breaker says it."""
+        if report.host in self._said_strange:
+            return
+        self._said_strange.add(report.host)
+        log.warning(
+            "a report of video %s gets an answer that is not understood, while others are taken%s (%s);"
+            " it is tried again, at most once an hour in the end",
+            report.photo_id,
+            _for(report.host),
+            error,
+            extra={
+                "t23_event": "answer_not_understood",
+                "t23_host": report.host,
+                "t23_photo_id": report.photo_id,
+                "t23_reason": str(error),
+            },
+        )
+
     def _say_store_fails(self, error: OutboxError) -> None:
         if not self.store_fails:
             self.store_fails = True
@@ -458,6 +461,23 @@ class Delivery:
                 error,
                 extra={"t23_event": "outbox_unwritable", "t23_reason": str(error)},
             )
+
+
+def _for(host: str) -> str:
+    return f" for {host}" if host else ""
+
+
+def _told(event: str, host: str, error: DeliveryError | None = None) -> dict[str, str]:
+    """Fields of a log line, for formatters that write them."""
+    return {"t23_event": event, "t23_host": host, "t23_reason": "" if error is None else str(error)}
+
+
+def _unproven(error: DeliveryError) -> str:
+    """What to do about a refusal by an API that took no report yet."""
+    return (
+        f"{clip(str(error)).rstrip('.')}; the API took no report from this state folder yet, so perhaps it takes none"
+        f" at T23_REPORT_PATH. 't23-middleware check --send --photo ID --session ID' tries {' and '.join(REPORT_PATHS)}"
+    )
 
 
 def _said(outcome: Answer | DeliveryError) -> str:

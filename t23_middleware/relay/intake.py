@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
@@ -33,6 +34,8 @@ LATE_NS = 250_000_000
 MS = 1_000_000
 #: Seconds between two looks for responses that dead workers left open.
 LOOK_FOR_DEAD_EVERY = 1.0
+#: Name of the note that says since when journals of another version wait.
+FOREIGN_SINCE = "foreign_since"
 #: How many lines of the proxy's log are odd changes all the time, and is not worth a line of ours.
 _WITHOUT_FIGURES = re.compile(r"\d+")
 
@@ -74,6 +77,7 @@ class Intake:
         self._in_hand: _Look | None = None
         self._gone: list[str] = []
         self._foreign = self._folder.foreign_journals()
+        self._foreign_since: dict[str, int] = json.loads(self._outbox.notes().get(FOREIGN_SINCE, "{}"))
         self._playback = Playback(
             per=self._settings.report_per,
             idle_s=self._settings.stream_idle,
@@ -234,6 +238,7 @@ class Intake:
             losses=taken_as_lost(counts),
             proxy=self._join.changed(),
             at_ms=time.time_ns() // MS,
+            since_ms=self._bounds.elapsed_ms,
         )
 
     def _judge(self, reading: Reading) -> list[Report]:
@@ -333,7 +338,13 @@ class Intake:
         self._foreign = foreign
 
     def _give_up_foreign(self) -> None:
-        if gone := self._journals.give_up_foreign(time.time() - self._settings.max_age):
+        known, elapsed_ms = self._foreign_since, self._bounds.elapsed_ms
+        self._foreign_since = {name: known.get(name, elapsed_ms) for name in self._journals.foreign()}
+        if self._foreign_since != known:
+            self._outbox.note({FOREIGN_SINCE: json.dumps(self._foreign_since)})
+        before_ms = elapsed_ms - self._settings.max_age * 1000
+        old = [name for name, since_ms in self._foreign_since.items() if since_ms < before_ms]
+        if gone := self._journals.give_up_foreign(old):
             log.error(
                 "%s are given up: no relay of their version came for T23_MAX_AGE",
                 ", ".join(gone),

@@ -27,7 +27,6 @@ from ..transfer import (
 )
 from .axis import Event, placed_by_wall_clock, time_of, without_connection
 from .crash import crash_point
-from .report import CLOCK_SET_MS
 
 log = logging.getLogger(__name__)
 
@@ -235,12 +234,12 @@ class Journals:
             if journal.header and journal.is_foreign()
         }
 
-    def give_up_foreign(self, before_s: float) -> list[str]:
-        """Unlink those of :meth:`foreign` that nobody writes and wrote since *before_s*, in s since the epoch."""
+    def give_up_foreign(self, names: Iterable[str]) -> list[str]:
+        """Unlink those of *names*, all from :meth:`foreign`, that nobody writes."""
         gone = []
-        for name in self.foreign():
+        for name in names:
             journal = self._followed[name]
-            if journal.writer not in self._living and _is_older(journal.path, before_s):
+            if journal.writer not in self._living:
                 journal.path.unlink(missing_ok=True)
                 del self._followed[name]
                 gone.append(name)
@@ -416,13 +415,6 @@ class Journals:
             if descriptor is not None:
                 lock.unlink(missing_ok=True)
                 os.close(descriptor)
-
-
-def _is_older(path: Path, before_s: float) -> bool:
-    try:
-        return CLOCK_SET_MS / 1000 <= path.stat().st_mtime < before_s
-    except FileNotFoundError:
-        return True
 
 
 def _next_ns(journal: _Journal) -> int:

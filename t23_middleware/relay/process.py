@@ -12,11 +12,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from ..settings import Settings
-from ..state import Holder, StateFolder, hold_lock
+from ..state import Holder, StateFolder, boot_id, hold_lock
 from ..version import VERSION
 from .bounds import Bounds, Reserve
 from .client import AnalyticsClient
 from .delivery import Delivery
+from .elapsed import Elapsed
 from .intake import Intake
 from .outbox import OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
 from .watchdog import Watchdog
@@ -88,7 +89,11 @@ class Relay:
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + self._take_in()
-            if not self._ending and not self._delivery.step():
+            self._rest()
+            if self._bounds.log_is_full:
+                self._delivery.settle()
+                self._delivery.wait(TRY_STORE_AGAIN)
+            elif not self._ending and not self._delivery.step():
                 self._delivery.wait(max(next_look - time.monotonic(), 0.001))
             if self._delivery.in_flight:
                 self._moved = now
@@ -106,6 +111,12 @@ class Relay:
         self._say_whether_finished()
         os.close(self._lock)
 
+    def _rest(self) -> None:
+        until = time.monotonic() + self._bounds.rest()
+        while not self._ending and time.monotonic() < until:
+            self.watchdog.came_round()
+            time.sleep(min(0.1, max(until - time.monotonic(), 0)))
+
     def _begin(self) -> None:
         with suppress(OSError):  # a full disk: the outbox says it
             self._folder.unfinished.touch(mode=0o600)
@@ -117,11 +128,11 @@ class Relay:
         if not self._keep_bounds():
             self._ending = self._ending or self._must_end()
             return TRY_STORE_AGAIN
-        self._intake.look()
-        if self._must_end():
-            self._ending = True
-            return 0.0
         try:
+            self._intake.look()
+            if self._must_end():
+                self._ending = True
+                return 0.0
             if self._intake.keep():
                 self._moved = time.monotonic()
             self._intake.tidy()
@@ -209,12 +220,15 @@ class Relay:
         """The files and connections of a relay that holds the lock."""
         reserve = Reserve(self._folder.reserve)
         self._outbox = SQLiteOutbox(self._folder.outbox, reserve.give_up)
+        notes = self._outbox.notes()
+        elapsed = Elapsed(notes, boot_id(), time.monotonic)
         self._bounds = Bounds(
             self._outbox,
             self._folder,
             reserve,
             max_age=self._settings.max_age,
             max_bytes=self._settings.max_bytes,
+            elapsed=elapsed,
         )
         self._intake = self._make_intake()
         client = AnalyticsClient(self._settings)
@@ -224,7 +238,8 @@ class Relay:
             retry_ambiguous=self._settings.retry_ambiguous,
             monotonic=time.monotonic,
             wall_ms=_wall_ms,
-            notes=self._outbox.notes(),
+            notes=notes,
+            elapsed=elapsed,
         )
         try:
             yield

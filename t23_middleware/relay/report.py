@@ -7,6 +7,9 @@ from typing import NamedTuple
 #: The beginning of 2024, in ms: a clock that says less was not set yet when it was asked.
 CLOCK_SET_MS = 1_704_067_200_000
 
+#: The documentation heads the method's page with the first and names the second in its example.
+REPORT_PATHS = ("/api/analytics/report/play", "/api/analytics/report/download")
+
 
 class Report(NamedTuple):
     """What is told about one transfer, ready to be sent."""

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 log = logging.getLogger(__name__)
 
@@ -68,5 +68,7 @@ class Watchdog:
 
     def _begin(self, now: float) -> None:
         self._round = now
-        faulthandler.dump_traceback_later(self._patience, file=sys.stderr)
+        # A thread of its own: without it the relay works all the same, and is ended where it hangs.
+        with suppress(RuntimeError):
+            faulthandler.dump_traceback_later(self._patience, file=sys.stderr)
         signal.alarm(round(ENDS_AFTER))

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -606,3 +607,62 @@ print(json.dumps(str(journal)))
             numbers.append(decoded.opening.number)
     assert torn == 1
     assert numbers == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_limit_on_file_size_begins_another_journal(state: Path) -> None:
+    """A process that may write no large file (RLIMIT_FSIZE) loses no play for that."""
+    told = run(
+        """
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for _ in range(800):
+    play()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+play()
+print(json.dumps(sorted(map(str, (state / "journals").glob("*.journal")))))
+""",
+        state,
+    )
+    numbers = []
+    for journal in map(Path, told):
+        assert journal.stat().st_size <= 101_000
+        for line in journal.read_bytes().split(b"\n"):
+            with suppress(TornLine):
+                decoded = decode(line)
+                if isinstance(decoded, Transfer):
+                    numbers.append(decoded.opening.number)
+    assert len(told) > 2
+    assert sorted(numbers) == list(range(1, 802))
+
+
+def test_journals_that_no_relay_reads_are_bounded(state: Path) -> None:
+    """The writer itself stops, counts what it can't keep, and goes on once there is room."""
+    sizes, counted = run(
+        """
+from t23_middleware import journal as module
+from t23_middleware.transfer import Counts, decode
+module.ROTATE_AT, module.RETRY_FULL, module.KEPT_ASIDE = 20_000, 0.0, 100
+site = T23Middleware(media(b"film"), api_url="http://127.0.0.1:9", state_dir=str(state), relay="off", max_bytes="65536")
+folder = state / "journals"
+
+def size():
+    return sum(path.stat().st_size for path in folder.glob("*.journal"))
+
+for _ in range(2000):
+    play()
+sizes = [size()]
+for _ in range(100):
+    play()
+sizes.append(size())
+for path in sorted(folder.glob("*.journal"))[:-1]:
+    path.unlink()
+play()
+play()
+sizes.append(size())
+found = [decode(line) for path in folder.glob("*.journal") for line in path.read_bytes().splitlines()]
+print(json.dumps([sizes, sum(each.counts.get("capture_lost", 0) for each in found if isinstance(each, Counts))]))
+""",
+        state,
+    )
+    assert sizes[0] == sizes[1] <= 65536 + 2 * 20_000
+    assert 0 < sizes[2] < sizes[0]
+    assert counted > 1000

@@ -193,6 +193,7 @@ def test_a_corrupt_outbox_is_told_and_left_to_the_relay(site: Site):
 
 
 def test_refused_reports_are_worth_a_look(site: Site):
+    site.prove()
     site.play(2, photo="404")
     site.deliver()
     assert items(site.run("check").stdout)["outbox"] == (
@@ -297,6 +298,37 @@ def test_send_sends_one_real_report_and_shows_the_answer(site: Site):
     assert "TwentyThree counts it" in " ".join(done.stdout.split())
     assert "the answer: The download was reported" in items(done.stdout)["send"][1]
     assert "alice-secret" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("set_to", "right"), [("play", "download"), ("download", "play"), ("old", "download")]
+)
+def test_send_finds_the_path_that_works(site: Site, set_to: str, right: str):
+    """Whatever the other documented path says of a real report, the line to set is printed."""
+    prefix = "/api/analytics/report/"
+    site.api.app.methods = {prefix + right}
+    done = site.run(
+        "check", "--send", "--photo", "7", "--session", "alice-secret", T23_REPORT_PATH=prefix + set_to
+    )
+    assert done.returncode == 1
+    level, words = items(done.stdout)["send"]
+    assert (level, "invalid_method" in words) == ("WRONG", True)
+    assert f"    T23_REPORT_PATH={prefix}{right}\n" in done.stdout
+    assert [report["path"] for report in site.api.recorded()] == [prefix + right]
+    right_now = site.run(
+        "check", "--send", "--photo", "7", "--session", "alice-secret", T23_REPORT_PATH=prefix + right
+    )
+    assert right_now.returncode == 0
+    assert f"{prefix}{right} took it" in items(right_now.stdout)["send"][1]
+
+
+def test_send_tells_of_every_path(site: Site):
+    """Where no path takes the report, each answer is shown with its path."""
+    site.api.app.methods = set()
+    done = site.run("check", "--send", "--photo", "7", "--session", "alice-secret")
+    words = items(done.stdout)["send"][1]
+    assert "/api/analytics/report/play: There is no report method" in words
+    assert "/api/analytics/report/download: There is no report method" in words
 
 
 def test_a_real_report_that_is_refused_is_wrong(site: Site):

@@ -126,6 +126,7 @@ def test_a_session_is_shown_by_its_first_characters_at_most_half_of_it(session: 
 def test_erasing_a_viewer_as_the_privacy_page_says_leaves_figures_that_add_up(site: Site):
     page = (ROOT / "docs" / "privacy.md").read_text()
     (statements,) = re.findall(r'sqlite3 /var/lib/t23/outbox.db "\n(.+?)"\n', page, re.DOTALL)
+    site.prove()
     site.play(2, photo="404", session="alice")
     site.deliver()
     site.api.fault("deny")

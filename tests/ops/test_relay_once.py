@@ -54,6 +54,7 @@ def test_breaker_and_pause_are_ignored_for_one_try(site: Site):
 
 
 def test_a_report_that_would_be_tried_only_later_is_tried_now(site: Site):
+    site.prove()
     site.play()
     site.api.fault("error", code="strange_weather")
     done = site.deliver()
@@ -64,7 +65,19 @@ def test_a_report_that_would_be_tried_only_later_is_tried_now(site: Site):
     assert site.deliver().returncode == 0
 
 
+def test_first_refusals_are_left_with_the_remedy(site: Site):
+    """An API that took nothing yet makes no dead letters, by hand neither."""
+    site.play(3, photo="404")
+    done = site.deliver()
+    assert done.returncode == 1
+    assert "3 reports left" in done.stderr
+    assert "no_such_photo" in done.stderr
+    assert "check --send" in done.stderr
+    assert site.status()["dead"] == 0
+
+
 def test_refused_reports_are_told_and_are_not_left(site: Site):
+    site.prove()
     site.play(2, photo="404")
     site.play(1)
     done = site.deliver()

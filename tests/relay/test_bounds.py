@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +21,24 @@ from t23_middleware.ops.standin import StandInServer
 from t23_middleware.relay import bounds as module
 from t23_middleware.relay.bounds import (
     DEAD_MS,
+    LONG_FOR,
     MOST_DEAD,
     PIECE,
+    RESERVE,
     SMALL_PIECE,
+    TRY_FULL_EVERY,
     Bounds,
     Reserve,
     Space,
     taken_as_lost,
 )
+from t23_middleware.relay.elapsed import Elapsed
 from t23_middleware.relay.outbox import (
+    LONG_LOG,
     Acked,
     Again,
     Dead,
+    DeadLetters,
     GivenUp,
     Ingest,
     Loss,
@@ -38,6 +47,7 @@ from t23_middleware.relay.outbox import (
     OutboxView,
     SQLiteOutbox,
     Stats,
+    readers,
 )
 from t23_middleware.relay.process import Relay
 from t23_middleware.relay.report import Report
@@ -76,7 +86,7 @@ class World:
         self.now_ms = NOW
         self.disk = PLENTY
 
-    def bounds(self, max_age: float = 604_800, max_bytes: int = 1 << 28) -> Bounds:
+    def bounds(self, max_age: float = 604_800, max_bytes: int = 1 << 28, **more: Any) -> Bounds:
         return Bounds(
             self.outbox,
             self.folder,
@@ -86,7 +96,13 @@ class World:
             monotonic=lambda: self.seconds,
             wall_ms=lambda: self.now_ms,
             space=lambda path: self.disk,
+            **more,
         )
+
+    def pass_by(self, ms: int) -> None:
+        """Let time pass by both clocks."""
+        self.now_ms += ms
+        self.seconds += ms / 1000
 
     def keep(self, bounds: Bounds, looks: int = 1) -> None:
         """So many looks, each a minute after the one before."""
@@ -143,7 +159,7 @@ def test_a_report_from_before_the_hosts_clock_was_set_is_as_old_as_its_ingestion
     assert world.stats() == Stats(5, 5, 0, 0, 0)
     times = world.outbox._db.execute("SELECT time_ms - ? FROM reports ORDER BY id", (NOW,))
     assert [time for (time,) in times] == [-2000, 0, -1000, 0, 1000]
-    world.now_ms += 3_600_000 + 1001
+    world.pass_by(3_600_001)
     world.keep(bounds)
     assert world.stats() == Stats(5, 0, 0, 0, 5)
 
@@ -163,23 +179,23 @@ def test_what_came_in_before_the_clock_was_set_gets_its_age_when_it_is(world):
     assert times[0] == 1_000, "what may have arrived keeps its time in every retry"
     assert times[2] - times[1] == 1
     assert NOW - 10_000 < times[1] < NOW
-    world.now_ms += 3_600_001
+    world.pass_by(3_600_001)
     world.keep(bounds)
-    assert world.stats() == Stats(4, 1, 0, 1, 2)
+    assert world.stats() == Stats(4, 0, 0, 1, 3)
 
 
 def test_what_is_older_than_the_bound_is_lost_and_counted_by_day_with_its_bytes(world, caplog):
-    world.outbox.ingest(batch(*[report(n, NOW + n * DAY_MS, sent=10**n) for n in range(4)]))
     bounds = world.bounds(max_age=7 * 86_400)
-    world.keep(bounds)
-    assert world.stats() == Stats(4, 4, 0, 0, 0)
-    world.now_ms = NOW + 7 * DAY_MS
+    for n in range(4):
+        bounds.ingest(batch(report(n, NOW + n * DAY_MS, sent=10**n)))
+        world.pass_by(DAY_MS)
+    world.pass_by(3 * DAY_MS - 60_000)
     world.keep(bounds)
     assert world.stats() == Stats(4, 4, 0, 0, 0), "to the millisecond"
-    world.now_ms += 1
+    world.pass_by(1)
     world.keep(bounds)
     assert world.waiting() == ["1", "2", "3"]
-    world.now_ms += 2 * DAY_MS
+    world.pass_by(2 * DAY_MS)
     world.keep(bounds)
     assert world.waiting() == ["3"]
     assert world.losses() == [
@@ -187,42 +203,104 @@ def test_what_is_older_than_the_bound_is_lost_and_counted_by_day_with_its_bytes(
         Loss("2025-12-03", "too_old", 2, 110),
     ]
     assert world.stats() == Stats(4, 1, 0, 0, 3)
-    (said,) = errors(caplog)
-    assert "(too_old)" in said
-    assert "T23_MAX_AGE" in said
+    said = errors(caplog)
+    assert len(said) == 2
+    assert "(too_old)" in said[0]
+    assert "T23_MAX_AGE" in said[0]
 
 
-def test_a_report_that_is_old_but_came_late_does_not_hide_behind_a_younger_one(world):
-    world.outbox.ingest(batch(report(1, NOW), report(2, NOW - 8 * DAY_MS), report(3, NOW)))
-    world.keep(world.bounds())
-    assert world.waiting() == ["1", "3"]
+def test_a_wrong_clock_gives_up_nothing(world):
+    """Neither one that is ahead, for however long, nor one that is back, nor reports that tell of another time."""
+    world.outbox.ingest(batch(*[report(n) for n in range(3)]))
+    world.bury(1, NOW)
+    bounds = world.bounds()
+    world.keep(bounds)
+    for off_ms in (8 * DAY_MS, 31 * DAY_MS, 4000 * DAY_MS, -3_600_000, -400 * DAY_MS):
+        world.now_ms = NOW + off_ms
+        bounds.ingest(batch(report(100, world.now_ms), report(101, NOW), report(102, NOW - 8 * DAY_MS)))
+        world.keep(bounds, looks=30)
+    world.now_ms = NOW
+    world.keep(bounds)
+    assert world.stats() == Stats(18, 17, 0, 1, 0)
+
+
+@pytest.mark.parametrize("boot", ["this boot", "the next"])
+def test_ages_go_on_over_relays(world, boot):
+    """What one relay saw pass counts for the next, and within a boot the time between them too."""
+
+    def bounds(boot: str) -> Bounds:
+        elapsed = Elapsed(world.outbox.notes(), boot, lambda: world.seconds)
+        return world.bounds(elapsed=elapsed)
+
+    first = bounds("this boot")
+    first.ingest(batch(report(1)))
+    world.pass_by(4 * DAY_MS)
+    world.keep(first)
+    world.pass_by(4 * DAY_MS)
+    if boot == "the next":
+        world.seconds = 30.0
+    second = bounds(boot)
+    world.keep(second)
+    assert world.stats().waiting == (0 if boot == "this boot" else 1)
+    world.pass_by(4 * DAY_MS)
+    world.keep(second)
+    assert world.stats().waiting == 0
+
+
+def test_a_note_that_is_damaged_begins_anew():
+    """A clock that can't be read gives up nothing."""
+    for text in ("", "x", "[]", "[1, 2, 3, 4]", '["a", "b", 1]', "[1e999, 0, 0]"):
+        assert Elapsed({"elapsed": text}, "boot", lambda: 7.0).now_ms() in (0, 1)
+
+
+def test_a_report_that_is_sent_again_is_young(world):
+    """Who sends a refused report again after weeks wants it to arrive."""
+    world.outbox.ingest(batch(report(1)))
+    world.bury(1, NOW)
+    bounds = world.bounds()
+    world.keep(bounds)
+    world.pass_by(20 * DAY_MS)
+    with DeadLetters(world.folder.outbox) as letters:
+        assert letters.retry(None) == [1]
+    world.keep(bounds)
+    assert world.stats().waiting == 1
+    world.pass_by(8 * DAY_MS)
+    world.keep(bounds)
+    assert world.stats() == Stats(1, 0, 0, 0, 1)
 
 
 def test_what_is_in_flight_is_not_dropped_and_counts_as_sent(world):
-    world.outbox.ingest(batch(*[report(n, NOW - 8 * DAY_MS) for n in range(3)]))
+    bounds = world.bounds(max_bytes=1)
+    bounds.ingest(batch(*[report(n) for n in range(3)]))
     flying = world.claim(1)
-    world.keep(world.bounds(max_bytes=1))
+    world.pass_by(8 * DAY_MS)
+    world.keep(bounds)
     assert world.stats() == Stats(3, 1, 0, 0, 2)
     world.outbox.settle([Acked(flying[0])], NOW)
     assert world.stats() == Stats(3, 0, 1, 0, 2)
 
 
 def test_the_age_of_all_is_looked_at_once_a_minute_and_more_often_where_reports_age_fast(world):
-    world.outbox.ingest(batch(report(1)))
-    slow, fast = world.bounds(max_age=604_800), world.bounds(max_age=1)
+    slow, fast = world.bounds(max_age=61), world.bounds(max_age=1)
+    world.outbox.ingest(batch(report(1), since_ms=0))
     slow.keep()
-    world.now_ms += 8 * DAY_MS
-    world.seconds += 59
+    world.seconds += 0.5
+    fast.keep()
     slow.keep()
     assert world.waiting() == ["1"]
+    world.seconds += 0.51
+    fast.keep()
+    assert world.waiting() == ["1"], "a second has no two looks"
+    world.seconds += 0.5
     fast.keep()
     assert world.waiting() == []
 
 
 def test_a_large_backlog_goes_in_pieces_and_at_once(world, monkeypatch):
     monkeypatch.setattr(module, "MOST_AT_ONCE", 10)
-    world.outbox.ingest(batch(*[report(n, NOW - 8 * DAY_MS) for n in range(35)]))
     bounds = world.bounds()
+    bounds.ingest(batch(*[report(n) for n in range(35)]))
+    world.pass_by(8 * DAY_MS)
     seen = []
     for _ in range(5):
         bounds.keep()  # the clock stands still
@@ -305,10 +383,14 @@ def test_one_large_transaction_does_not_keep_the_log_large(world):
 
 def test_dead_letters_go_after_thirty_days_and_before_all_that_waits(world):
     world.outbox.ingest(batch(*[report(n, NOW + 31 * DAY_MS, sent=10**n) for n in range(3)]))
+    bounds = world.bounds(max_age=60 * 86_400)
     world.bury(1, NOW)
-    world.bury(1, NOW + 2 * DAY_MS)
-    world.now_ms = NOW + DEAD_MS + 1
-    world.keep(world.bounds())
+    world.keep(bounds)
+    world.pass_by(2 * DAY_MS)
+    world.bury(1, world.now_ms)
+    world.keep(bounds)
+    world.pass_by(DEAD_MS - 2 * DAY_MS)
+    world.keep(bounds)
     assert world.stats() == Stats(3, 1, 0, 1, 1)
     assert world.losses() == [Loss("2025-12-24", "dead_too_old", 1, 1)]
 
@@ -431,6 +513,123 @@ def test_a_reserve_that_the_disk_does_not_take_after_all_leaves_nothing(world, m
     assert world.folder.reserve.exists()
 
 
+def refusing(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A quota: the disk has room, and the outbox still can't grow. The growths that it was asked for."""
+    asked: list[int] = []
+    growing_by = world.outbox.growing_by
+
+    @contextmanager
+    def grows(size: int, **more: bool) -> Iterator[None]:
+        asked.append(size)
+        with growing_by(0, **more):
+            yield
+
+    monkeypatch.setattr(world.outbox, "growing_by", grows)
+    return asked
+
+
+def test_a_write_that_failed_means_full(world, monkeypatch):
+    """Whatever the disk says of itself: nothing is taken in for a while but into free pages, then it is tried again."""
+    bounds = world.bounds()
+    bounds.ingest(batch(report(0)))
+    asked = refusing(world, monkeypatch)
+    assert (bounds.has_room(), bounds.piece) == (True, PIECE)
+    with pytest.raises(OutboxFull):
+        bounds.ingest(batch(*map(report, range(1, 3000))))
+    assert (bounds.has_room(), bounds.piece) == (False, SMALL_PIECE)
+    world.seconds += TRY_FULL_EVERY
+    assert (bounds.has_room(), bounds.piece) == (True, PIECE)
+    assert asked == [PLENTY.growth]
+
+
+def test_a_reserve_that_went_though_there_is_room(world, monkeypatch, caplog):
+    """It is tried again seldom, and made only where a quota has twice its size."""
+    bounds = world.bounds()
+    bounds.ingest(batch(report(0)))
+    bounds.keep()
+    assert world.reserve.give_up()
+    quota, write = [RESERVE + 1000], os.write
+
+    def limited(descriptor: int, data: Any) -> int:
+        if len(data) > quota[0]:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", limited)
+    for _ in range(5):
+        world.keep(bounds)
+        assert not world.folder.reserve.exists()
+        assert not bounds.has_room()
+    quota[0] = 2 * RESERVE
+    world.keep(bounds)
+    assert world.folder.reserve.stat().st_size == RESERVE
+    assert bounds.has_room()
+    assert caplog.records[-1].t23_event == "disk_free"
+
+
+def test_a_full_quota_with_an_empty_outbox(world, monkeypatch):
+    """What is new may have a little of the room, since nothing is to be acknowledged."""
+    bounds = world.bounds()
+    bounds.keep()
+    assert world.reserve.give_up()
+    assert bounds.has_room()
+    bounds.ingest(batch(report(0)))
+    assert world.stats().waiting == 1
+
+
+# A reader that keeps the log.
+
+
+READER = """
+import sqlite3, sys
+db = sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True, isolation_level=None)
+db.execute("BEGIN")
+db.execute("SELECT count(*) FROM reports").fetchone()
+print("reads", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def reader(world: World) -> Iterator[subprocess.Popen[str]]:
+    world.outbox.ingest(batch(report(0)))
+    command = [sys.executable, "-c", READER, str(world.folder.outbox)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "reads\n"
+    yield process
+    process.communicate(timeout=30)
+
+
+def test_who_keeps_the_log_is_named(world, reader, caplog):
+    """The longer the log, the longer the rest between two transactions; nothing of it once the reader is gone."""
+    bounds = world.bounds()
+    assert bounds.rest() == 0
+    number = 0
+    while world.outbox.log_size() <= LONG_LOG:
+        number += 500
+        world.outbox.ingest(batch(*map(report, range(number, number + 500))))
+    assert bounds.rest() == 0, "it may be one large transaction"
+    world.seconds += LONG_FOR
+    first = bounds.rest()
+    assert 0 < first < 1
+    (found,) = readers(world.folder.outbox)
+    assert found.startswith(f"process {reader.pid} (")
+    assert f"process {reader.pid} (" in errors(caplog)[0]
+    while world.outbox.log_size() <= 2 * LONG_LOG:
+        number += 500
+        world.outbox.ingest(batch(*map(report, range(number, number + 500))))
+    assert bounds.rest() > first
+    assert bounds.has_room()
+    assert not world.bounds(max_bytes=1 << 20).has_room(), "the log counts"
+    reader.communicate(timeout=30)
+    for _ in range(2):
+        world.outbox.ingest(batch(report(1)))
+    assert bounds.rest() == 0
+    assert [record.t23_event for record in caplog.records] == ["log_long", "log_short"]
+    assert readers(world.folder.outbox) == []
+
+
 def test_a_disk_that_is_full_takes_the_reserve_for_acknowledgements_but_not_for_what_is_new(world):
     bounds = world.bounds()
     world.keep(bounds)
@@ -521,13 +720,14 @@ def relay(state: Path) -> Callable[..., Relay]:
 def test_a_relay_drops_what_is_too_old_sends_the_rest_and_its_figures_add_up(relay, state):
     folder = StateFolder(state)
     folder.create()
-    ages = [30 * DAY_MS, 8 * DAY_MS, 6 * DAY_MS, 0]
-    base = transfer(1, 1)
-    lines = [
-        transfer(n, 10**6 * n, f"s{n}", sent=1000 * n, at_ms=base.ended_ms - age)
-        for n, age in enumerate(ages, 1)
-    ]
-    journal(folder, "1-dead", *lines, Counts({"capture_lost": 2, "capture_lost_bytes": 77}))
+    ages = [8 * DAY_MS, 7 * DAY_MS + 1, 6 * DAY_MS, 0]
+    outbox = SQLiteOutbox(folder.outbox)
+    for n, age in enumerate(ages, 1):
+        waiting = report(n, sent=1000 * n)._replace(session_id=f"s{n}")
+        outbox.ingest(batch(waiting, since_ms=30 * DAY_MS - age))
+    outbox.note(Elapsed({"elapsed": f"[{30 * DAY_MS}, 0, 0]"}, "", time.monotonic).note())
+    outbox.close()
+    journal(folder, "1-dead", Counts({"capture_lost": 2, "capture_lost_bytes": 77}))
     with StandInServer() as api:
         relay(api.url).run()
         sent = [report["session_id"] for report in api.recorded()]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import gc
+import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -13,13 +16,15 @@ import subprocess
 import threading
 import time
 import traceback
+import tracemalloc
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import pytest
 from hypothesis import given
@@ -293,11 +298,12 @@ def test_a_thread_keeps_its_connection_and_eight_threads_have_their_own(serve: A
     assert server.connections <= 8
 
 
-def test_an_empty_answer_keeps_the_connection_too(serve: Any, client_for: Any) -> None:
-    server = serve(always(answer(b"")))
+def test_a_refusal_keeps_the_connection(serve: Any, client_for: Any) -> None:
+    """The API judged the report, so what follows is the next answer."""
+    server = serve(always(answer(said(status="error", code="no_such_photo"))))
     client = client_for(server.url)
     for _ in range(3):
-        assert isinstance(error_of(client), NoAnswer)
+        assert isinstance(error_of(client), Refused)
     assert server.connections == 1
 
 
@@ -347,6 +353,24 @@ def test_close_ends_the_connections_of_all_threads_and_later_reports_open_new_on
 
 
 # Not sent.
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), OSError(24, "Too many open files")]
+)
+def test_what_ran_out_before_sending_is_unreachable(
+    error: Exception, serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the report has left, so it must not count as one that may have arrived."""
+    server = serve(always(answer()))
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socket", fails)
+        assert isinstance(error_of(client_for(server.url)), Unreachable)
+    assert server.requests == []
 
 
 def test_a_refused_connection_is_unreachable(client_for: Any) -> None:
@@ -814,6 +838,145 @@ def said(**values: object) -> bytes:
         (said(status="ok", cached=False), False),
         (said(status="ok", cached=None, report={}, site={"a": {"b": "}"}}), False),
         (said(status="ok", code="invalid_input"), False),
+        (b'<response xmlns="http://www.23video.com/ns" status="ok" cached="1"/>', True),
+        (b'<v:response xmlns:v="urn:v" v:status="ok" v:cached="1"></v:response>', True),
+        ("\ufeff" + '{"status": "ok", "cached": "1"}', True),
+        (b"<br />\n<b>Notice</b>: no {index} in <b>/a.php</b> on line <b>3</b><br />\n" + OK, False),
+        (b")]}',\n" + OK + b"\n<!-- page served in 0.02 s by {cache} -->", False),
+        (b'{"notice": "slow"}\n{"status": "ok", "cached": 1}', True),
+        (b"<!-- cached copy -->" + OK, False),
+    ],
+)
+@pytest.mark.parametrize("charset", ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_answers_are_understood_in_every_form(body: bytes | str, cached: bool, charset: str) -> None:
+    """Namespaces, byte order marks and text around the JSON change nothing, in any of Unicode's encodings."""
+    text = body if isinstance(body, str) else body.decode("utf-8")
+    assert judge(200, {}, text.encode(charset)).cached is cached
+
+
+def deflated(data: bytes, window: int) -> bytes:
+    stream = zlib.compressobj(9, zlib.DEFLATED, window)
+    return stream.compress(data) + stream.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(OK)),
+        ("X-GZip", gzip.compress(OK)),
+        ("", gzip.compress(OK)),
+        ("gzip", OK),
+        ("deflate", deflated(OK, zlib.MAX_WBITS)),
+        ("deflate", deflated(OK, -zlib.MAX_WBITS)),
+        ("deflate", OK),
+        ("deflate, gzip", gzip.compress(deflated(OK, zlib.MAX_WBITS))),
+        ("gzip, gzip", gzip.compress(gzip.compress(OK))),
+        ("gzip", gzip.compress(OK[:20]) + gzip.compress(OK[20:])),
+        ("gzip", gzip.compress(OK.decode().encode("utf-16"))),
+    ],
+)
+def test_packed_answers_are_understood(encoding: str, body: bytes, serve: Any, client_for: Any) -> None:
+    """Some caches compress though identity is asked for, some say so wrongly."""
+    headers = [f"Content-Encoding: {encoding}"] if encoding else []
+    server = serve(always(answer(body, "200 OK", *headers)))
+    client = client_for(server.url)
+    assert [client.send(REPORT).message for _ in range(2)] == ["The download was reported"] * 2
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    "pack", [gzip.compress, zlib.compress, lambda data: gzip.compress(gzip.compress(data))]
+)
+def test_packed_answers_stay_bounded(pack: Callable[[bytes], bytes]) -> None:
+    """What unpacks to more than an answer may have is none, and is not unpacked to its end."""
+    body = pack(b" " * (60 << 20) + OK)
+    tracemalloc.start()
+    try:
+        with pytest.raises(NoAnswer) as caught:
+            judge(200, {"Content-Encoding": "deflate, gzip"}, body[:LONGEST_ANSWER], URL)
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+    assert caught.value.answered
+
+
+def test_unknown_packing_is_named() -> None:
+    """An operator can only correct what he reads about."""
+    with pytest.raises(NoAnswer, match="Content-Encoding"):
+        judge(200, {"Content-Encoding": "br"}, b"\x0b\x02\x80x\x03", URL)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\n\r\n" * 3,
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 199 X\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("pause", [0, 0.1])
+def test_each_report_gets_its_answer(first: bytes, pause: float, serve: Any, client_for: Any) -> None:
+    """Interim answers of any number come before the answer, at once or some time before it."""
+
+    def manner(connection: socket.socket, number: int) -> bool:
+        connection.sendall(first)
+        time.sleep(pause)
+        connection.sendall(answer(OK if number % 2 else said(status="error", code="no_such_photo")))
+        return True
+
+    server = serve(manner)
+    client = client_for(server.url)
+    for _ in range(2):
+        assert client.send(REPORT).message
+        assert isinstance(error_of(client), Refused)
+    assert server.connections == 1
+
+
+def test_endless_interim_answers_time_out(serve: Any, client_for: Any) -> None:
+    """The time that an answer may take has them in it."""
+
+    def manner(connection: socket.socket, number: int) -> None:
+        while True:
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+    started = time.monotonic()
+    assert isinstance(error_of(client_for(serve(manner).url, timeout=0.5)), NoAnswer)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
+        answer(b""),
+        answer(b"<html>please log in</html>"),
+        answer(b"busy", "503 Service Unavailable"),
+        answer(b"", "302 Found", "Location: /login"),
+        answer(OK) + answer(OK)[:40],
+    ],
+)
+def test_strange_answers_end_the_connection(strange: bytes, serve: Any, client_for: Any) -> None:
+    """What follows them on the same connection must not be taken for the next report's answer."""
+
+    def manner(connection: socket.socket, number: int) -> bool:
+        connection.sendall(strange if number == 1 else answer(said(status="error", code="no_such_photo")))
+        return True
+
+    server = serve(manner)
+    client = client_for(server.url)
+    with suppress(DeliveryError):
+        client.send(REPORT)
+    assert isinstance(error_of(client), Refused)
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "cached"),
+    [
+        (OK, False),
+        (said(status="ok", cached=1), True),
     ],
 )
 @pytest.mark.parametrize("status", [200, 404, 500, 503, 302])
@@ -938,7 +1101,14 @@ def test_the_http_status_decides_where_the_api_does_not(
         said(status="UP"),
         said(result="ok"),
         b'<a href="x">{"status": "ok"}',
-        b'nonsense {"status": "ok"}',
+        b'<!-- {"status": "ok"} --> nothing',
+        b'<!-- {"status": "ok"}',
+        b'<script>var config = {"status": "ok"}</script>',
+        b'{"status": "ok"} {"status": "error", "code": "invalid_input"}',
+        b'{"result": {"status": "ok"}}',
+        b'Notice: {"log": [{"status": "ok"}, ',
+        b"\x1f\x8b" + OK,
+        gzip.compress(OK)[:-9],
         b'{"status": "ok"} <script>',
         b" " * LONGEST_ANSWER + OK,
         b"/* */" + b" " * 65_000 + b"x",
@@ -1039,6 +1209,89 @@ def test_a_session_in_a_redirect_is_not_told() -> None:
     with pytest.raises(NotAccepted) as caught:
         judge(302, {"Location": f"/s/{SESSION}/x"}, b"", URL, SESSION)
     assert "s3cr" not in str(caught.value)
+
+
+def escapes(session: str) -> dict[str, str]:
+    """Forms in which an API may repeat a session."""
+    raw = session.encode()
+    percent = "".join(f"%{byte:02X}" for byte in raw)
+    return {
+        "plain": session,
+        "upper": session.upper(),
+        "cut": session[:-3],
+        "cut in front": session[5:],
+        "spaced": " ".join(session),
+        "quoted": quote(session, ""),
+        "percent": percent,
+        "twice": quote(percent),
+        "thrice": quote(quote(percent)),
+        "backslashes": "".join(f"\\u{ord(char):04x}" for char in session),
+        "octal": "".join(f"\\{byte:03o}" for byte in raw),
+        "entities": "".join(f"&#{byte};" for byte in raw),
+        "hex": raw.hex(),
+        "hex upper": raw.hex().upper(),
+        "base64": base64.b64encode(raw).decode(),
+        "base64 cut": base64.b64encode(raw).decode()[3:-5],
+        "base64 url": base64.urlsafe_b64encode(b"=" + raw).decode().rstrip("="),
+        "base64 twice": base64.b64encode(base64.b64encode(raw)).decode(),
+        "base32": base64.b32encode(raw).decode(),
+        "punycode": f"xn--{session.encode('punycode').decode()}",
+        "wide": "".join(chr(ord(char) + 0xFEE0) for char in session),
+        "hashed": hashlib.sha256(raw).hexdigest(),
+    }
+
+
+OTHER_SESSIONS = [
+    "s3cr3t-Session/42",
+    "4711081542",
+    "abcdefghijklmnop",
+    "550e8400-e29b-41d4-a716-446655440000",
+]
+
+
+@pytest.mark.parametrize("session", OTHER_SESSIONS)
+@pytest.mark.parametrize("form", escapes("x" * 20))
+@pytest.mark.parametrize("place", ["message", "code", "both", "location"])
+def test_no_form_of_a_session_is_told(session: str, form: str, place: str) -> None:
+    """Of a code, a message and a redirect the words stay, but no form of a session of eight characters and more."""
+    repeated = escapes(session)[form]
+    headers, values = {}, {"status": "error", "code": "strange_code", "message": "The session is unknown"}
+    if place == "location":
+        headers["Location"] = f"/login/{repeated}"
+    else:
+        for name in ("message", "code") if place == "both" else (place,):
+            values[name] = f"no_such_{repeated}" if name == "code" else f"The session {repeated} is unknown."
+    with pytest.raises(DeliveryError) as caught:
+        judge(302 if headers else 200, headers, b"" if headers else said(**values), URL, session)
+    told = f"{caught.value} {getattr(caught.value, 'code', '')}".casefold()
+    assert repeated.casefold() not in told
+    long_runs = (repeated[at : at + 8].casefold() for at in range(len(repeated) - 7))
+    assert not [run for run in long_runs if run in told and run not in "no_such_ the session is unknown"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("The download was reported", "The download was reported"),
+        ("There is no video with this photo_id", "There is no video with this photo_id"),
+        ("Method /api/analytics/report/play doesn't exist (HTTP 404), see v1.2", None),
+        ("Database error: timed out after 30 s.", None),
+        ("Unknown session dGhpcyBpcyBpdA== here", "Unknown session … here"),
+    ],
+)
+def test_plain_words_of_the_api_stay(text: str, told: str | None) -> None:
+    """Operators read what the API says, as far as it is in words."""
+    assert judge(200, {}, said(status="ok", message=text), URL, "4711081542").message == (told or text)
+
+
+def test_strange_headers_are_not_logged(
+    serve: Any, client_for: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """urllib3 quotes headers that it can't read, in which the session may be repeated."""
+    server = serve(always(answer(OK, "200 OK", "Fine: yes", f"bad header {SESSION}", "After: this")))
+    with suppress(DeliveryError):
+        client_for(server.url).send(REPORT)
+    assert "s3cr3t" not in caplog.text
 
 
 json_values = st.recursive(

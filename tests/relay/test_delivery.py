@@ -9,13 +9,16 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from t23_middleware.errors import Busy, NoAnswer, NotAccepted, Refused, Unexplained, Unreachable
+from t23_middleware.relay.breaker import LONGEST_STRANGE_PROBE
 from t23_middleware.relay.client import Answer
 from t23_middleware.relay.delivery import (
+    ACCEPTED,
     CLAIMED_PER_SENDER,
     FAILURES_TO_OPEN,
     LONGEST_KEPT,
@@ -26,6 +29,7 @@ from t23_middleware.relay.delivery import (
     Breaker,
     Delivery,
 )
+from t23_middleware.relay.elapsed import Elapsed
 from t23_middleware.relay.outbox import Entry, Ingest, OutboxError, Settlement, SQLiteOutbox, Stats
 from t23_middleware.relay.report import Report
 
@@ -93,7 +97,7 @@ class FailingOutbox(SQLiteOutbox):
 class Bench:
     """A delivery with its outbox, its API and its clock."""
 
-    def __init__(self, path: Path, retry_ambiguous: bool = True) -> None:
+    def __init__(self, path: Path, retry_ambiguous: bool = True, accepted: bool = True) -> None:
         self.clock = Clock()
         self.api = Api(self.clock)
         self.outbox = FailingOutbox(path)
@@ -103,6 +107,7 @@ class Bench:
             retry_ambiguous=retry_ambiguous,
             monotonic=self.clock.monotonic,
             wall_ms=self.clock.wall_ms,
+            notes={ACCEPTED: "1"} if accepted else self.outbox.notes(),
         )
         self.number = 0
 
@@ -523,6 +528,224 @@ def test_one_error_is_told_per_change_however_the_api_changes(bench, caplog):
     bench.api.says = lambda report: OK
     bench.run(400, 5)
     assert bench.stats().sent == 50
+
+
+# A clock that somebody sets.
+
+
+@pytest.mark.parametrize("off_ms", [31 * 86_400_000, 3_600_000, -3_600_000, -400 * 86_400_000])
+def test_retries_keep_their_distance(off_ms, bench):
+    """Whatever the wall clock does meanwhile: a report whose tries are counted does not use them up at once."""
+    bench.add()
+    bench.api.says = raising(Unexplained("odd", "what?"))
+    bench.run(30, 5)
+    for _ in range(8):
+        bench.clock.set_ms = off_ms - bench.clock.set_ms
+        bench.run(900, 5)
+    times = bench.api.times()
+    assert [round(later - one) for one, later in pairwise(times)] == [60, 300, 900, 2700]
+    assert bench.stats() == Stats(1, 0, 0, 1, 0)
+
+
+def test_retries_keep_their_distance_over_relays(bench, tmp_path):
+    """The next relay goes on with the same clock, whatever the wall clock says by then."""
+    bench.add()
+    bench.api.says = raising(Unexplained("odd", "what?"))
+    bench.turn()
+    bench.outbox.note(Elapsed({}, "boot", bench.clock.monotonic).note())
+    bench.clock.set_ms = 31 * 86_400_000
+    bench.clock.now += 50
+    elapsed = Elapsed(bench.outbox.notes(), "boot", bench.clock.monotonic)
+    bench.delivery = Delivery(
+        bench.outbox,
+        bench.api.send,
+        retry_ambiguous=True,
+        monotonic=bench.clock.monotonic,
+        wall_ms=bench.clock.wall_ms,
+        notes={ACCEPTED: "1"},
+        elapsed=elapsed,
+    )
+    bench.run(100, 1)
+    assert bench.api.times() == [0, pytest.approx(60, abs=2)]
+
+
+# What runs out.
+
+
+@pytest.mark.parametrize("retry", [True, False])
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_few_threads_send_all_once(threads, retry, tmp_path, monkeypatch, caplog):
+    """With as many as there are, or none; nothing counts as sent or lost that was not sent."""
+    bench = Bench(tmp_path / "few.db", retry)
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) >= threads:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    bench.add(50)
+    for _ in range(60):
+        bench.turn()
+    assert bench.stats() == Stats(50, 0, 50, 0, 0)
+    assert set(bench.api.sessions().values()) == {1}
+    assert [record.t23_event for record in caplog.records] == ["no_thread"]
+    monkeypatch.setattr(threading.Thread, "start", start)
+    bench.delivery.stop(PATIENCE)
+    bench.outbox.close()
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_without_threads_an_api_that_is_down(retry, tmp_path, monkeypatch):
+    """What could not be sent waits, also where nothing may be sent twice."""
+    bench = Bench(tmp_path / "few.db", retry)
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    bench.add(20)
+    bench.api.says = raising(Unreachable("no descriptors left"))
+    bench.run(60)
+    assert bench.stats() == Stats(20, 20, 0, 0, 0)
+    assert bench.rows("SELECT DISTINCT tries, leased FROM reports") == [(0, 0)]
+    bench.api.says = lambda report: OK
+    bench.run(120)
+    assert bench.stats() == Stats(20, 0, 20, 0, 0)
+    bench.outbox.close()
+
+
+# An answer that nobody understands.
+
+
+def not_understood() -> NoAnswer:
+    return NoAnswer("answered HTTP 200, but nothing that the API says", answered=True)
+
+
+def test_strange_answers_are_asked_seldom(bench, caplog):
+    """A week of them costs some hundred requests and one line of the log; then all leaves."""
+    bench.add(3)
+    bench.api.says = raising(not_understood())
+    bench.run(7 * 86_400, 60)
+    assert 100 < len(bench.api.asked) < 400
+    assert len(errors(caplog)) == 1
+    bench.api.says = lambda report: OK
+    bench.run(LONGEST_STRANGE_PROBE, 60)
+    assert bench.stats() == Stats(3, 0, 3, 0, 0)
+
+
+def test_one_strange_answer_among_good_ones(bench, caplog):
+    """A report whose answer alone is not understood is tried less and less, and said once."""
+    bench.add(session="poison")
+
+    def says(report: Report) -> Answer:
+        if report.session_id == "poison":
+            raise not_understood()
+        return OK
+
+    bench.api.says = says
+    for _ in range(2 * 1440):
+        bench.add()
+        bench.run(60, 60)
+    assert 10 < bench.api.sessions()["poison"] < 70
+    assert bench.stats() == Stats(2881, 1, 2880, 0, 0)
+    assert [record.t23_event for record in caplog.records] == ["answer_not_understood"]
+
+
+def test_a_probe_that_fails_forever_blocks_nobody(bench):
+    """Once the API is back, the probes get to a report that it takes, whatever is wrong with the first."""
+    bench.add(session="poison")
+    bench.add(5)
+    bench.api.says = raising(busy())
+    bench.run(600, 5)
+
+    def says(report: Report) -> Answer:
+        if report.session_id == "poison":
+            raise busy()
+        return OK
+
+    bench.api.says = says
+    bench.run(180, 5)
+    assert bench.stats().sent == 5
+
+
+# An API that never took a report.
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "fresh.db", accepted=False)
+    yield bench
+    bench.delivery.stop(1)
+    bench.outbox.close()
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [Refused("no_such_photo", ""), Refused("http_400", ""), Unexplained("odd", "what?"), NotAccepted("no")],
+)
+def test_first_refusals_pause_instead_of_burying(refusal, fresh, caplog):
+    """As long as an API took nothing, any refusal may mean that it is asked at the wrong place."""
+    fresh.add(40)
+    fresh.api.says = raising(refusal)
+    fresh.run(6 * 3600, 5)
+    assert fresh.stats() == Stats(40, 40, 0, 0, 0)
+    assert fresh.rows("SELECT DISTINCT tries, attempts, leased FROM reports") == [(0, 0, 0)]
+    (text,) = errors(caplog)
+    assert "delivery pauses" in text
+    if isinstance(refusal, Refused):
+        assert refusal.code in text
+        assert "check --send" in text
+        assert "/api/analytics/report/download" in text
+    assert not fresh.delivery.can_deliver()
+    fresh.api.says = lambda report: OK
+    fresh.run(PROBE_WHEN_PAUSED, 5)
+    assert fresh.stats() == Stats(40, 0, 40, 0, 0)
+
+
+def test_wrong_videos_block_no_right_one(fresh):
+    """The probes go through what waits in turn: wrong ones are refused for good after the first right one."""
+    fresh.add(10, session="wrong")
+    fresh.api.says = raising(Refused("no_such_photo", ""))
+    fresh.run(5)
+    fresh.add(session="right")
+
+    def says(report: Report) -> Answer:
+        if report.session_id == "wrong":
+            raise Refused("no_such_photo", "")
+        return OK
+
+    fresh.api.says = says
+    fresh.run(2 * 3600, 5)
+    assert fresh.stats() == Stats(11, 0, 1, 10, 0)
+    assert fresh.api.sessions()["right"] == 1
+
+
+def test_the_next_relay_knows_what_was_accepted(fresh, tmp_path):
+    """One accepted report is enough for ever, also where it was written down at the end."""
+    fresh.add()
+    fresh.delivery.step()
+    fresh.delivery.stop(PATIENCE)
+    later = Bench(tmp_path / "fresh.db", accepted=False)
+    try:
+        later.add()
+        later.api.says = raising(Refused("no_such_photo", ""))
+        later.turn()
+        assert later.stats() == Stats(2, 0, 1, 1, 0)
+    finally:
+        later.delivery.stop(1)
+        later.outbox.close()
+
+
+def test_each_site_proves_itself(bench):
+    """A site that took reports says nothing of another one."""
+    bench.add(1, host="new.example.com")
+    bench.add(1)
+    bench.api.says = raising(Refused("no_such_photo", ""))
+    bench.run(60)
+    assert bench.stats() == Stats(2, 1, 0, 1, 0)
 
 
 # Several APIs.

@@ -164,6 +164,87 @@ def test_the_oldest_of_all_hosts_asked_for_go_first_and_no_others(outbox):
     assert outbox.hosts() == ["a", "b", "c"]
 
 
+def of(session: str, photo: str) -> Report:
+    return report(0)._replace(session_id=session, photo_id=photo)
+
+
+@pytest.mark.parametrize("kind", ["sessions", "videos"])
+def test_a_flood_holds_up_nobody(kind, outbox):
+    """Many sessions on one video, or many videos of one session: others' reports are among the next."""
+    for part in range(10):
+        flood = [
+            of(f"bot-{n}", "7") if kind == "sessions" else of("bot", f"7{n}")
+            for n in range(part * 2000, part * 2000 + 2000)
+        ]
+        outbox.ingest(batch(*flood))
+    outbox.settle([Acked(entry.id) for entry in claimed(outbox, 64)], NOW)
+    outbox.ingest(batch(*[of(f"viewer-{n}", f"{n % 5}") for n in range(40)]))
+    seen = 0
+    for _ in range(3):
+        entries = claimed(outbox, 64)
+        seen += sum(entry.report.session_id.startswith("viewer") for entry in entries)
+        outbox.settle([Acked(entry.id) for entry in entries], NOW)
+        if seen == 40:
+            break
+    assert seen == 40
+
+
+def test_a_flood_that_goes_on_holds_up_nobody(outbox):
+    """Also after a restart, and while more of it comes than leaves."""
+    path = Path(outbox._path)
+    outbox.ingest(batch(*[of(f"bot-{n}", "7") for n in range(5000)]))
+    outbox.close()
+    later = SQLiteOutbox(path)
+    try:
+        for step in range(20):
+            later.ingest(batch(*[of(f"more-{step}-{n}", "7") for n in range(300)], of(f"viewer-{step}", "8")))
+            entries = claimed(later, 64)
+            assert any(entry.report.session_id == f"viewer-{step}" for entry in entries), step
+            later.settle([Acked(entry.id) for entry in entries], NOW)
+    finally:
+        later.close()
+
+
+def test_each_viewing_keeps_its_order(outbox):
+    """Within one session and video the reports leave as they came."""
+    outbox.ingest(batch(*[of(f"s{n % 3}", f"{n % 2}")._replace(time_ms=NOW + n) for n in range(60)]))
+    last: dict[tuple[str, str], int] = {}
+    while entries := claimed(outbox, 7):
+        for entry in entries:
+            key = entry.report.session_id, entry.report.photo_id
+            assert last.get(key, 0) < entry.report.time_ms
+            last[key] = entry.report.time_ms
+        outbox.settle([Acked(entry.id) for entry in entries], NOW)
+    assert len(last) == 6
+
+
+@pytest.mark.parametrize("kind", ["sessions", "videos"])
+def test_bounds_give_up_the_floods_first(kind, outbox):
+    """Nobody else's reports are pushed out, though they are older."""
+    outbox.ingest(batch(*[of(f"viewer-{n}", f"{n % 50}") for n in range(1000)]))
+    flood = [of(f"bot-{n}", "777") if kind == "sessions" else of("bot", f"7{n}") for n in range(5000)]
+    outbox.ingest(batch(*flood))
+    lost = sum(outbox.lose_oldest(1000, 0, "outbox_full", NOW) for _ in range(3))
+    assert lost == 3000
+    (viewers,) = outbox._db.execute("SELECT count(*) FROM reports WHERE session_id LIKE 'viewer%'").fetchone()
+    assert viewers == 1000
+
+
+def test_dead_letters_of_a_flood_go_first(outbox):
+    """A flood of one wrong video leaves the letters of others, though they are older."""
+    outbox.ingest(
+        batch(*[of(f"viewer-{n}", f"{n}") for n in range(20)], *[of(f"bot-{n}", "777") for n in range(80)])
+    )
+    for viewers in (True, False):
+        entries = list(claimed(outbox, 100))
+        mine = [entry for entry in entries if entry.report.session_id.startswith("viewer") is viewers]
+        outbox.settle([Dead(entry.id, "no_such_photo", "") for entry in mine], NOW + (not viewers))
+        outbox.settle([Again(entry.id, 0, 0) for entry in entries if entry not in mine], NOW)
+    assert outbox.lose_dead_oldest(100, 40, "dead_full", NOW) == 60
+    (viewers,) = outbox._db.execute("SELECT count(*) FROM dead WHERE session_id LIKE 'viewer%'").fetchone()
+    assert viewers == 20
+
+
 def test_a_report_that_was_put_back_is_claimed_when_it_is_due_and_in_its_old_turn(outbox):
     outbox.ingest(batch(*map(report, range(3))))
     first = claimed(outbox, 1)[0]
@@ -217,7 +298,7 @@ def test_a_dead_letter_keeps_the_report_and_the_answer(outbox):
     (entry,) = claimed(outbox)
     outbox.settle([Dead(entry.id, "no_such_photo", "There is no such photo")], NOW + 5)
     row = outbox._db.execute("SELECT * FROM dead").fetchone()
-    assert row == (entry.id, *report(1), "no_such_photo", "There is no such photo", NOW + 5)
+    assert row == (entry.id, *report(1), "no_such_photo", "There is no such photo", NOW + 5, None)
 
 
 def test_what_is_settled_twice_counts_once(outbox):
@@ -322,6 +403,15 @@ def as_if_of_version(version: int, path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {version}")
         db.execute(f"PRAGMA application_id = {schema._seal(version)}")
+
+
+def test_a_file_of_an_older_version_is_refused(outbox, path):
+    """Its tables are other ones; it is neither damaged nor to be set aside."""
+    outbox.close()
+    as_if_of_version(SCHEMA_VERSION - 1, path)
+    with pytest.raises(OutboxError, match="older version"):
+        SQLiteOutbox(path)
+    assert list(path.parent.glob("*corrupt*")) == []
 
 
 def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(outbox, path):
@@ -537,8 +627,9 @@ class Model(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 4), hosts=st.sets(st.sampled_from("abc")))
     def claim(self, count: int, hosts: set[str]) -> None:
+        turns = dict(self.outbox._db.execute("SELECT id, turn FROM reports"))
         due = [
-            id for id, (each, *_, due) in sorted(self.waiting.items())
+            id for id, (each, *_, due) in sorted(self.waiting.items(), key=lambda item: (turns[item[0]], item[0]))
             if id not in self.leased and each.host in hosts and not self.now < due <= self.now + LONGEST_DELAY_MS
         ][:count]  # fmt: skip
         entries = self.outbox.claim(count, self.now, sorted(hosts))

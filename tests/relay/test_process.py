@@ -26,6 +26,7 @@ from t23_middleware.relay import intake
 from t23_middleware.relay import process as module
 from t23_middleware.relay.bounds import SMALL_PIECE, Bounds
 from t23_middleware.relay.delivery import CLAIMED_PER_SENDER, MOST_CLAIMED, MOST_SENDERS, Delivery
+from t23_middleware.relay.intake import FOREIGN_SINCE
 from t23_middleware.relay.journals import PIECE, Journals
 from t23_middleware.relay.outbox import OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, Stats
 from t23_middleware.relay.process import Relay
@@ -125,9 +126,14 @@ def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, fol
 def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_counted(api, folder, caplog):
     theirs, recent = foreign_journal(folder), foreign_journal(folder, "9-recent")
     made(api, folder, T23_MAX_AGE="3600").run()
-    old = time.time() - 3601
-    os.utime(theirs, (old, old))
-    made(api, folder, T23_MAX_AGE="3600").run()
+    for since_ms, wall_s in ((0, 0), (-3_600_001, time.time() + 40 * 86_400)):
+        # The clock that says how old the file is decides nothing; the time that has passed does.
+        os.utime(theirs, (wall_s, wall_s))
+        assert theirs.exists()
+        outbox = SQLiteOutbox(folder.outbox)
+        outbox.note({FOREIGN_SINCE: json.dumps({theirs.name: since_ms, recent.name: 0})})
+        outbox.close()
+        made(api, folder, T23_MAX_AGE="3600").run()
     assert (theirs.exists(), recent.exists()) == (False, True)
     assert seen(folder).counters == {"journals_given_up": 1}
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
@@ -136,8 +142,10 @@ def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_cou
 
 def test_the_journal_of_another_version_that_lives_is_not_given_up(api, folder):
     theirs = foreign_journal(folder)
-    old = time.time() - 3601
-    os.utime(theirs, (old, old))
+    folder.create()
+    outbox = SQLiteOutbox(folder.outbox)
+    outbox.note({FOREIGN_SINCE: json.dumps({theirs.name: -3_600_001})})
+    outbox.close()
     with alive(folder, "9-later"), relaying(api, folder, T23_MAX_AGE="3600"):
         assert until(folder.foreign_journals)
     assert theirs.exists()

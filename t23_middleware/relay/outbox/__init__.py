@@ -3,6 +3,7 @@
 One relay at a time writes it, which the relay's lock guarantees; pages and commands only read.
 """
 
+from .readers import LONG_LOG, log_size, readers
 from .salvage import set_aside
 from .schema import SCHEMA_VERSION
 from .store import LONGEST_DELAY_MS, SQLiteOutbox
@@ -32,6 +33,7 @@ from .view import DeadLetters, OutboxView
 
 __all__ = [
     "LONGEST_DELAY_MS",
+    "LONG_LOG",
     "SCHEMA_VERSION",
     "UNCOUNTED",
     "Acked",
@@ -56,5 +58,7 @@ __all__ = [
     "Snapshot",
     "Stats",
     "Waiting",
+    "log_size",
+    "readers",
     "set_aside",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import stat
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .repair import check_soundness, mend
@@ -98,7 +100,27 @@ def means_corrupt(error: Exception) -> bool:
     )
 
 
+#: ioctls and the flag of a file that is written in place (linux/fs.h).
+_GET_FLAGS, _SET_FLAGS, _IN_PLACE = 0x80086601, 0x40086602, 0x00800000
+
+
+def _write_in_place(folder: Path) -> None:
+    """Let new files in *folder* be written in place, where the file system copies else (btrfs).
+
+    Otherwise each acknowledgement needs room of its own, which a full disk or quota does not have.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            flags = int.from_bytes(fcntl.ioctl(descriptor, _GET_FLAGS, bytes(8)), sys.byteorder)
+            fcntl.ioctl(descriptor, _SET_FLAGS, (flags | _IN_PLACE).to_bytes(8, sys.byteorder))
+        finally:
+            os.close(descriptor)
+
+
 def open_file(path: Path) -> sqlite3.Connection:
+    if not path.exists():
+        _write_in_place(path.parent)
     # Only one thread touches it at a time; the check would also refuse a test's own thread.
     db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     try:
@@ -109,9 +131,10 @@ def open_file(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         db.execute(f"PRAGMA journal_size_limit = {LOG_KEPT}")
-        if version > SCHEMA_VERSION:
+        if version not in (0, SCHEMA_VERSION):
+            kind = "a newer" if version > SCHEMA_VERSION else "an older"
             raise OutboxError(
-                f"{path} is of a newer version of t23_middleware; run that one, or move the file"
+                f"{path} is of {kind} version of t23_middleware; run that one, or move the file"
             )
         if version == 0:
             db.executescript(f"BEGIN IMMEDIATE; {TABLES} {FOR_PAGES} {FOR_PROXY} {SET_VERSION} COMMIT;")

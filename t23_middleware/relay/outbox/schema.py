@@ -8,9 +8,11 @@ from ..report import Report
 
 #: Version of the file's format. It stands in the file twice, as ``user_version`` and as a seal in
 #: ``application_id``: one flipped bit is not another version.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Latest version whose seal is known, so that the file of a later one than this is told from damage.
 NEWEST_KNOWN = 255
+#: ``due_ms`` and ``since_ms`` are times of :mod:`~t23_middleware.relay.elapsed`, all others of the wall clock.
+#: ``since_ms`` is NULL until a look at the ages.
 TABLES = """
 CREATE TABLE IF NOT EXISTS reports (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -21,15 +23,18 @@ CREATE TABLE IF NOT EXISTS reports (
     attempts INTEGER NOT NULL DEFAULT 0,
     retimed INTEGER NOT NULL DEFAULT 0,
     due_ms INTEGER NOT NULL DEFAULT 0,
-    leased INTEGER NOT NULL DEFAULT 0
+    leased INTEGER NOT NULL DEFAULT 0,
+    since_ms INTEGER,
+    turn INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX IF NOT EXISTS reports_by_host ON reports (host, leased, id);
+CREATE INDEX IF NOT EXISTS reports_by_host ON reports (host, leased, turn, id);
 CREATE TABLE IF NOT EXISTS dead (
     id INTEGER PRIMARY KEY,
     time_ms INTEGER NOT NULL, host TEXT NOT NULL, session_id TEXT NOT NULL, photo_id TEXT NOT NULL,
     sent INTEGER NOT NULL, skip INTEGER NOT NULL,
     player_type TEXT, player_version TEXT, player_resolution TEXT,
-    code TEXT NOT NULL, answer TEXT NOT NULL, died_ms INTEGER NOT NULL
+    code TEXT NOT NULL, answer TEXT NOT NULL, died_ms INTEGER NOT NULL,
+    since_ms INTEGER
 );
 CREATE TABLE IF NOT EXISTS viewings (
     host TEXT, session_id TEXT, photo_id TEXT, state TEXT NOT NULL,

@@ -10,9 +10,11 @@ from typing import Any
 from .. import history
 from ..report import CLOCK_SET_MS, Report
 from .connection import SQLITE_ERRORS, immediate, translated
+from .readers import log_size
 from .salvage import open_or_replace
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, REPORT_MARKS, STATS
 from .tally import add_counts, add_history, add_history_now, give_up, lose
+from .turns import Turns
 from .values import (
     Acked,
     Again,
@@ -42,8 +44,15 @@ DELETE FROM videos WHERE hour = :hour
 AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY bytes DESC LIMIT :most)
 AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY plays DESC LIMIT :most)
 """
-#: Longest that a retry is ever put off, in ms; a due time beyond it comes from a clock that was set back.
+#: Longest that a retry is ever put off, in ms; a due time beyond it comes from a clock that began anew.
 LONGEST_DELAY_MS = 2 * 3600 * 1000
+#: Whether a dead letter is of the video that has more than half of all.
+_MOST_REFUSED = """
+((host, photo_id) IN (SELECT host, photo_id FROM dead GROUP BY 1, 2 HAVING count(*) * 2 > (SELECT count(*) FROM dead)))
+"""
+_LAST_TURN = "SELECT max(turn) FROM reports WHERE host = ? AND leased = 0"
+#: Reports of one video or session that wait and are no flood, however few others wait.
+LEAST_FLOOD = 1000
 #: SQLite's own bound of a file's pages.
 MOST_PAGES = (1 << 30) - 1
 
@@ -55,6 +64,7 @@ class SQLiteOutbox:
     """
 
     def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
+        self._path = path
         self._make_room = make_room
         self._spares_reserve = False
         try:
@@ -63,6 +73,9 @@ class SQLiteOutbox:
             if not make_room():
                 raise
             self._db = open_or_replace(path)
+        with translated():
+            (first,) = self._db.execute("SELECT coalesce(min(turn), 1) FROM reports").fetchone()
+        self._turns = Turns(first - 1)
 
     def close(self) -> None:
         """Close the file."""
@@ -94,7 +107,8 @@ class SQLiteOutbox:
                 losses.append(GivenUp(batch.lost_as, len(batch.reports), sent))
             else:
                 self._db.executemany(
-                    f"INSERT INTO reports ({REPORT_COLUMNS}) VALUES ({REPORT_MARKS})", batch.reports
+                    f"INSERT INTO reports ({REPORT_COLUMNS}, since_ms, turn) VALUES ({REPORT_MARKS}, ?, ?)",
+                    ((*report, batch.since_ms, self._turns.next(report)) for report in batch.reports),
                 )
             give_up(self._db, losses, batch.at_ms)
             self._keep_viewings(batch.viewings)
@@ -126,15 +140,26 @@ class SQLiteOutbox:
         with self._transaction():
             rows = [row for host in hosts for row in self._due(host, now_ms, count)]
             rows = sorted(rows)[:count]
-            self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[0],) for row in rows))
-        return [Entry(row[0], Report(*row[4:]), row[1], row[2], bool(row[3])) for row in rows]
+            if rows:
+                self._turns.reached = max(self._turns.reached, rows[-1][0])
+            return self._leased(rows)
 
-    def _due(self, host: str, now_ms: int, count: int) -> list[Any]:
+    def claim_after(self, id: int, host: str, now_ms: int) -> list[Entry]:
+        with self._transaction():
+            (turn,) = self._db.execute("SELECT max(turn) FROM reports WHERE id = ?", (id,)).fetchone()
+            after = self._due(host, now_ms, 1, (turn, id)) if turn is not None else []
+            return self._leased(after or self._due(host, now_ms, 1))
+
+    def _leased(self, rows: list[Any]) -> list[Entry]:
+        self._db.executemany("UPDATE reports SET leased = 1 WHERE id = ?", ((row[1],) for row in rows))
+        return [Entry(row[1], Report(*row[5:]), row[2], row[3], bool(row[4])) for row in rows]
+
+    def _due(self, host: str, now_ms: int, count: int, after: tuple[int, int] = (-1, 0)) -> list[Any]:
         """One host at a time: the index has them in order then, where several would all be read and sorted."""
         return self._db.execute(
-            f"SELECT id, tries, attempts, retimed, {REPORT_COLUMNS} FROM reports"
-            " WHERE host = ? AND leased = 0 AND (due_ms <= ? OR due_ms > ?) ORDER BY id LIMIT ?",
-            (host, now_ms, now_ms + LONGEST_DELAY_MS, count),
+            f"SELECT turn, id, tries, attempts, retimed, {REPORT_COLUMNS} FROM reports WHERE host = ? AND leased = 0"
+            " AND (turn, id) > (?, ?) AND (due_ms <= ? OR due_ms > ?) ORDER BY turn, id LIMIT ?",
+            (host, *after, now_ms, now_ms + LONGEST_DELAY_MS, count),
         ).fetchall()
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
@@ -206,6 +231,10 @@ class SQLiteOutbox:
         """Bytes of the file that hold something."""
         return (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
 
+    def log_size(self) -> int:
+        """Bytes of the write-ahead log."""
+        return log_size(self._path)
+
     def free(self) -> int:
         """Bytes of the file that are free."""
         return self._pragma("freelist_count") * self._pragma("page_size")
@@ -235,12 +264,19 @@ class SQLiteOutbox:
             self._fold_log()  # only then the file is shorter
         return wanted
 
+    def begin_ages(self, elapsed_ms: int) -> None:
+        """What has no age yet waits since *elapsed_ms*: refused reports, and those that are to be sent again."""
+        for table in ("reports", "dead"):
+            query = f"SELECT 1 FROM {table} WHERE since_ms IS NULL LIMIT 1"
+            with translated():
+                found = self._db.execute(query).fetchone()
+            if found:
+                with self._transaction():
+                    self._db.execute(f"UPDATE {table} SET since_ms = ? WHERE since_ms IS NULL", (elapsed_ms,))
+
     def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
-        """Give up reports that tell of a time before *before_ms*, up to *most*; how many. Not what is in flight."""
-        query = (
-            f"SELECT id FROM reports WHERE leased = 0 AND time_ms >= {CLOCK_SET_MS} AND time_ms < ?"
-            " ORDER BY id LIMIT ?"
-        )
+        """Give up reports that wait since before *before_ms* (elapsed), up to *most*; how many. Not what is in flight."""
+        query = "SELECT id FROM reports WHERE leased = 0 AND since_ms < ? ORDER BY id LIMIT ?"
         return self._lose_found("reports", query, (before_ms, most), reason, now_ms)
 
     def latest_undated(self) -> int | None:
@@ -256,23 +292,49 @@ class SQLiteOutbox:
             self._db.execute(f"UPDATE dead SET died_ms = died_ms + ? WHERE {_UNDATED_DEAD}", (shift_ms,))
 
     def lose_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
-        """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight."""
+        """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight.
+
+        Where one video or session has more than half of all that waits, its latest go instead.
+        """
+        if flood := self._flood(min(most, max(self.stats().waiting - kept, 0))):
+            with self._transaction():
+                lose(self._db, "reports", [(id, reason) for id in flood], now_ms)
+            return len(flood)
         query = (
             "SELECT id FROM reports WHERE leased = 0 ORDER BY id"
             " LIMIT max(0, min(?, (SELECT count(*) FROM reports) - ?))"
         )
         return self._lose_found("reports", query, (most, kept), reason, now_ms)
 
+    def _flood(self, most: int) -> list[int]:
+        """Ids of reports whose turn is behind half of all that waits, the last first."""
+        waiting = self.stats().waiting
+        behind = self._turns.reached + max(waiting // 2, LEAST_FLOOD)
+        with translated():
+            last = [self._db.execute(_LAST_TURN, (host,)).fetchone()[0] or 0 for host in self.hosts()]
+        if max(last, default=0) - self._turns.reached >= waiting:
+            return []  # all that waits is of it
+        found: list[int] = []
+        for host in self.hosts():
+            with translated():
+                rows = self._db.execute(
+                    "SELECT id FROM reports WHERE host = ? AND leased = 0 AND turn > ? ORDER BY turn DESC LIMIT ?",
+                    (host, behind, most - len(found)),
+                ).fetchall()
+            found += [id for (id,) in rows]
+        return found
+
     def lose_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
-        """Give up dead letters that were refused before *before_ms*, up to *most*; how many."""
-        query = "SELECT id FROM dead WHERE died_ms < ? ORDER BY died_ms LIMIT ?"
+        """Give up dead letters that were refused before *before_ms* (elapsed), up to *most*; how many."""
+        query = "SELECT id FROM dead WHERE since_ms < ? ORDER BY since_ms LIMIT ?"
         return self._lose_found("dead", query, (before_ms, most), reason, now_ms)
 
     def lose_dead_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
-        """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many."""
-        query = (
-            "SELECT id FROM dead ORDER BY died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
-        )
+        """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many.
+
+        Where one video has more than half of them, its go first.
+        """
+        query = f"SELECT id FROM dead ORDER BY {_MOST_REFUSED} DESC, died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
         return self._lose_found("dead", query, (most, kept), reason, now_ms)
 
     def _lose_found(self, table: str, query: str, values: tuple[int, int], reason: str, now_ms: int) -> int:
@@ -297,7 +359,7 @@ class SQLiteOutbox:
 
     def _bury(self, item: Dead, now_ms: int) -> None:
         self._db.execute(
-            f"INSERT OR REPLACE INTO dead SELECT id, {REPORT_COLUMNS}, ?, ?, ? FROM reports WHERE id = ?",
+            f"INSERT OR REPLACE INTO dead SELECT id, {REPORT_COLUMNS}, ?, ?, ?, NULL FROM reports WHERE id = ?",
             (item.code, item.answer, now_ms, item.id),
         )
         buried = self._db.execute("DELETE FROM reports WHERE id = ?", (item.id,)).rowcount

@@ -56,6 +56,8 @@ class Ingest(NamedTuple):
     lost_as: str = ""
     #: Time of the look, in ms since the epoch; only losses need it.
     at_ms: int = 0
+    #: The same as :class:`~t23_middleware.relay.elapsed.Elapsed` has it, from which reports age; ``None`` for later.
+    since_ms: int | None = None
 
 
 class Acked(NamedTuple):
@@ -69,7 +71,7 @@ class Acked(NamedTuple):
 
 
 class Again(NamedTuple):
-    """The report is tried again at *due_ms*."""
+    """The report is tried again at *due_ms* (elapsed)."""
 
     id: int
     due_ms: int
@@ -176,7 +178,10 @@ class Outbox(Protocol):
         """Journals that no longer exist."""
 
     def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
-        """Lease up to *count* reports of *hosts* that are due, the oldest first."""
+        """Lease up to *count* reports of *hosts* that are due at *now_ms* (elapsed), the oldest first."""
+
+    def claim_after(self, id: int, host: str, now_ms: int) -> list[Entry]:
+        """Lease the report of *host* that is due and comes after *id*, else the first one that is due; one or none."""
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
         """Write down what became of claimed reports."""
