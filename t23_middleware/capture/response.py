@@ -115,11 +115,17 @@ class Response:
         if self._capture.has_proxy_log:
             write = self._start_named(status, headers, readable, exc_info)
         else:
-            try:
-                write = self._started(status, headers, exc_info)
-            finally:
-                exc_info = None  # its traceback may hold this frame
-            self._status, self._headers = _said(status), readable
+            if exc_info is None:
+                write = self._start(status, headers)
+            else:
+                try:
+                    write = self._start(status, headers, exc_info)
+                finally:
+                    exc_info = (
+                        None  # its traceback may hold this frame: a circle that would keep the app's objects
+                    )
+            self._status = status if type(status) is str else _text_status(status)
+            self._headers = readable
             self._counted_by = self._who_counts()
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
@@ -131,25 +137,19 @@ class Response:
         # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
         return write if write is None else self._counting(write)
 
-    def _started(self, status: str, headers: Any, exc_info: OptExcInfo | None) -> Callable[[bytes], object]:
-        try:
-            return (
-                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
-            )
-        finally:
-            exc_info = None  # its traceback may hold this frame: a circle that would keep the app's objects
-
     def _start_named(
         self, status: str, headers: Any, readable: Iterable[Any], exc_info: OptExcInfo | None
     ) -> Callable[[bytes], object]:
         """The same with the play's name for the proxy: so it is decided before the server has the headers."""
         former = self._status, self._headers, self._counted_by
-        self._status, self._headers = _said(status), readable
+        self._status, self._headers = _text_status(status), readable
         self._counted_by = self._who_counts()
         if self._counted_by is not None and (counter := self._begin()) and counter.play_id is not None:
             headers = [*headers, (PLAY_HEADER, counter.play_id)]
         try:
-            return self._started(status, headers, exc_info)
+            return (
+                self._start(status, headers) if exc_info is None else self._start(status, headers, exc_info)
+            )
         except BaseException:
             self._status, self._headers, self._counted_by = former
             raise
@@ -361,7 +361,7 @@ def _head_size(status: str, fields: Mapping[str, str]) -> int:
     return len("HTTP/1.1 \r\n\r\n") + len(status) + lines
 
 
-def _said(status: Any) -> Any:
+def _text_status(status: Any) -> Any:
     """The status as text; werkzeug's server takes bytes."""
     return _text(status) if isinstance(status, bytes) else status
 
