@@ -12,8 +12,11 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from .. import owned
+from ..errors import StateError
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
 
@@ -30,11 +33,20 @@ LOG_LIMIT = 1 << 20
 
 
 class RelayLauncher:
-    """Looks whether a relay runs on the folder, and starts one. Never raises."""
+    """Looks whether a relay runs on the folder, and starts one. Never raises.
 
-    def __init__(self, settings: Settings, folder: StateFolder) -> None:
+    *say_refused* is called with the reason where the folder is another user's.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: StateFolder,
+        say_refused: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
         self._settings = settings
         self._folder = folder
+        self._say_refused = say_refused
         self._next_look = 0.0
         self._failures = 0
         self._told = False
@@ -76,16 +88,24 @@ class RelayLauncher:
 
     def _is_delivered(self) -> bool:
         try:
-            return self._folder.delivered.stat().st_mtime_ns > self._written_ns
+            return owned.look_at(self._folder.delivered).st_mtime_ns > self._written_ns
         except OSError:
             return False
 
     def wake(self) -> None:
         """A request of any kind came: what was left here, or what a relay that died or left did not take, gets one."""
         if self._owed is None:
-            self._owed = self._settings.relay == "auto" and self._folder.holds_work()
+            self._owed = self._settings.relay == "auto" and self._is_left_work()
         if self._owed:
             self._look()
+
+    def _is_left_work(self) -> bool:
+        try:
+            self._folder.refuse_if_foreign()
+        except StateError as error:
+            self._say_refused(error)
+            return False
+        return self._folder.holds_work()
 
     def _look(self) -> None:
         """Start a relay unless the right one runs; does nothing when it looked less than a second ago."""
@@ -109,7 +129,7 @@ class RelayLauncher:
 
     def _a_sibling_starts_it(self) -> bool:
         try:
-            return 0 <= time.time() - self._folder.relay_start.stat().st_mtime < LOOK_EVERY
+            return 0 <= time.time() - owned.look_at(self._folder.relay_start).st_mtime < LOOK_EVERY
         except OSError:
             return False
 
@@ -118,7 +138,7 @@ class RelayLauncher:
         self._next_look = now + min(LOOK_EVERY * 2 ** (self._failures - 1), LONGEST_BACKOFF)
         if self._failures > FAILURES_UNTOLD:
             self._say_once(f"it ended {FAILURES_UNTOLD} times")
-        self._folder.relay_start.touch(mode=0o600)
+        owned.touch(self._folder.relay_start)
         start_relay(self._settings, self._folder)
 
     def _say_once(self, why: object) -> None:
@@ -142,9 +162,9 @@ def start_relay(settings: Settings, folder: StateFolder) -> None:
     """Start a relay process on *folder* and come back at once. Raises :class:`OSError`."""
     import subprocess  # 1.7 MB that only a process that starts a relay pays for
 
-    if folder.relay_log.exists() and folder.relay_log.stat().st_size > LOG_LIMIT:
-        folder.relay_log.replace(folder.relay_log.with_suffix(".log.1"))
-    output = os.open(folder.relay_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if owned.check_file(folder.relay_log) and owned.look_at(folder.relay_log).st_size > LOG_LIMIT:
+        owned.rename(folder.relay_log, folder.relay_log.with_suffix(".log.1"))
+    output = owned.open_file(folder.relay_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         subprocess.Popen(
             ["/bin/sh", "-c", '"$@" &', "sh", python(), "-m", "t23_middleware", "relay"],

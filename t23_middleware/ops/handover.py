@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from .. import owned
 from ..capture.launch import start_relay
 from ..errors import StateError, UsageError
 from ..relay.process import AnotherRelay, Relay
@@ -43,7 +44,7 @@ def take_over(folder: StateFolder, make: Callable[[], R]) -> tuple[R, bool]:
 
 def hand_back(settings: Settings, folder: StateFolder) -> None:
     """Workers that saw our lock rely on a relay: start them theirs again."""
-    if any(map(lock_is_held, folder.journals.glob("*.lock"))):
+    if any(lock_is_held(folder.journals / name) for name in owned.names(folder.journals, ".lock")):
         start(settings, folder)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import owned
 from ..errors import UsageError
 from ..relay.health import (
     AWAITED,
@@ -168,13 +169,17 @@ def look(settings: Settings) -> Status:
 
 
 def refuse_if_closed(folder: Path) -> None:
-    """Raise :class:`~t23_middleware.errors.UsageError` where this user may not look into *folder*."""
+    """Raise :class:`~t23_middleware.errors.UsageError` where this user may not look into *folder*.
+
+    Raises :class:`~t23_middleware.errors.StateError` where it is another user's, and open to all.
+    """
     try:
         closed = folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK)
     except PermissionError:
         closed = True
     if closed:
         raise UsageError(f"the state folder {folder} is another user's; run this as that user, or as root")
+    StateFolder(folder).refuse_if_foreign()
 
 
 def _snapshot(path: Path) -> Snapshot:
@@ -190,7 +195,7 @@ def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
     total = 0
     for path in folder.readable_journals():
         try:
-            total += max(path.stat().st_size - outbox.places.get(path.name, 0), 0)
+            total += max(owned.look_at(path).st_size - outbox.places.get(path.name, 0), 0)
         except FileNotFoundError:
             continue
     return total

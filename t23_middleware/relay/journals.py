@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from .. import owned
 from ..state import StateFolder, boot_id, hold_lock, lock_is_held
 from ..transfer import (
     FORMAT,
@@ -88,7 +89,7 @@ class _Journal:
     def has_grown(self) -> bool:
         """Whether there is something behind the offset."""
         try:
-            return not self.is_left_alone() and self.path.stat().st_size > self.offset
+            return not self.is_left_alone() and owned.look_at(self.path).st_size > self.offset
         except FileNotFoundError:
             return False
 
@@ -181,7 +182,9 @@ class Journals:
 
     def forget_removed(self) -> None:
         """Follow no longer what somebody else removed; for those who only look on."""
-        self._followed = {name: journal for name, journal in self._followed.items() if journal.path.exists()}
+        self._followed = {
+            name: journal for name, journal in self._followed.items() if _is_there(journal.path)
+        }
 
     def has_live_writer(self) -> bool:
         """Whether any writer lives, whatever it wrote; relays' own are none."""
@@ -208,7 +211,7 @@ class Journals:
         """
         finished = [name for name, journal in self._followed.items() if self._is_finished(journal)]
         for name in finished:
-            self._followed[name].path.unlink(missing_ok=True)  # or it fails, and is followed on
+            owned.remove(self._followed[name].path)  # or it fails, and is followed on
             del self._followed[name]
             crash_point("after_unlink")
         self._remove_locks()
@@ -222,9 +225,9 @@ class Journals:
         if any(journal.has_grown() for journal in files.values()):
             return []
         for name, journal in files.items():
-            journal.path.unlink(missing_ok=True)
+            owned.remove(journal.path)
             del self._followed[name]
-        self._lock_of(writer).unlink(missing_ok=True)
+        owned.remove(self._lock_of(writer))
         return list(files)
 
     def foreign(self) -> dict[str, str]:
@@ -241,7 +244,7 @@ class Journals:
         for name in self.foreign():
             journal = self._followed[name]
             if journal.writer not in self._living and _is_older(journal.path, before_s):
-                journal.path.unlink(missing_ok=True)
+                owned.remove(journal.path)
                 del self._followed[name]
                 gone.append(name)
         return gone
@@ -266,17 +269,18 @@ class Journals:
             self._living.clear()
         # Our own lock must not be looked at: that would give it up (see hold_lock).
         self._living = self._workers() | {name for name in (self._mine(),) if name}
-        names = {lock.name.removesuffix(".lock") for lock in self._folder.journals.glob("*.lock")}
+        names = {name.removesuffix(".lock") for name in owned.names(self._folder.journals, ".lock")}
         self._living |= {name for name in names - self._living if lock_is_held(self._lock_of(name))}
 
     def _lock_of(self, writer: str) -> Path:
         return self._folder.journals / f"{writer}.lock"
 
     def _find(self) -> None:
-        for path in sorted(self._folder.journals.glob("*.journal")):
-            if path.name not in self._followed and (name := _NAME.fullmatch(path.name)):
-                offset = max(self._places.pop(path.name, 0), 0)  # one flipped bit makes it negative
-                self._followed[path.name] = _Journal(path, name[1], int(name[2]), offset)
+        for name in owned.names(self._folder.journals, ".journal"):
+            if name not in self._followed and (parts := _NAME.fullmatch(name)):
+                offset = max(self._places.pop(name, 0), 0)  # one flipped bit makes it negative
+                path = self._folder.journals / name
+                self._followed[name] = _Journal(path, parts[1], int(parts[2]), offset)
 
     def _pieces(self, until_ns: int, size: int) -> tuple[list[_Piece], int]:
         """The next lines of all, and up to when they tell all; what begins later than that is not even read."""
@@ -351,7 +355,7 @@ class Journals:
     def _read_bytes(self, journal: _Journal, size: int) -> bytes:
         unreadable, journal.unreadable = journal.unreadable, False
         try:
-            with journal.path.open("rb") as file:
+            with os.fdopen(owned.open_file(journal.path, os.O_RDONLY), "rb") as file:
                 return self._read_from(file, journal, size)
         except FileNotFoundError:
             return b""
@@ -409,18 +413,27 @@ class Journals:
     def _remove_locks(self) -> None:
         """Locks of dead writers without a journal. Taken before they go: a writer may be about to begin with one."""
         writing = {journal.writer for journal in self._followed.values()} | self._living
-        for lock in self._folder.journals.glob("*.lock"):
-            if lock.name.removesuffix(".lock") in writing:
+        for name in owned.names(self._folder.journals, ".lock"):
+            if name.removesuffix(".lock") in writing:
                 continue
+            lock = self._folder.journals / name
             descriptor = hold_lock(lock)
             if descriptor is not None:
-                lock.unlink(missing_ok=True)
+                owned.remove(lock)
                 os.close(descriptor)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        owned.look_at(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_older(path: Path, before_s: float) -> bool:
     try:
-        return CLOCK_SET_MS / 1000 <= path.stat().st_mtime < before_s
+        return CLOCK_SET_MS / 1000 <= owned.look_at(path).st_mtime < before_s
     except FileNotFoundError:
         return True
 

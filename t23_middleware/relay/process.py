@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from .. import owned
+from ..errors import StateError
 from ..settings import Settings
 from ..state import Holder, StateFolder, hold_lock
 from ..version import VERSION
@@ -108,7 +110,7 @@ class Relay:
 
     def _begin(self) -> None:
         with suppress(OSError):  # a full disk: the outbox says it
-            self._folder.unfinished.touch(mode=0o600)
+            owned.touch(self._folder.unfinished)
         self._outbox.recover_leases(self._settings.retry_ambiguous, _wall_ms())
         self._intake.begin()
 
@@ -150,8 +152,7 @@ class Relay:
         if not self._intake.all_read() or self._intake.awaited:
             return
         if not self._delivery.in_flight and not self._outbox.hosts():
-            self._folder.delivered.touch(mode=0o600)
-            os.utime(self._folder.delivered, ns=(until_ns, until_ns))
+            owned.touch(self._folder.delivered, until_ns)
 
     def _should_leave(self) -> bool:
         if not self._automatic or self._intake.is_in_hand or self._intake.draining:
@@ -193,7 +194,7 @@ class Relay:
     def _holds_folder(self) -> bool:
         """Whether our lock is still the one that others look at: somebody may have tidied up."""
         try:
-            return os.path.samestat(self._folder.relay_lock.stat(), os.fstat(self._lock))
+            return os.path.samestat(owned.look_at(self._folder.relay_lock), os.fstat(self._lock))
         except FileNotFoundError:
             return False
 
@@ -237,7 +238,7 @@ class Relay:
         """Still with the lock: the next relay's word must not be taken back."""
         try:
             if not self._outbox.stats().waiting and not self._intake.awaited:
-                self._folder.unfinished.unlink(missing_ok=True)
+                owned.remove(self._folder.unfinished)
         except OutboxError as error:
             self._say_store_fails(error)
 
@@ -256,7 +257,10 @@ class Relay:
             )
 
     def _take_lock(self) -> int:
-        lock = hold_lock(self._folder.relay_lock)
+        try:
+            lock = hold_lock(self._folder.relay_lock)
+        except OSError as error:
+            raise StateError(f"{self._folder.relay_lock} can't be locked: {error.strerror}") from error
         if lock is None:
             raise AnotherRelay
         holder = Holder(os.getpid(), VERSION, self._settings.relay_digest(), self._automatic)

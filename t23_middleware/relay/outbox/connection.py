@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ... import owned
 from .repair import check_soundness, mend
 from .schema import FOR_PAGES, FOR_PROXY, LATER, SCHEMA_VERSION, SEALS, SET_VERSION, TABLES
 from .values import NoOutbox, OutboxCorrupt, OutboxError, OutboxFull
@@ -38,7 +39,7 @@ def immediate(db: sqlite3.Connection) -> Iterator[None]:
 
 def open_beside(path: Path, mode: str) -> sqlite3.Connection:
     """The database that a relay may be working on: never made, replaced or checked in full here."""
-    if not path.exists():
+    if not _is_there(path):
         raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts")
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
@@ -83,7 +84,18 @@ def means_corrupt(error: Exception) -> bool:
     )
 
 
+def _is_there(path: Path) -> bool:
+    """Whether the database is there. SQLite opens it, and its files beside it, by their paths, so they are checked first."""
+    try:
+        for end in ("-wal", "-shm", "-journal"):
+            owned.check_file(path.with_name(path.name + end))
+        return owned.check_file(path)
+    except OSError as error:
+        raise OutboxError(f"{error.filename or path} can't be used: {error.strerror}") from error
+
+
 def open_file(path: Path) -> sqlite3.Connection:
+    _is_there(path)
     # Only one thread touches it at a time; the check would also refuse a test's own thread.
     db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
     try:
