@@ -33,6 +33,8 @@ class Holder(NamedTuple):
     digest: str
     #: Started by a worker, so that it leaves when nothing is to be done.
     automatic: bool
+    #: Whether it left because nothing was left that it could do.
+    left: bool = False
 
 
 class StateFolder:

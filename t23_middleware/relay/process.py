@@ -21,6 +21,7 @@ from .client import AnalyticsClient
 from .delivery import Delivery
 from .intake import Intake
 from .outbox import OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
+from .release import Release, import_all
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ POLL = 0.1
 TRY_STORE_AGAIN = 1.0
 #: Seconds between two lines of the log that say so.
 SAY_AGAIN_EVERY = 60.0
+#: Seconds for which an automatic relay waits for one that has to leave for it.
+SUCCEED_WITHIN = 15.0
 #: Seconds without anything to do before an automatic relay leaves.
 LEAVE_AFTER = 1.0
 #: The same while plays wait for the proxy's log. What the proxy still sends may take hours, so nobody stays for that:
@@ -51,9 +54,12 @@ class Relay:
         self._automatic = automatic
         self._ending = False
         self._told_to_stop = False
+        self._outdated = False
+        self._works = False
         self._store_fails = False
         self._say_again = 0.0
         self._moved = time.monotonic()
+        self._release = Release()
         self.watchdog = Watchdog(settings.exit_seconds)
         folder.create()
         self._lock = self._take_lock()
@@ -106,6 +112,7 @@ class Relay:
         except (OutboxError, OSError) as error:
             self._say_store_fails(error)
         self._say_whether_finished()
+        self._say_who_holds(self._lock, left=not self._outdated)
         os.close(self._lock)
 
     def _begin(self) -> None:
@@ -134,6 +141,10 @@ class Relay:
             self._intake.take_smaller_pieces()
             return TRY_STORE_AGAIN
         self._store_fails = False
+        if not self._works:
+            self._works = True
+            with suppress(OSError):  # workers count by it how often they tried to start one
+                owned.remove(self._folder.relay_start)
         return 0.0 if self._intake.has_more else POLL
 
     def _keep_bounds(self) -> bool:
@@ -183,13 +194,28 @@ class Relay:
                 extra={"t23_event": "relay_lock_removed", "t23_path": str(self._folder.relay_lock)},
             )
             return True
-        if self._automatic and self._is_outdated():
+        replaced = self._release.is_replaced()
+        if not self._automatic:
+            self._say_replaced(replaced)
+        elif replaced or self._is_outdated():
             log.info(
-                "a worker wants a relay of another version or with other settings; this one ends",
+                "a worker wants a relay of another version or with other settings, or this one's files were replaced or"
+                " removed; this one ends",
                 extra={"t23_event": "relay_outdated"},
             )
+            self._outdated = True
             return True
         return False
+
+    def _say_replaced(self, replaced: bool) -> None:
+        """Once; a relay that runs as a service is its operator's to restart, and goes on with what it has in memory."""
+        if replaced and not self._outdated:
+            self._outdated = True
+            log.warning(
+                "the files that this relay was started from were replaced or removed; it goes on with what it has in"
+                " memory: restart the service",
+                extra={"t23_event": "relay_replaced"},
+            )
 
     def _holds_folder(self) -> bool:
         """Whether our lock is still the one that others look at: somebody may have tidied up."""
@@ -203,7 +229,10 @@ class Relay:
         newest = self._intake.newest_writer()
         if newest is None:
             return False
-        return newest.digest != self._settings.relay_digest() or _parts(newest.version) > _parts(VERSION)
+        # A worker of an older version, after an upgrade in place, may name the same settings in another way.
+        if newest.version != VERSION:
+            return _parts(newest.version) > _parts(VERSION)
+        return newest.digest != self._settings.relay_digest()
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -263,12 +292,15 @@ class Relay:
             raise StateError(f"{self._folder.relay_lock} can't be locked: {error.strerror}") from error
         if lock is None:
             raise AnotherRelay
-        holder = Holder(os.getpid(), VERSION, self._settings.relay_digest(), self._automatic)
+        self._say_who_holds(lock, left=False)
+        return lock
+
+    def _say_who_holds(self, lock: int, *, left: bool) -> None:
+        holder = Holder(os.getpid(), VERSION, self._settings.relay_digest(), self._automatic, left)
         text = json.dumps(holder._asdict()).encode()
         with suppress(OSError):  # a full disk: workers then know less of us, and that is all
             os.pwrite(lock, text, 0)
             os.ftruncate(lock, len(text))
-        return lock
 
     def _retake_lock(self) -> bool:
         try:
@@ -282,9 +314,27 @@ class Relay:
 def run_relay(settings: Settings, *, automatic: bool) -> None:
     """A relay in this process until it is told to stop. Raises :class:`AnotherRelay`."""
     os.umask(0o077)
-    relay = Relay(settings, StateFolder(settings.state_path()), automatic=automatic)
+    import_all()
+    relay = _made(settings, StateFolder(settings.state_path()), automatic)
     with relay.watchdog.watching(), stopped_by_signals(relay.stop):
         relay.run()
+
+
+def _made(settings: Settings, folder: StateFolder, automatic: bool) -> Relay:
+    """The relay, as soon as one that must leave for it has left."""
+    until = time.monotonic() + SUCCEED_WITHIN
+    while True:
+        try:
+            return Relay(settings, folder, automatic=automatic)
+        except AnotherRelay:
+            holder = folder.relay_holder()
+            is_like_us = holder is not None and (holder.digest, holder.version) == (
+                settings.relay_digest(),
+                VERSION,
+            )
+            if not automatic or is_like_us or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 @contextmanager
