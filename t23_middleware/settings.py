@@ -498,8 +498,14 @@ class Settings:
         return _users_state_folder() / "t23-middleware" / site
 
     def relay_digest(self) -> str:
-        """Short name of the settings that decide what the relay does; changes when any of them does."""
-        told = repr([(item.name, getattr(self, item.name)) for item in declared() if item.metadata["relay"]])
+        """Short name of the release that this is, and of the settings that decide what the relay does.
+
+        Changes when any of them does, so that a new release does not rely on files of one that may be removed.
+        """
+        release = os.path.realpath(Path(__file__).parent)
+        told = release + repr(
+            [(item.name, getattr(self, item.name)) for item in declared() if item.metadata["relay"]]
+        )
         return f"{zlib.crc32(told.encode()):08x}"
 
     def relay_environment(self, state: Path) -> dict[str, str]:

@@ -253,11 +253,13 @@ class Journals:
         """Whether no journal holds a line that was not taken."""
         return all(journal.at_end for journal in self._followed.values())
 
-    def has_news(self) -> bool:
-        """Whether a writer lives, or anything was written that :meth:`taken` does not know of."""
+    def has_news(self, *, of_writers: bool = True) -> bool:
+        """Whether anything was written that :meth:`taken` does not know of or, with *of_writers*, a writer lives."""
         self._look_at_writers()
         self._find()
-        return self.has_live_writer() or any(journal.has_grown() for journal in self._followed.values())
+        return (of_writers and self.has_live_writer()) or any(
+            journal.has_grown() for journal in self._followed.values()
+        )
 
     def _look_at_writers(self) -> None:
         """Who lives is asked before reading: then a dead writer's end of file is its last word.

@@ -34,6 +34,8 @@ TRY_STORE_AGAIN = 1.0
 SAY_AGAIN_EVERY = 60.0
 #: Seconds for which an automatic relay waits for one that has to leave for it.
 SUCCEED_WITHIN = 15.0
+#: Seconds after which a relay whose files were replaced ends although there is always something to do.
+GIVE_WAY_AFTER = 30.0
 #: Seconds without anything to do before an automatic relay leaves.
 LEAVE_AFTER = 1.0
 #: The same while plays wait for the proxy's log. What the proxy still sends may take hours, so nobody stays for that:
@@ -55,6 +57,8 @@ class Relay:
         self._ending = False
         self._told_to_stop = False
         self._outdated = False
+        #: When it was seen that our files are gone, or others now.
+        self._replaced_at: float | None = None
         self._works = False
         self._store_fails = False
         self._say_again = 0.0
@@ -80,8 +84,11 @@ class Relay:
     def _work_while_needed(self) -> None:
         self._work()
         # A worker that saw the lock held a moment ago relies on us: look once more.
-        while not self._ending and self._intake.has_news() and self._retake_lock():
+        while not self._ending and self._has_news() and self._retake_lock():
             self._work()
+
+    def _has_news(self) -> bool:
+        return self._intake.has_news(of_writers=self._replaced_at is None)
 
     def stop(self) -> None:
         """End after what is in flight; safe in a signal handler."""
@@ -112,7 +119,7 @@ class Relay:
         except (OutboxError, OSError) as error:
             self._say_store_fails(error)
         self._say_whether_finished()
-        self._say_who_holds(self._lock, left=not self._outdated)
+        self._say_who_holds(self._lock, left=not self._outdated and self._replaced_at is None)
         os.close(self._lock)
 
     def _begin(self) -> None:
@@ -133,6 +140,7 @@ class Relay:
         try:
             if self._intake.keep():
                 self._moved = time.monotonic()
+                self._ending = self._ending or self._gives_way()
             self._intake.tidy()
             if self._settings.ephemeral:
                 self._say_delivered(self._intake.looked_ns)
@@ -169,11 +177,19 @@ class Relay:
         if not self._automatic or self._intake.is_in_hand or self._intake.draining:
             return False
         stays = LEAVE_AWAITED_AFTER if self._intake.awaited else LEAVE_AFTER
-        if time.monotonic() - self._moved < stays or self._intake.has_live_writer():
+        living = self._intake.has_live_writer()
+        if time.monotonic() - self._moved < stays or (living and self._replaced_at is None):
             return False
         if not self._intake.all_read() or self._intake.left_by_the_dead() or self._delivery.can_deliver():
             return False
-        return not self._conclude()
+        return living or not self._conclude()
+
+    def _gives_way(self) -> bool:
+        """Whether, replaced for long, it ends in the midst of work: a worker that writes now starts another."""
+        if not self._automatic or self._replaced_at is None:
+            return False
+        self._outdated = time.monotonic() - self._replaced_at > GIVE_WAY_AFTER
+        return self._outdated
 
     def _conclude(self, *, streams: bool = True) -> bool:
         """Tell of what drains and, with *streams*, of those that are not over; whether there were any."""
@@ -194,26 +210,27 @@ class Relay:
                 extra={"t23_event": "relay_lock_removed", "t23_path": str(self._folder.relay_lock)},
             )
             return True
-        replaced = self._release.is_replaced()
-        if not self._automatic:
-            self._say_replaced(replaced)
-        elif replaced or self._is_outdated():
+        if self._release.is_replaced():
+            self._say_replaced()
+        if self._automatic and self._is_outdated():
             log.info(
-                "a worker wants a relay of another version or with other settings, or this one's files were replaced or"
-                " removed; this one ends",
+                "a worker wants a relay of another version or release, or with other settings; this one ends",
                 extra={"t23_event": "relay_outdated"},
             )
             self._outdated = True
             return True
         return False
 
-    def _say_replaced(self, replaced: bool) -> None:
-        """Once; a relay that runs as a service is its operator's to restart, and goes on with what it has in memory."""
-        if replaced and not self._outdated:
-            self._outdated = True
+    def _say_replaced(self) -> None:
+        """Once. All that it needs is in memory, so an automatic relay first does what there is to do."""
+        if self._replaced_at is None:
+            self._replaced_at = time.monotonic()
             log.warning(
                 "the files that this relay was started from were replaced or removed; it goes on with what it has in"
-                " memory: restart the service",
+                " memory%s",
+                ", until nothing is left or another is needed"
+                if self._automatic
+                else ": restart the service",
                 extra={"t23_event": "relay_replaced"},
             )
 

@@ -12,12 +12,17 @@ from pathlib import Path
 LOOK_EVERY = 1.0
 #: Packages whose files count.
 _PACKAGES = ("t23_middleware", "requests", "urllib3", "certifi")
-#: Modules that the standard library and our libraries import only when they need them.
+#: Modules that the standard library and our libraries import only when they need them: for host names, and for the
+#: charsets of answers.
 _LATE = (
+    "encodings.ascii",
     "encodings.idna",
     "encodings.latin_1",
     "encodings.utf_16",
-    "encodings.ascii",
+    "encodings.utf_16_be",
+    "encodings.utf_16_le",
+    "encodings.utf_32",
+    "encodings.utf_8_sig",
     "stringprep",
     "unicodedata",
 )
