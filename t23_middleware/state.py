@@ -35,6 +35,13 @@ class Holder(NamedTuple):
     automatic: bool
     #: Whether it left because nothing was left that it could do.
     left: bool = False
+    #: Inode of the PID namespace in which it has that process id; 0 where that is not known.
+    pid_namespace: int = 0
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its process id means nothing here: it runs in another container, or we do."""
+        return 0 not in (self.pid_namespace, pid_namespace()) and self.pid_namespace != pid_namespace()
 
 
 class StateFolder:
@@ -203,8 +210,17 @@ def boot_id() -> str:
 
 def network_namespace() -> int:
     """Inode of the network namespace that this process is in; 0 where there is none (macOS)."""
+    return _namespace("net")
+
+
+def pid_namespace() -> int:
+    """The same of its PID namespace."""
+    return _namespace("pid")
+
+
+def _namespace(kind: str) -> int:
     try:
-        return Path("/proc/self/ns/net").stat().st_ino
+        return Path("/proc/self/ns", kind).stat().st_ino
     except OSError:
         return 0
 

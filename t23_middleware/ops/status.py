@@ -227,7 +227,8 @@ def as_json(status: Status) -> dict[str, Any]:
 
 
 def _holder(holder: Holder) -> dict[str, Any]:
-    return {"pid": holder.pid, "version": holder.version, "automatic": holder.automatic}
+    pid = None if holder.is_elsewhere else holder.pid
+    return {"pid": pid, "version": holder.version, "automatic": holder.automatic}
 
 
 def _api(health: Health) -> dict[str, Any]:
@@ -374,7 +375,10 @@ def relay_words(relay: Holder | None) -> str:
     if not relay.pid:
         return "runs"  # it could not write its name: the disk is full
     how = "started by a worker" if relay.automatic else "run as a service"
-    return f"process {relay.pid}, version {relay.version}, {how}"
+    where = (
+        f"in another container (process {relay.pid} there)" if relay.is_elsewhere else f"process {relay.pid}"
+    )
+    return f"{where}, version {relay.version}, {how}"
 
 
 # The command.

@@ -14,7 +14,7 @@ from types import FrameType
 from .. import owned
 from ..errors import StateError
 from ..settings import Settings
-from ..state import Holder, StateFolder, hold_lock
+from ..state import Holder, StateFolder, hold_lock, pid_namespace
 from ..version import VERSION
 from .bounds import Bounds, Reserve
 from .client import AnalyticsClient
@@ -313,7 +313,8 @@ class Relay:
         return lock
 
     def _say_who_holds(self, lock: int, *, left: bool) -> None:
-        holder = Holder(os.getpid(), VERSION, self._settings.relay_digest(), self._automatic, left)
+        digest = self._settings.relay_digest()
+        holder = Holder(os.getpid(), VERSION, digest, self._automatic, left, pid_namespace())
         text = json.dumps(holder._asdict()).encode()
         with suppress(OSError):  # a full disk: workers then know less of us, and that is all
             os.pwrite(lock, text, 0)

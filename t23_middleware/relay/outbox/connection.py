@@ -91,7 +91,7 @@ def _is_there(path: Path) -> bool:
             owned.check_file(path.with_name(path.name + end))
         return owned.check_file(path)
     except OSError as error:
-        raise OutboxError(f"{error.filename or path} can't be used: {error.strerror}") from error
+        raise OutboxError(f"{error.filename or path} can't be opened: {error.strerror}") from error
 
 
 def open_file(path: Path) -> sqlite3.Connection:
