@@ -18,6 +18,8 @@ from pathlib import Path
 
 #: The folder of journals in a state folder.
 JOURNALS = "journals"
+#: The folder of ours in a mount that is root's.
+IN_A_MOUNT = "t23-middleware"
 #: Seconds for which the way to a folder counts as checked; the folder itself is checked each time.
 WAY_KNOWN = 1.0
 
@@ -42,6 +44,24 @@ def make_folder(path: Path) -> None:
     with entered(path) as descriptor:
         if os.fstat(descriptor).st_mode & 0o077:
             os.fchmod(descriptor, 0o700)
+
+
+def own_place(path: Path) -> Path:
+    """*path*, or the folder of ours in it where it is root's: the mount of a volume that our group may write.
+
+    Root finds the same folder there, once it is made.
+    """
+    inner = path / IN_A_MOUNT
+    try:
+        if path.stat().st_uid == 0 and (inner.is_dir() if os.geteuid() == 0 else _can_make(inner)):
+            return inner
+    except OSError:
+        pass  # missing, or closed to us: what is made or opened there says so
+    return path
+
+
+def _can_make(inner: Path) -> bool:
+    return inner.is_dir() or os.access(inner.parent, os.W_OK | os.X_OK)
 
 
 @contextmanager

@@ -45,10 +45,13 @@ class Holder(NamedTuple):
 
 
 class StateFolder:
-    """The folder that app and relay share; mode 0700, on a local disk, owned by the user of both."""
+    """The folder that app and relay share; mode 0700, on a local disk, owned by the user of both.
+
+    Where *path* is root's and this user may write in it (a Kubernetes volume), it is a folder of this user's own there.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = owned.own_place(path)
         #: One journal file per writer and rotation, and one lock file per writer.
         self.journals = path / owned.JOURNALS
         self.relay_lock = path / "relay.lock"
@@ -122,9 +125,10 @@ class StateFolder:
             pass  # there is none
 
     def _remedy(self, why: str) -> str:
+        user, group = os.geteuid(), os.getegid()
         return (
             f"the state folder {self.path} can't be used ({why}); set T23_STATE_DIR to a folder on a local disk"
-            f" that user {os.geteuid()} may write"
+            f" that user {user} may write, or make this one with: install -d -m 0700 -o {user} -g {group} {self.path}"
         )
 
     def holds_work(self) -> bool:
