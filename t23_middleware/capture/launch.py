@@ -33,8 +33,9 @@ LONGEST_BACKOFF = 60.0
 FAILURES_UNTOLD = 2
 #: Size in bytes past which the relay's log is set aside.
 LOG_LIMIT = 1 << 20
-#: Seconds that a request waits at most for the process that starts the relay.
-START_SECONDS = 0.05
+#: Seconds that a request waits at most for the process that starts the relay, which takes about 0.02 s; what takes longer
+#: is reaped at a later look.
+START_SECONDS = 1.0
 
 #: Packages that the relay needs beside this one.
 _NEEDED = (
@@ -50,8 +51,8 @@ _NEEDED = (
     "markupsafe",
 )
 
-#: What the new process runs: a daemon, then the relay. Its arguments are the folder of this package, and the places to
-#: import from behind the standard library. The package is imported from where the worker has it, whatever comes first.
+#: What the new process runs: a daemon, then the relay. Its arguments are "relay", for those who look at processes, the
+#: folder of this package, and the places to import from behind the standard library. The package is imported from where the worker has it, whatever comes first.
 _DAEMON = """
 import os, sys
 os.setsid()
@@ -61,8 +62,8 @@ for number in os.listdir("/dev/fd"):
     try: int(number) > 2 and os.close(int(number))
     except OSError: pass
 import importlib.machinery, importlib.util
-sys.path += [place for place in sys.argv[2:] if place not in sys.path]
-found = importlib.machinery.PathFinder.find_spec("t23_middleware", sys.argv[1:2])
+sys.path += [place for place in sys.argv[3:] if place not in sys.path]
+found = importlib.machinery.PathFinder.find_spec("t23_middleware", sys.argv[2:3])
 sys.modules["t23_middleware"] = package = importlib.util.module_from_spec(found)
 found.loader.exec_module(package)
 from t23_middleware.ops.cli import main
@@ -252,7 +253,7 @@ def start_relay(settings: Settings, folder: StateFolder) -> int:
         # Not fork, which runs the app's own handlers, nor subprocess, which is 1.7 MB and gevent's in some apps.
         process = os.posix_spawn(
             command[0],
-            [*command, str(_package_folder()), *_places()],
+            [*command, "relay", str(_package_folder()), *dict.fromkeys(_places())],
             settings.relay_environment(folder.path),
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, output, 1),
