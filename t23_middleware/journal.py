@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from . import owned
 from .errors import StateError
 from .state import StateFolder, boot_id, hold_lock, lock_is_held, network_namespace
 from .transfer import FORMAT, Counts, Transfer, Writer, decode, encode
@@ -51,13 +52,13 @@ _CLOSE = b'["close"'
 _CLOSE_WITHIN = len("01234567 ") + len(_CLOSE)
 
 
-class _Files(NamedTuple):
-    """What a writer has open."""
+class _Journal(NamedTuple):
+    """The journal that is written now."""
 
-    journal: int
-    #: Of the rotation before; another thread may be about to write to it.
-    previous: int | None
+    descriptor: int
     sequence: int
+    #: The file itself: the app may have closed our descriptor, and have something else behind its number.
+    file: tuple[int, int]
 
 
 class JournalWriter:
@@ -66,6 +67,9 @@ class JournalWriter:
     Its lock file is locked before the first line and never closed while the process lives: that is how the relay
     knows that the writer does. *prefix* begins its name. Never raises: what the disk refuses is kept aside, tried
     again, and at last counted.
+
+    All journals of a writer have one descriptor number, one after the other. A thread may be put to sleep between
+    reading that number and ``write(2)``, and a number that was closed meanwhile may be the app's own file or socket.
     """
 
     def __init__(
@@ -84,10 +88,10 @@ class JournalWriter:
         self.name = self._new_name()
         started_ms = time.time_ns() // 1_000_000
         self._header = Writer(self.name, FORMAT, version, boot_id(), started_ms, digest, network_namespace())
-        self._files: _Files | None = None
+        self._journal: _Journal | None = None
         self._lock_file: int | None = None
-        #: The journal that was abandoned; another thread may be about to write to it.
-        self._abandoned: int | None = None
+        #: The journal that was abandoned, whose number the next one takes.
+        self._abandoned: _Journal | None = None
         self._look_at = 0.0
         self._size = 0
         self._wait_until = 0.0
@@ -114,12 +118,13 @@ class JournalWriter:
 
     def close(self) -> None:
         """Give up the lock: nothing more is written. A worker never does; its death is what the relay waits for."""
-        files, self._files = self._files, None
-        open_now = (self._lock_file, self._abandoned, *(files[:2] if files else ()))
-        self._lock_file = self._abandoned = None
-        for descriptor in open_now:
-            if descriptor is not None:
-                os.close(descriptor)
+        journals = (self._journal, self._abandoned)
+        lock_file, self._lock_file, self._journal, self._abandoned = self._lock_file, None, None, None
+        for journal in journals:
+            if journal is not None and _is_open(journal):
+                os.close(journal.descriptor)
+        if lock_file is not None:
+            os.close(lock_file)
 
     def count(self, name: str) -> None:
         """Count an event that is no transfer.
@@ -129,7 +134,7 @@ class JournalWriter:
         """
         with self._counting:
             self._counts[name] += 1
-        if self._files is not None and time.monotonic() >= self._counts_due:
+        if self._journal is not None and time.monotonic() >= self._counts_due:
             self.write_counts()
 
     def write(self, line: bytes) -> bool:
@@ -205,10 +210,13 @@ class JournalWriter:
         """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
         if time.monotonic() >= self._look_at:
             self._look()
-        files = self._files or self._begin()
+        journal = self._journal or self._begin()
+        if not _is_open(journal):
+            self._look()
+            journal = self._journal or self._begin()
         if self._torn:
             line = b"\n" + line
-        written = os.write(files.journal, line)
+        written = os.write(journal.descriptor, line)
         self._size += written
         self._torn = written < len(line)
         if self._torn:
@@ -244,27 +252,23 @@ class JournalWriter:
             return False
         return True
 
-    def _begin(self) -> _Files:
+    def _begin(self) -> _Journal:
         """Take the writer's lock and open its first journal."""
         with self._changing:
-            if self._files is None:
+            if self._journal is None:
                 if self._refusal and time.monotonic() < self._not_before:
                     raise StateError(self._refusal)
                 try:
-                    self._files = self._first_files()
+                    self._folder.create()
+                    if self._lock_file is None:
+                        self._lock_file = self._held_lock()
+                    self._journal = self._opened(0, self._abandoned)
+                    self._abandoned = None
                 except (OSError, StateError) as error:
                     self._refusal = str(error)
                     self._not_before = time.monotonic() + RETRY_BEGIN
                     raise
-            return self._files
-
-    def _first_files(self) -> _Files:
-        self._folder.create()
-        if self._lock_file is None:
-            self._lock_file = self._held_lock()
-        files = _Files(self._open(0), self._abandoned, 0)
-        self._abandoned = None
-        return files
+            return self._journal
 
     def _held_lock(self) -> int:
         """The writer's lock, without which it would count as dead and lose what it writes.
@@ -283,32 +287,36 @@ class JournalWriter:
             return
         try:
             self._look_at = time.monotonic() + LOOK_EVERY
-            if self._files is not None and not self._is_in_place(self._files):
-                self._abandon(self._files)
+            if self._journal is not None and not self._is_in_place(self._journal):
+                self._abandon(self._journal)
         finally:
             self._changing.release()
 
-    def _is_in_place(self, files: _Files) -> bool:
-        mine = os.fstat(files.journal)
+    def _is_in_place(self, journal: _Journal) -> bool:
+        if not _is_open(journal):
+            return False
         try:
-            return os.path.samestat(self._path(files.sequence).stat(), mine)
+            there = owned.look_at(self._path(journal.sequence))
         except FileNotFoundError:
             return False
         except OSError:
-            return mine.st_nlink > 0  # its path can't be followed now
+            return os.fstat(journal.descriptor).st_nlink > 0  # its path can't be followed now
+        return (there.st_dev, there.st_ino) == journal.file
 
-    def _abandon(self, files: _Files) -> None:
+    def _abandon(self, journal: _Journal) -> None:
         """Under a new name, or a relay would go on behind what it read of the old one."""
-        log.error(
-            "%s was removed or moved while the app runs: plays that no relay had read are lost; a new one begins."
-            " Leave the state folder alone while app or relay run",
-            self._path(files.sequence),
-            extra={"t23_event": "journal_removed", "t23_path": str(self._path(files.sequence))},
-        )
-        for descriptor in (files.previous, self._lock_file):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._abandoned, self._files, self._lock_file = files.journal, None, None
+        if _is_open(journal):
+            path = self._path(journal.sequence)
+            log.error(
+                "%s was removed or moved while the app runs: plays that no relay had read are lost; a new one begins."
+                " Leave the state folder alone while app or relay run",
+                path,
+                extra={"t23_event": "journal_removed", "t23_path": str(path)},
+            )
+            if self._lock_file is not None:
+                os.close(self._lock_file)
+        # Or the app closed all descriptors, as those do that become daemons: the lock's number may be the app's own now.
+        self._abandoned, self._journal, self._lock_file = journal, None, None
         self.name = self._new_name()
         self._header = self._header._replace(name=self.name)
 
@@ -320,13 +328,10 @@ class JournalWriter:
         if not self._changing.acquire(blocking=False):
             return
         try:
-            files = self._files
-            if files is None or self._size <= ROTATE_AT:
-                return
-            self._files = _Files(self._open(files.sequence + 1), files.journal, files.sequence + 1)
-            if files.previous is not None:
-                os.close(files.previous)
-            self._journals_are_full()
+            journal = self._journal
+            if journal is not None and self._size > ROTATE_AT:
+                self._journal = self._opened(journal.sequence + 1, journal)
+                self._journals_are_full()
         except OSError as error:
             log.warning(
                 "the journal can't be rotated and grows on, until that is mended: %s",
@@ -337,9 +342,10 @@ class JournalWriter:
         finally:
             self._changing.release()
 
-    def _open(self, sequence: int) -> int:
+    def _opened(self, sequence: int, former: _Journal | None) -> _Journal:
+        """A new journal, with its header, under the descriptor number of *former*."""
         path = self._path(sequence)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = owned.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
         header = encode(self._header)
         try:
             size = os.write(descriptor, header)
@@ -347,15 +353,24 @@ class JournalWriter:
                 raise OSError(errno.ENOSPC, "the disk took only a part of the journal's first line")
         except OSError:
             os.close(descriptor)
-            path.unlink()
+            owned.remove(path)
             raise
+        found = os.fstat(descriptor)
+        if former is not None and _is_open(former):
+            os.dup2(descriptor, former.descriptor, inheritable=False)
+            os.close(descriptor)
+            descriptor = former.descriptor
         self._size, self._torn = size, False
-        return descriptor
+        return _Journal(descriptor, sequence, (found.st_dev, found.st_ino))
 
     def _keep_aside(self, line: bytes, error: Exception) -> None:
         self._aside.append(line)
         while len(self._aside) > KEPT_ASIDE:
             self._lose(self._aside.popleft())
+        self.say_unwritable(error)
+
+    def say_unwritable(self, error: Exception) -> None:
+        """Log that nothing can be written, once until it can."""
         if not self._failing:
             self._failing = True
             log.error(
@@ -381,3 +396,12 @@ class JournalWriter:
 
     def _new_name(self) -> str:
         return f"{self._prefix}{os.getpid()}-{os.urandom(8).hex()}"
+
+
+def _is_open(journal: _Journal) -> bool:
+    """Whether the number is still the journal's, and not closed by the app, or the app's own by now."""
+    try:
+        found = os.fstat(journal.descriptor)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == journal.file

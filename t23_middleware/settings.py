@@ -41,7 +41,7 @@ SHORTEST_TOKEN = 16
 #: Variables of the process that the relay needs beside ours: to run Python, to find proxies and certificates.
 #: Everything else (the app's own secrets) stays behind.
 _PASSED_ON = re.compile(
-    r"(?i:path|home|user|logname|lang|lc_\w+|tz|tmpdir|ld_library_path|python[a-z0-9]+|virtual_env"
+    r"(?i:path|home|user|logname|lang|lc_\w+|tz|tmpdir|ld_library_path|virtual_env"
     r"|(?:https?|all|no)_proxy|ssl_cert_(?:file|dir)|requests_ca_bundle|curl_ca_bundle)"
 )
 
@@ -518,8 +518,14 @@ class Settings:
         return _users_state_folder() / "t23-middleware" / site
 
     def relay_digest(self) -> str:
-        """Short name of the settings that decide what the relay does; changes when any of them does."""
-        told = repr([(item.name, getattr(self, item.name)) for item in declared() if item.metadata["relay"]])
+        """Short name of the release that this is, and of the settings that decide what the relay does.
+
+        Changes when any of them does, so that a new release does not rely on files of one that may be removed.
+        """
+        release = os.path.realpath(Path(__file__).parent)
+        told = release + repr(
+            [(item.name, getattr(self, item.name)) for item in declared() if item.metadata["relay"]]
+        )
         return f"{zlib.crc32(told.encode()):08x}"
 
     def relay_environment(self, state: Path) -> dict[str, str]:
@@ -527,10 +533,7 @@ class Settings:
         ours = {
             variable(item): as_text(getattr(self, item.name)) for item in declared() if item.metadata["relay"]
         }
-        package = str(Path(__file__).parent.parent)
         inherited = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
-        search = [package, *filter(None, inherited.get("PYTHONPATH", "").split(os.pathsep))]
-        inherited["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(search))
         told = {name: text for name, text in ours.items() if text != ""}
         return {**inherited, **told, "T23_STATE_DIR": str(state), STARTED_BY_WORKER: "1"}
 

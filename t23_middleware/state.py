@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
 import struct
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from . import owned
 from .errors import StateError
 from .transfer import FORMAT
 
@@ -33,15 +33,27 @@ class Holder(NamedTuple):
     digest: str
     #: Started by a worker, so that it leaves when nothing is to be done.
     automatic: bool
+    #: Whether it left because nothing was left that it could do.
+    left: bool = False
+    #: Inode of the PID namespace in which it has that process id; 0 where that is not known.
+    pid_namespace: int = 0
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its process id means nothing here: it runs in another container, or we do."""
+        return 0 not in (self.pid_namespace, pid_namespace()) and self.pid_namespace != pid_namespace()
 
 
 class StateFolder:
-    """The folder that app and relay share; mode 0700, on a local disk, owned by the user of both."""
+    """The folder that app and relay share; mode 0700, on a local disk, owned by the user of both.
+
+    Where *path* is root's and this user may write in it (a Kubernetes volume), it is a folder of this user's own there.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = owned.own_place(path)
         #: One journal file per writer and rotation, and one lock file per writer.
-        self.journals = path / "journals"
+        self.journals = path / owned.JOURNALS
         self.relay_lock = path / "relay.lock"
         #: Touched by a worker that starts a relay, so that its siblings don't start one each.
         self.relay_start = path / "relay.start"
@@ -64,32 +76,33 @@ class StateFolder:
         Raises :class:`~t23_middleware.errors.StateError` where it can't be made, is another user's, or a link.
         """
         try:
-            _make_folders(self.path)
-            self._refuse_what_is_anothers()
-            _make_folders(self.journals)
+            owned.make_folder(self.path)
+            owned.make_folder(self.journals)
         except OSError as error:
             raise StateError(self._remedy(error.strerror or str(error))) from error
         if not os.access(self.journals, os.W_OK | os.X_OK):
             raise StateError(self._remedy("it can't be written"))
 
-    def _refuse_what_is_anothers(self) -> None:
-        """Before anything is made in it: what root left in a user's folder would lock that user out."""
-        found = self.path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or _lies_in_theirs(self.path):
-            raise StateError(self._remedy("it is a link or another user's, or lies in such a folder"))
-        if found.st_mode & 0o077:
-            self.path.chmod(0o700)
+    def refuse_if_foreign(self) -> None:
+        """Raise :class:`~t23_middleware.errors.StateError` where the folder is there and not ours; makes nothing."""
+        try:
+            with owned.entered(self.path):
+                pass
+        except owned.NotOwned as error:
+            raise StateError(self._remedy(error.strerror or str(error))) from error
+        except OSError:
+            pass  # missing, or closed to us: whoever uses it says so
 
     def relay_holder(self) -> Holder | None:
         """What the relay that holds the lock, or the last that did, says of itself."""
         try:
-            return Holder(**json.loads(self.relay_lock.read_bytes()))
+            return Holder(**json.loads(owned.read(self.relay_lock)))
         except (OSError, ValueError, TypeError):
             return None
 
     def say_leaving(self) -> None:
         """This worker ends, and waits for its reports. Raises :class:`OSError`."""
-        descriptor = os.open(self.leaving, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = owned.open_file(self.leaving, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             os.write(descriptor, f"{os.getpid()} {time.time_ns()}\n".encode())
         finally:
@@ -98,7 +111,7 @@ class StateFolder:
     def leaving_workers(self) -> dict[str, int]:
         """Process id -> time in ns since the epoch at which that worker said that it ends."""
         try:
-            lines = [line.split() for line in self.leaving.read_text(errors="replace").splitlines()]
+            lines = [line.split() for line in owned.read(self.leaving).decode(errors="replace").splitlines()]
         except OSError:
             return {}
         return {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
@@ -106,63 +119,46 @@ class StateFolder:
     def forget_leaving(self) -> None:
         """Remove what workers said that are gone for long."""
         try:
-            if time.time() - self.leaving.stat().st_mtime > LEAVING_MOST:
-                self.leaving.unlink()
+            if time.time() - owned.look_at(self.leaving).st_mtime > LEAVING_MOST:
+                owned.remove(self.leaving)
         except OSError:
             pass  # there is none
 
     def _remedy(self, why: str) -> str:
+        user, group = os.geteuid(), os.getegid()
         return (
             f"the state folder {self.path} can't be used ({why}); set T23_STATE_DIR to a folder on a local disk"
-            f" that user {os.geteuid()} may write"
+            f" that user {user} may write, or make this one with: install -d -m 0700 -o {user} -g {group} {self.path}"
         )
 
     def holds_work(self) -> bool:
         """Whether something waits here for a relay of this version."""
         try:
-            return self.unfinished.exists() or any(self.readable_journals())
+            return owned.check_file(self.unfinished) or any(self.readable_journals())
         except OSError:
             return False
 
     def readable_journals(self) -> Iterator[Path]:
         """The journals, but for those of which a relay has found that only another version can read them."""
-        journals = self.journals.glob("*.journal")
-        first = next(journals, None)
-        if first is None:
-            return
-        foreign = self.foreign_journals()
+        names = owned.names(self.journals, ".journal")
+        foreign = self.foreign_journals() if names else {}
         ours = (None, str(FORMAT))
-        yield from (path for path in (first, *journals) if foreign.get(path.name) in ours)
+        yield from (self.journals / name for name in names if foreign.get(name) in ours)
 
     def foreign_journals(self) -> dict[str, str]:
         """Name -> format of the journals that a relay could not read."""
         try:
-            lines = [line.partition(" ") for line in self.foreign.read_text(errors="replace").splitlines()]
+            lines = [
+                line.partition(" ") for line in owned.read(self.foreign).decode(errors="replace").splitlines()
+            ]
         except OSError:
             return {}
         return {name: number for number, _, name in lines}
 
     def keep_foreign_journals(self, formats: Mapping[str, str]) -> None:
         """Write down what :meth:`foreign_journals` tells. Raises :class:`OSError`."""
-        new = self.foreign.with_suffix(".new")
-        new.write_text("".join(f"{number} {name}\n" for name, number in formats.items()))
-        new.replace(self.foreign)
-
-
-def _make_folders(path: Path) -> None:
-    """As ``mkdir -p``, but with mode 0700 for each: ``Path.mkdir`` gives parents what a server's umask of 0 leaves."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def _lies_in_theirs(path: Path) -> bool:
-    """Whether somebody else made a folder or a link on the way to *path*, where anybody may: in ``/var/tmp``."""
-    open_to_all = (folder for folder in path.parents if folder.parent.stat().st_mode & stat.S_IWOTH)
-    return any(
-        not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid())
-        for found in (folder.lstat() for folder in open_to_all)
-    )
+        text = "".join(f"{number} {name}\n" for name, number in formats.items())
+        owned.replace(self.foreign, text.encode("utf-8", "surrogateescape"))
 
 
 def hold_lock(path: Path) -> int | None:
@@ -172,7 +168,7 @@ def hold_lock(path: Path) -> int | None:
     closing any descriptor of a file drops the process's locks on it (``fcntl(2)``). Raises :class:`OSError`.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = owned.open_file(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -195,7 +191,7 @@ def lock_owner(path: Path) -> int | None:
     ``None`` where no other process does. The kernel says so (``F_GETLK``), not the file.
     """
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = owned.open_file(path, os.O_RDWR)
     except OSError:
         return None
     try:
@@ -218,15 +214,24 @@ def boot_id() -> str:
 
 def network_namespace() -> int:
     """Inode of the network namespace that this process is in; 0 where there is none (macOS)."""
+    return _namespace("net")
+
+
+def pid_namespace() -> int:
+    """The same of its PID namespace."""
+    return _namespace("pid")
+
+
+def _namespace(kind: str) -> int:
     try:
-        return Path("/proc/self/ns/net").stat().st_ino
+        return Path("/proc/self/ns", kind).stat().st_ino
     except OSError:
         return 0
 
 
 def _is_still(path: Path, descriptor: int) -> bool:
     try:
-        there = path.stat()
+        there = owned.look_at(path)
     except FileNotFoundError:
         return False
     mine = os.fstat(descriptor)

@@ -174,11 +174,12 @@ def test_a_lock_whose_file_was_removed_between_open_and_lock_is_taken_anew(
     opened: list[int] = []
     really_open = os.open
 
-    def open_and_lose_the_first(path: Path, *rest: int) -> int:
-        descriptor = really_open(path, *rest)
-        if not opened:
-            lock.unlink()
-        opened.append(descriptor)
+    def open_and_lose_the_first(path: str, *rest: int, **options: int) -> int:
+        descriptor = really_open(path, *rest, **options)
+        if path == lock.name:
+            if not opened:
+                lock.unlink()
+            opened.append(descriptor)
         return descriptor
 
     monkeypatch.setattr("t23_middleware.state.os.open", open_and_lose_the_first)

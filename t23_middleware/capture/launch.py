@@ -1,21 +1,27 @@
 """Starts the relay where none runs.
 
-The relay must outlive the worker and leave no zombie in it: a shell starts it in a session of its own and ends at
-once, so that the relay's parent is init. This was seen to survive SIGTERM and SIGKILL of every server tried.
+The relay must outlive the worker and leave no zombie in it: a Python that makes itself a daemon starts it, so that the
+relay's parent is init. Where the worker itself is init (PID 1 of a container), the launcher reaps what ended.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
+import importlib.util
 import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .. import owned
+from ..errors import StateError
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
+from ..version import VERSION
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +33,67 @@ LONGEST_BACKOFF = 60.0
 FAILURES_UNTOLD = 2
 #: Size in bytes past which the relay's log is set aside.
 LOG_LIMIT = 1 << 20
+#: Seconds that a request waits at most for the process that starts the relay, which takes about 0.02 s; what takes longer
+#: is reaped at a later look.
+START_SECONDS = 1.0
+
+#: Packages that the relay needs beside this one.
+_NEEDED = (
+    "requests",
+    "urllib3",
+    "certifi",
+    "idna",
+    "charset_normalizer",
+    "chardet",
+    "socks",
+    "werkzeug",
+    "itsdangerous",
+    "markupsafe",
+)
+
+#: What the new process runs: a daemon, then the relay. Its arguments are "relay", for those who look at processes, the
+#: folder of this package, and the places to import from behind the standard library. The package is imported from where the worker has it, whatever comes first.
+_DAEMON = """
+import os, sys
+os.setsid()
+if os.fork(): os._exit(0)
+os.chdir("/")
+for number in os.listdir("/dev/fd"):
+    try: int(number) > 2 and os.close(int(number))
+    except OSError: pass
+import importlib.machinery, importlib.util
+sys.path += [place for place in sys.argv[3:] if place not in sys.path]
+found = importlib.machinery.PathFinder.find_spec("t23_middleware", sys.argv[2:3])
+sys.modules["t23_middleware"] = package = importlib.util.module_from_spec(found)
+found.loader.exec_module(package)
+from t23_middleware.ops.cli import main
+sys.exit(main(["relay"]))
+"""
 
 
 class RelayLauncher:
-    """Looks whether a relay runs on the folder, and starts one. Never raises."""
+    """Looks whether a relay runs on the folder, and starts one. Never raises.
 
-    def __init__(self, settings: Settings, folder: StateFolder) -> None:
+    *say_refused* is called with the reason where the folder is another user's.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: StateFolder,
+        say_refused: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
         self._settings = settings
         self._folder = folder
+        self._say_refused = say_refused
         self._next_look = 0.0
-        self._failures = 0
+        self._has_begun = False
+        self._made_s = time.time()
         self._told = False
+        #: Whether a relay was started that waits for one with other settings to leave.
+        self._has_successor = False
+        #: Processes that were started, and may have to be reaped here.
+        self._started: list[int] = []
         #: Whether something was written of which no relay was seen to take care; unknown before the first request.
         self._owed: bool | None = None
         self._written_ns = 0
@@ -45,7 +101,8 @@ class RelayLauncher:
 
     def begun(self) -> None:
         """A counted response starts: this process's first one brings the relay up before its server can be killed."""
-        if self._next_look == 0:
+        if not self._has_begun:
+            self._has_begun, self._owed, self._next_look = True, True, 0.0
             self._look()
 
     def written(self) -> None:
@@ -76,16 +133,25 @@ class RelayLauncher:
 
     def _is_delivered(self) -> bool:
         try:
-            return self._folder.delivered.stat().st_mtime_ns > self._written_ns
+            return owned.look_at(self._folder.delivered).st_mtime_ns > self._written_ns
         except OSError:
             return False
 
     def wake(self) -> None:
-        """A request of any kind came: what was left here, or what a relay that died or left did not take, gets one."""
+        """A request of any kind came: what was left here, or what a relay that died did not take, gets one."""
+        if self._settings.relay != "auto" or time.monotonic() < self._next_look:
+            return
         if self._owed is None:
-            self._owed = self._settings.relay == "auto" and self._folder.holds_work()
-        if self._owed:
-            self._look()
+            self._owed = self._is_left_work()
+        self._look()
+
+    def _is_left_work(self) -> bool:
+        try:
+            self._folder.refuse_if_foreign()
+        except StateError as error:
+            self._say_refused(error)
+            return False
+        return self._folder.holds_work()
 
     def _look(self) -> None:
         """Start a relay unless the right one runs; does nothing when it looked less than a second ago."""
@@ -93,13 +159,15 @@ class RelayLauncher:
         if now < self._next_look or self._settings.relay != "auto":
             return
         self._next_look = now + LOOK_EVERY
+        self._started = [process for process in self._started if _is_our_child(process)]
         try:
             if lock_is_held(self._folder.relay_lock):
-                # One with other settings will leave to a successor, whom somebody has to start then.
                 self._owed = not self._is_ours()
-                self._failures = 0
-            elif not self._a_sibling_starts_it():
-                self._start(now)
+                if self._owed and not self._has_successor and self._will_leave_for_us():
+                    self._has_successor = True
+                    self._start()
+            elif self._owed or (self._died() and self._is_left_work()):
+                self._start()
         except Exception as error:
             self._say_once(error)
 
@@ -107,19 +175,52 @@ class RelayLauncher:
         holder = self._folder.relay_holder()
         return holder is not None and holder.digest == self._settings.relay_digest()
 
-    def _a_sibling_starts_it(self) -> bool:
-        try:
-            return 0 <= time.time() - self._folder.relay_start.stat().st_mtime < LOOK_EVERY
-        except OSError:
-            return False
+    def _will_leave_for_us(self) -> bool:
+        """Whether the relay, with other settings than ours, began before us: then its successor waits for it."""
+        return self._has_begun and owned.look_at(self._folder.relay_lock).st_mtime < self._made_s
 
-    def _start(self, now: float) -> None:
-        self._failures += 1
-        self._next_look = now + min(LOOK_EVERY * 2 ** (self._failures - 1), LONGEST_BACKOFF)
-        if self._failures > FAILURES_UNTOLD:
-            self._say_once(f"it ended {FAILURES_UNTOLD} times")
-        self._folder.relay_start.touch(mode=0o600)
-        start_relay(self._settings, self._folder)
+    def _died(self) -> bool:
+        """Whether the last relay ended before it had done all that it could."""
+        holder = self._folder.relay_holder()
+        return holder is not None and not holder.left
+
+    def _start(self) -> None:
+        tries = self._counted_try()
+        if tries > FAILURES_UNTOLD:
+            self._say_once(f"it ended {tries - 1} times")
+        if tries:
+            self._started.append(start_relay(self._settings, self._folder))
+
+    def _counted_try(self) -> int:
+        """The number of this try among those of all workers, 0 where it is too early for one.
+
+        The relay removes the file once it works. A try for another relay, of a new release, has nothing to wait for.
+        """
+        descriptor = owned.open_file(self._folder.relay_start, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tries, at_s, wanted = _last_try(os.pread(descriptor, 4096, 0))
+            tries = tries if wanted == self._wanted() else min(tries, 1)
+            wait = min(LOOK_EVERY * 2 ** min(tries - 1, 10), LONGEST_BACKOFF)
+            if tries and 0 <= time.time() - at_s < wait:
+                return 0
+            tries = tries + 1 if wanted == self._wanted() else 1
+            text = f"{tries} {time.time()} {self._wanted()}".encode()
+            os.pwrite(descriptor, text, 0)
+            os.ftruncate(descriptor, len(text))
+            return tries
+        except BlockingIOError:
+            return 0  # a sibling starts it
+        finally:
+            os.close(descriptor)
+
+    def _wanted(self) -> str:
+        """What tells one relay from another: its settings, and the code that is there now."""
+        try:
+            code = Path(__file__).stat().st_mtime_ns
+        except OSError:
+            code = 0
+        return f"{VERSION} {self._settings.relay_digest()} {code} {python()}"
 
     def _say_once(self, why: object) -> None:
         if not self._told:
@@ -138,25 +239,82 @@ class RelayLauncher:
             )
 
 
-def start_relay(settings: Settings, folder: StateFolder) -> None:
-    """Start a relay process on *folder* and come back at once. Raises :class:`OSError`."""
-    import subprocess  # 1.7 MB that only a process that starts a relay pays for
+def start_relay(settings: Settings, folder: StateFolder) -> int:
+    """Start a relay process on *folder* and come back at once; the process id of what starts it.
 
-    if folder.relay_log.exists() and folder.relay_log.stat().st_size > LOG_LIMIT:
-        folder.relay_log.replace(folder.relay_log.with_suffix(".log.1"))
-    output = os.open(folder.relay_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    Raises :class:`OSError`.
+    """
+    if owned.check_file(folder.relay_log) and owned.look_at(folder.relay_log).st_size > LOG_LIMIT:
+        owned.rename(folder.relay_log, folder.relay_log.with_suffix(".log.1"))
+    output = owned.open_file(folder.relay_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    # Isolated and without site: no sitecustomize, no .pth file, and nothing in front of the standard library.
+    command = [python(), "-I", "-S", *(("-B",) if sys.dont_write_bytecode else ()), "-c", _DAEMON]
     try:
-        subprocess.Popen(
-            ["/bin/sh", "-c", '"$@" &', "sh", python(), "-m", "t23_middleware", "relay"],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd="/",
-            env=settings.relay_environment(folder.path),
-            start_new_session=True,
-        ).wait()
+        # Not fork, which runs the app's own handlers, nor subprocess, which is 1.7 MB and gevent's in some apps.
+        process = os.posix_spawn(
+            command[0],
+            [*command, "relay", str(_package_folder()), *dict.fromkeys(_places())],
+            settings.relay_environment(folder.path),
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, output, 1),
+                (os.POSIX_SPAWN_DUP2, output, 2),
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            ],
+            setsigmask=(),
+        )
     finally:
         os.close(output)
+    until = time.monotonic() + START_SECONDS
+    while _reap(process) and time.monotonic() < until:
+        time.sleep(0.001)
+    return process
+
+
+def _is_our_child(process: int) -> bool:
+    """Whether *process*, or the relay that it started in its group, is a child of ours that lives; reaps what ended."""
+    return any([_reap(process), _reap(-process)])
+
+
+def _reap(process: int) -> bool:
+    try:
+        return os.waitpid(process, os.WNOHANG) == (0, 0)
+    except ChildProcessError:
+        return False
+
+
+def _last_try(text: bytes) -> tuple[int, float, str]:
+    """What :meth:`RelayLauncher._counted_try` wrote: number, time and relay of the last try."""
+    try:
+        tries, at_s, wanted = text.decode().split(" ", 2)
+        return int(tries), float(at_s), wanted
+    except ValueError:
+        return 0, 0.0, ""
+
+
+def _package_folder() -> Path:
+    return Path(__file__).parents[2]
+
+
+def _places() -> Iterator[str]:
+    """Where this process imports from, but for its working directory, and what else holds a package that is needed.
+
+    The latter are the places of import hooks: the packages of an editable installation are in no folder of the path.
+    """
+    try:
+        here = os.path.realpath(Path.cwd())
+    except FileNotFoundError:  # removed, with the release that the app was started from
+        here = ""
+    for place in filter(None, map(str, sys.path)):
+        if place.startswith("/") or here:
+            full = os.path.realpath(place)
+            if full != here:
+                yield full
+    for name in _NEEDED:
+        with contextlib.suppress(ImportError, ValueError):
+            found = importlib.util.find_spec(name)
+            if found is not None and found.origin:
+                file = Path(found.origin)
+                yield str(file.parents[1] if file.stem == "__init__" else file.parent)
 
 
 def python() -> str:

@@ -47,7 +47,7 @@ class _Process:
     def __init__(self, settings: Settings, version: str) -> None:
         folder = StateFolder(settings.state_path())
         self.journal = JournalWriter(folder, version, settings.relay_digest(), settings.max_bytes)
-        self.launcher = RelayLauncher(settings, folder)
+        self.launcher = RelayLauncher(settings, folder, self.journal.say_unwritable)
         self._numbers = count(1)
         self._seen: set[str] = set()
 

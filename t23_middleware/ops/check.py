@@ -33,7 +33,7 @@ from .check_proxy import proxy_items
 from .counted import counted_items
 from .item import OK, WARN, WRONG, Item
 from .owner import act_as_owner_of
-from .status import NOTHING, long_readers, reader_words
+from .status import NOTHING, long_readers, reader_words, relay_words
 
 #: Free bytes below which one should look, and below which SQLite and journals soon fail.
 LITTLE_SPACE, NO_SPACE = 64 << 20, 8 << 20
@@ -286,8 +286,7 @@ def _relay(settings: Settings, folder: StateFolder) -> Item:
     holder = folder.relay_holder()
     if holder is None:
         return Item(WARN, "relay", "one runs, but could not write down who it is; is the disk full?")
-    how = "started by a worker" if holder.automatic else "run as a service"
-    said = f"process {holder.pid}, version {holder.version}, {how}"
+    said = relay_words(holder)
     if holder.version != VERSION:
         return Item(WARN, "relay", f"{said}; this is version {VERSION}: restart the app, or the service")
     if holder.digest != settings.relay_digest():

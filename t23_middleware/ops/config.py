@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..settings import Settings, as_text, declared, variable
+from ..state import StateFolder
 
 
 def lines(settings: Settings) -> Iterator[str]:
@@ -24,7 +25,7 @@ def lines(settings: Settings) -> Iterator[str]:
 def _place(settings: Settings) -> str:
     if settings.api_url is None and settings.state_dir is None:
         return "The state folder is named after the site in T23_API_URL, which is not set."
-    return f"The state folder of this user is {settings.state_path()}"
+    return f"The state folder of this user is {StateFolder(settings.state_path()).path}"
 
 
 def markdown() -> str:

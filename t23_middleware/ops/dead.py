@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from .. import owned
 from ..errors import UsageError
 from ..relay.outbox import DeadLetters, DeadReport, NoOutbox, OutboxView
 from ..settings import Settings
@@ -42,7 +43,7 @@ def run_retry(settings: Settings, ids: Sequence[int] | None) -> int:
     except NoOutbox:
         done = []
     if done:
-        folder.unfinished.touch(mode=0o600)
+        owned.touch(folder.unfinished)
     if done or not ids:
         what = "waits to be sent again" if len(done) == 1 else "wait to be sent again"
         print(text.wrapped(f"{text.reports(len(done))} {what}{_who_sends(folder, len(done))}", text.width()))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from .. import owned
 from ..capture.launch import start_relay
 from ..errors import StateError, UsageError
 from ..relay.process import AnotherRelay, Relay
@@ -43,7 +44,7 @@ def take_over(folder: StateFolder, make: Callable[[], R]) -> tuple[R, bool]:
 
 def hand_back(settings: Settings, folder: StateFolder) -> None:
     """Workers that saw our lock rely on a relay: start them theirs again."""
-    if any(map(lock_is_held, folder.journals.glob("*.lock"))):
+    if any(lock_is_held(folder.journals / name) for name in owned.names(folder.journals, ".lock")):
         start(settings, folder)
 
 
@@ -60,6 +61,8 @@ def _ask_to_leave(folder: StateFolder, told: set[int]) -> None:
     pid, holder = lock_owner(folder.relay_lock), folder.relay_holder()
     if pid is None or pid in told:
         return
+    if holder is not None and not holder.left:
+        _refuse_what_is_elsewhere(folder, holder)
     if holder is None or (pid and pid != holder.pid):
         return  # it has only now taken the lock, and will say who it is
     _refuse_what_is_not_ours(folder, holder, pid)
@@ -72,6 +75,14 @@ def _ask_to_leave(folder: StateFolder, told: set[int]) -> None:
         raise UsageError(
             f"process {pid} is another user's relay; run this as that user, or as root"
         ) from None
+
+
+def _refuse_what_is_elsewhere(folder: StateFolder, holder: Holder) -> None:
+    if holder.is_elsewhere:
+        raise UsageError(
+            f"a relay in another container (process {holder.pid} there) delivers from {folder.path};"
+            " run this in that container, or stop that one first"
+        )
 
 
 def _refuse_what_is_not_ours(folder: StateFolder, holder: Holder, pid: int) -> None:

@@ -6,9 +6,15 @@ import os
 import pwd
 from pathlib import Path
 
+from ..owned import own_place
+
 
 def act_as_owner_of(folder: Path) -> None:
-    """Become the owner of *folder* for good, if this is root and the folder is there and another's."""
+    """Become the owner of *folder* for good, if this is root and the folder is there and another's.
+
+    Where it is a mount of root's, the owner of the app's folder in it.
+    """
+    folder = own_place(folder)
     if os.geteuid() != 0 or not folder.is_dir():
         return
     owner = folder.stat()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import owned
 from ..errors import UsageError
 from ..relay.health import (
     AWAITED,
@@ -189,13 +190,17 @@ def reader_words(names: tuple[str, ...], log_bytes: int) -> str:
 
 
 def refuse_if_closed(folder: Path) -> None:
-    """Raise :class:`~t23_middleware.errors.UsageError` where this user may not look into *folder*."""
+    """Raise :class:`~t23_middleware.errors.UsageError` where this user may not look into *folder*.
+
+    Raises :class:`~t23_middleware.errors.StateError` where it is another user's, and open to all.
+    """
     try:
         closed = folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK)
     except PermissionError:
         closed = True
     if closed:
         raise UsageError(f"the state folder {folder} is another user's; run this as that user, or as root")
+    StateFolder(folder).refuse_if_foreign()
 
 
 def _snapshot(path: Path) -> Snapshot:
@@ -211,7 +216,7 @@ def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
     total = 0
     for path in folder.readable_journals():
         try:
-            total += max(path.stat().st_size - outbox.places.get(path.name, 0), 0)
+            total += max(owned.look_at(path).st_size - outbox.places.get(path.name, 0), 0)
         except OSError:
             continue  # removed since, or no journal: the relay says of what it can't read
     return total
@@ -245,7 +250,8 @@ def as_json(status: Status) -> dict[str, Any]:
 
 
 def _holder(holder: Holder) -> dict[str, Any]:
-    return {"pid": holder.pid, "version": holder.version, "automatic": holder.automatic}
+    pid = None if holder.is_elsewhere else holder.pid
+    return {"pid": pid, "version": holder.version, "automatic": holder.automatic}
 
 
 def _api(health: Health) -> dict[str, Any]:
@@ -396,7 +402,10 @@ def relay_words(relay: Holder | None) -> str:
     if not relay.pid:
         return "runs"  # it could not write its name: the disk is full
     how = "started by a worker" if relay.automatic else "run as a service"
-    return f"process {relay.pid}, version {relay.version}, {how}"
+    where = (
+        f"in another container (process {relay.pid} there)" if relay.is_elsewhere else f"process {relay.pid}"
+    )
+    return f"{where}, version {relay.version}, {how}"
 
 
 # The command.

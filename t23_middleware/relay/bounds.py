@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from .. import owned
 from ..state import StateFolder
 from ..transfer import LONGEST_LINE
 from .elapsed import Elapsed
@@ -118,7 +119,8 @@ class Reserve:
     def give_up(self) -> bool:
         """Remove it; whether it was there."""
         try:
-            self._path.unlink()
+            if not owned.remove(self._path):
+                return False
         except OSError:
             return False
         self._given_up = True
@@ -146,7 +148,7 @@ class Reserve:
             os.truncate(self._path, RESERVE)
         except OSError:
             with suppress(OSError):
-                self._path.unlink()
+                owned.remove(self._path)
             return
         if self._given_up:
             self._given_up = False
@@ -154,12 +156,12 @@ class Reserve:
 
     def _is_there(self) -> bool:
         try:
-            return self._path.stat().st_size == RESERVE
+            return owned.look_at(self._path).st_size == RESERVE
         except OSError:
             return False
 
     def _make(self, size: int) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = owned.open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             left = memoryview(os.urandom(size))  # zeros take no room where the disk compresses
             while left:
@@ -397,7 +399,7 @@ class Bounds:
         places, total = self._outbox.places(), 0
         for path in self._folder.readable_journals():
             with suppress(FileNotFoundError):
-                total += max(path.stat().st_size - places.get(path.name, 0), 0)
+                total += max(owned.look_at(path).st_size - places.get(path.name, 0), 0)
         return total
 
 

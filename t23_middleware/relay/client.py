@@ -6,9 +6,11 @@ answer"; :func:`judge` is pure and decides what an answer means.
 
 from __future__ import annotations
 
+import errno
 import http.client
 import io
 import logging
+import re
 import socket
 import ssl
 import threading
@@ -18,13 +20,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from http.cookiejar import DefaultCookiePolicy
+from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from requests.utils import select_proxy
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 from urllib3.exceptions import HTTPError, LocationValueError
 
 from ..errors import DeliveryError, NoAnswer, Refused, Unreachable
@@ -60,6 +63,9 @@ _HEADERS = {
     "Content-Type": "application/x-www-form-urlencoded",
 }
 
+
+#: A certificate in PEM (RFC 7468).
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 
 #: The form of a request that reports nothing.
 _NO_REPORT = {"format": "json", "raw": "1"}
@@ -98,6 +104,13 @@ class AnalyticsClient:
         self._routes: dict[str, dict[str, Any]] = {}
         self._sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
         self._lock = threading.Lock()
+        self._hold_authorities(settings.report_url("localhost"))
+
+    def _hold_authorities(self, url: str) -> None:
+        """Read them while they are there; what is wrong with them is told by the first report."""
+        with suppress(OSError, requests.RequestException, ValueError):
+            if urlsplit(url).scheme == "https":
+                _authorities(self._route(url)["verify"])
 
     def send(self, report: Report, path: str | None = None) -> Answer:
         """Sends *report* once, within ``T23_TIMEOUT``; looking up the name and a proxy's tunnel come on top.
@@ -210,10 +223,41 @@ def _environments_route(url: str) -> dict[str, Any]:
     if verify is True:
         environ = process_environment()
         verify = environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR") or True
+    if verify is True:
+        verify = DEFAULT_CA_BUNDLE_PATH
     proxy = select_proxy(url, found["proxies"])
     if proxy and not urllib3.util.parse_url(proxy).host:
         raise requests.exceptions.InvalidProxyURL  # which requests itself may miss
     return {"proxies": found["proxies"], "verify": verify}
+
+
+#: File or folder of certificate authorities -> its stamp, and the certificates in it.
+_held: dict[str, tuple[tuple[int, ...], str]] = {}
+
+
+def _authorities(path: str) -> str:
+    """The certificates at *path*, as they are now or, where nothing can be read there any more, as they were.
+
+    Raises :class:`OSError` where there were none.
+    """
+    try:
+        found = Path(path).stat()
+        stamp = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+        if path not in _held or _held[path][0] != stamp:
+            _held[path] = stamp, _certificates_at(Path(path))
+    except OSError as error:
+        if path not in _held:
+            raise OSError(error.errno, f"no authorities at {path}: {error.strerror}") from None
+    return _held[path][1]
+
+
+def _certificates_at(place: Path) -> str:
+    files = [file for file in sorted(place.iterdir()) if file.is_file()] if place.is_dir() else [place]
+    texts = [file.read_bytes().decode("latin-1") for file in files]
+    found = dict.fromkeys(block for text in texts for block in _CERTIFICATE.findall(text))
+    if not found:
+        raise OSError(errno.EINVAL, "it holds no certificate")
+    return "\n".join(found)
 
 
 def _content(raw: Any) -> bytes:
@@ -348,6 +392,12 @@ class _Adapter(HTTPAdapter):
     def init_poolmanager(self, *args: Any, **options: Any) -> None:
         super().init_poolmanager(*args, **options)
         self._limit(self.poolmanager)
+
+    def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
+        """The authorities by their content: a deploy may have removed the file."""
+        if url.lower().startswith("https"):
+            conn.cert_reqs, conn.ca_certs, conn.ca_cert_dir = "CERT_REQUIRED", None, None
+            conn.conn_kw["ca_cert_data"] = _authorities(verify)
 
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         known = proxy in self.proxy_manager

@@ -185,9 +185,9 @@ class Intake:
         """Whether nothing is written that was not taken."""
         return self._journals.all_read() and self._join.all_read
 
-    def has_news(self) -> bool:
-        """Whether a writer lives, or anything was written that was not taken."""
-        return self._journals.has_news()
+    def has_news(self, *, of_writers: bool) -> bool:
+        """Whether anything was written that was not taken or, with *of_writers*, a writer lives."""
+        return self._journals.has_news(of_writers=of_writers)
 
     def has_live_writer(self) -> bool:
         """Whether any writer lives."""

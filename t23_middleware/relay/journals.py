@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from .. import owned
 from ..state import StateFolder, boot_id, hold_lock, lock_is_held
 from ..transfer import (
     FORMAT,
@@ -87,7 +88,7 @@ class _Journal:
     def has_grown(self) -> bool:
         """Whether there is something behind the offset."""
         try:
-            return not self.is_left_alone() and self.path.stat().st_size > self.offset
+            return not self.is_left_alone() and owned.look_at(self.path).st_size > self.offset
         except FileNotFoundError:
             return False
 
@@ -180,7 +181,9 @@ class Journals:
 
     def forget_removed(self) -> None:
         """Follow no longer what somebody else removed; for those who only look on."""
-        self._followed = {name: journal for name, journal in self._followed.items() if journal.path.exists()}
+        self._followed = {
+            name: journal for name, journal in self._followed.items() if _is_there(journal.path)
+        }
 
     def has_live_writer(self) -> bool:
         """Whether any writer lives, whatever it wrote; relays' own are none."""
@@ -207,7 +210,7 @@ class Journals:
         """
         finished = [name for name, journal in self._followed.items() if self._is_finished(journal)]
         for name in finished:
-            self._followed[name].path.unlink(missing_ok=True)  # or it fails, and is followed on
+            owned.remove(self._followed[name].path)  # or it fails, and is followed on
             del self._followed[name]
             crash_point("after_unlink")
         self._remove_locks()
@@ -221,9 +224,9 @@ class Journals:
         if any(journal.has_grown() for journal in files.values()):
             return []
         for name, journal in files.items():
-            journal.path.unlink(missing_ok=True)
+            owned.remove(journal.path)
             del self._followed[name]
-        self._lock_of(writer).unlink(missing_ok=True)
+        owned.remove(self._lock_of(writer))
         return list(files)
 
     def foreign(self) -> dict[str, str]:
@@ -240,7 +243,7 @@ class Journals:
         for name in names:
             journal = self._followed[name]
             if journal.writer not in self._living:
-                journal.path.unlink(missing_ok=True)
+                owned.remove(journal.path)
                 del self._followed[name]
                 gone.append(name)
         return gone
@@ -249,11 +252,13 @@ class Journals:
         """Whether no journal holds a line that was not taken."""
         return all(journal.at_end for journal in self._followed.values())
 
-    def has_news(self) -> bool:
-        """Whether a writer lives, or anything was written that :meth:`taken` does not know of."""
+    def has_news(self, *, of_writers: bool = True) -> bool:
+        """Whether anything was written that :meth:`taken` does not know of or, with *of_writers*, a writer lives."""
         self._look_at_writers()
         self._find()
-        return self.has_live_writer() or any(journal.has_grown() for journal in self._followed.values())
+        return (of_writers and self.has_live_writer()) or any(
+            journal.has_grown() for journal in self._followed.values()
+        )
 
     def _look_at_writers(self) -> None:
         """Who lives is asked before reading: then a dead writer's end of file is its last word.
@@ -265,17 +270,18 @@ class Journals:
             self._living.clear()
         # Our own lock must not be looked at: that would give it up (see hold_lock).
         self._living = self._workers() | {name for name in (self._mine(),) if name}
-        names = {lock.name.removesuffix(".lock") for lock in self._folder.journals.glob("*.lock")}
+        names = {name.removesuffix(".lock") for name in owned.names(self._folder.journals, ".lock")}
         self._living |= {name for name in names - self._living if lock_is_held(self._lock_of(name))}
 
     def _lock_of(self, writer: str) -> Path:
         return self._folder.journals / f"{writer}.lock"
 
     def _find(self) -> None:
-        for path in sorted(self._folder.journals.glob("*.journal")):
-            if path.name not in self._followed and (name := _NAME.fullmatch(path.name)):
-                offset = max(self._places.pop(path.name, 0), 0)  # one flipped bit makes it negative
-                self._followed[path.name] = _Journal(path, name[1], int(name[2]), offset)
+        for name in owned.names(self._folder.journals, ".journal"):
+            if name not in self._followed and (parts := _NAME.fullmatch(name)):
+                offset = max(self._places.pop(name, 0), 0)  # one flipped bit makes it negative
+                path = self._folder.journals / name
+                self._followed[name] = _Journal(path, parts[1], int(parts[2]), offset)
 
     def _pieces(self, until_ns: int, size: int) -> tuple[list[_Piece], int]:
         """The next lines of all, and up to when they tell all; what begins later than that is not even read."""
@@ -350,7 +356,7 @@ class Journals:
     def _read_bytes(self, journal: _Journal, size: int) -> bytes:
         unreadable, journal.unreadable = journal.unreadable, False
         try:
-            with journal.path.open("rb") as file:
+            with os.fdopen(owned.open_file(journal.path, os.O_RDONLY), "rb") as file:
                 return self._read_from(file, journal, size)
         except FileNotFoundError:
             return b""
@@ -408,13 +414,22 @@ class Journals:
     def _remove_locks(self) -> None:
         """Locks of dead writers without a journal. Taken before they go: a writer may be about to begin with one."""
         writing = {journal.writer for journal in self._followed.values()} | self._living
-        for lock in self._folder.journals.glob("*.lock"):
-            if lock.name.removesuffix(".lock") in writing:
+        for name in owned.names(self._folder.journals, ".lock"):
+            if name.removesuffix(".lock") in writing:
                 continue
+            lock = self._folder.journals / name
             descriptor = hold_lock(lock)
             if descriptor is not None:
-                lock.unlink(missing_ok=True)
+                owned.remove(lock)
                 os.close(descriptor)
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        owned.look_at(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _next_ns(journal: _Journal) -> int:

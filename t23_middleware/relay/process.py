@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from .. import owned
+from ..errors import StateError
 from ..settings import Settings
-from ..state import Holder, StateFolder, boot_id, hold_lock
+from ..state import Holder, StateFolder, boot_id, hold_lock, pid_namespace
 from ..version import VERSION
 from .bounds import Bounds, Reserve
 from .client import AnalyticsClient
@@ -20,6 +22,7 @@ from .delivery import Delivery
 from .elapsed import Elapsed
 from .intake import Intake
 from .outbox import OutboxCorrupt, OutboxError, OutboxFull, SQLiteOutbox, set_aside
+from .release import Release, import_all
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,10 @@ POLL = 0.1
 TRY_STORE_AGAIN = 1.0
 #: Seconds between two lines of the log that say so.
 SAY_AGAIN_EVERY = 60.0
+#: Seconds for which an automatic relay waits for one that has to leave for it.
+SUCCEED_WITHIN = 15.0
+#: Seconds after which a relay whose files were replaced ends although there is always something to do.
+GIVE_WAY_AFTER = 30.0
 #: Seconds without anything to do before an automatic relay leaves.
 LEAVE_AFTER = 1.0
 #: The same while plays wait for the proxy's log. What the proxy still sends may take hours, so nobody stays for that:
@@ -50,9 +57,14 @@ class Relay:
         self._automatic = automatic
         self._ending = False
         self._told_to_stop = False
+        self._outdated = False
+        #: When it was seen that our files are gone, or others now.
+        self._replaced_at: float | None = None
+        self._works = False
         self._store_fails = False
         self._say_again = 0.0
         self._moved = time.monotonic()
+        self._release = Release()
         self.watchdog = Watchdog(settings.exit_seconds)
         folder.create()
         self._lock = self._take_lock()
@@ -73,8 +85,11 @@ class Relay:
     def _work_while_needed(self) -> None:
         self._work()
         # A worker that saw the lock held a moment ago relies on us: look once more.
-        while not self._ending and self._intake.has_news() and self._retake_lock():
+        while not self._ending and self._has_news() and self._retake_lock():
             self._work()
+
+    def _has_news(self) -> bool:
+        return self._intake.has_news(of_writers=self._replaced_at is None)
 
     def stop(self) -> None:
         """End after what is in flight; safe in a signal handler."""
@@ -109,6 +124,7 @@ class Relay:
         except (OutboxError, OSError) as error:
             self._say_store_fails(error)
         self._say_whether_finished()
+        self._say_who_holds(self._lock, left=not self._outdated and self._replaced_at is None)
         os.close(self._lock)
 
     def _rest(self) -> None:
@@ -119,7 +135,7 @@ class Relay:
 
     def _begin(self) -> None:
         with suppress(OSError):  # a full disk: the outbox says it
-            self._folder.unfinished.touch(mode=0o600)
+            owned.touch(self._folder.unfinished)
         self._outbox.recover_leases(self._settings.retry_ambiguous, _wall_ms())
         self._intake.begin()
 
@@ -135,6 +151,7 @@ class Relay:
                 return 0.0
             if self._intake.keep():
                 self._moved = time.monotonic()
+                self._ending = self._ending or self._gives_way()
             self._intake.tidy()
             if self._settings.ephemeral:
                 self._say_delivered(self._intake.looked_ns)
@@ -143,6 +160,10 @@ class Relay:
             self._intake.take_smaller_pieces()
             return TRY_STORE_AGAIN
         self._store_fails = False
+        if not self._works:
+            self._works = True
+            with suppress(OSError):  # workers count by it how often they tried to start one
+                owned.remove(self._folder.relay_start)
         return 0.0 if self._intake.has_more else POLL
 
     def _keep_bounds(self) -> bool:
@@ -161,18 +182,25 @@ class Relay:
         if not self._intake.all_read() or self._intake.awaited:
             return
         if not self._delivery.in_flight and not self._outbox.hosts():
-            self._folder.delivered.touch(mode=0o600)
-            os.utime(self._folder.delivered, ns=(until_ns, until_ns))
+            owned.touch(self._folder.delivered, until_ns)
 
     def _should_leave(self) -> bool:
         if not self._automatic or self._intake.is_in_hand or self._intake.draining:
             return False
         stays = LEAVE_AWAITED_AFTER if self._intake.awaited else LEAVE_AFTER
-        if time.monotonic() - self._moved < stays or self._intake.has_live_writer():
+        living = self._intake.has_live_writer()
+        if time.monotonic() - self._moved < stays or (living and self._replaced_at is None):
             return False
         if not self._intake.all_read() or self._intake.left_by_the_dead() or self._delivery.can_deliver():
             return False
-        return not self._conclude()
+        return living or not self._conclude()
+
+    def _gives_way(self) -> bool:
+        """Whether, replaced for long, it ends in the midst of work: a worker that writes now starts another."""
+        if not self._automatic or self._replaced_at is None:
+            return False
+        self._outdated = time.monotonic() - self._replaced_at > GIVE_WAY_AFTER
+        return self._outdated
 
     def _conclude(self, *, streams: bool = True) -> bool:
         """Tell of what drains and, with *streams*, of those that are not over; whether there were any."""
@@ -193,18 +221,34 @@ class Relay:
                 extra={"t23_event": "relay_lock_removed", "t23_path": str(self._folder.relay_lock)},
             )
             return True
+        if self._release.is_replaced():
+            self._say_replaced()
         if self._automatic and self._is_outdated():
             log.info(
-                "a worker wants a relay of another version or with other settings; this one ends",
+                "a worker wants a relay of another version or release, or with other settings; this one ends",
                 extra={"t23_event": "relay_outdated"},
             )
+            self._outdated = True
             return True
         return False
+
+    def _say_replaced(self) -> None:
+        """Once. All that it needs is in memory, so an automatic relay first does what there is to do."""
+        if self._replaced_at is None:
+            self._replaced_at = time.monotonic()
+            log.warning(
+                "the files that this relay was started from were replaced or removed; it goes on with what it has in"
+                " memory%s",
+                ", until nothing is left or another is needed"
+                if self._automatic
+                else ": restart the service",
+                extra={"t23_event": "relay_replaced"},
+            )
 
     def _holds_folder(self) -> bool:
         """Whether our lock is still the one that others look at: somebody may have tidied up."""
         try:
-            return os.path.samestat(self._folder.relay_lock.stat(), os.fstat(self._lock))
+            return os.path.samestat(owned.look_at(self._folder.relay_lock), os.fstat(self._lock))
         except FileNotFoundError:
             return False
 
@@ -213,7 +257,10 @@ class Relay:
         newest = self._intake.newest_writer()
         if newest is None:
             return False
-        return newest.digest != self._settings.relay_digest() or _parts(newest.version) > _parts(VERSION)
+        # A worker of an older version, after an upgrade in place, may name the same settings in another way.
+        if newest.version != VERSION:
+            return _parts(newest.version) > _parts(VERSION)
+        return newest.digest != self._settings.relay_digest()
 
     @contextmanager
     def _opened(self) -> Iterator[None]:
@@ -252,7 +299,7 @@ class Relay:
         """Still with the lock: the next relay's word must not be taken back."""
         try:
             if not self._outbox.stats().waiting and not self._intake.awaited:
-                self._folder.unfinished.unlink(missing_ok=True)
+                owned.remove(self._folder.unfinished)
         except OutboxError as error:
             self._say_store_fails(error)
 
@@ -271,15 +318,22 @@ class Relay:
             )
 
     def _take_lock(self) -> int:
-        lock = hold_lock(self._folder.relay_lock)
+        try:
+            lock = hold_lock(self._folder.relay_lock)
+        except OSError as error:
+            raise StateError(f"{self._folder.relay_lock} can't be locked: {error.strerror}") from error
         if lock is None:
             raise AnotherRelay
-        holder = Holder(os.getpid(), VERSION, self._settings.relay_digest(), self._automatic)
+        self._say_who_holds(lock, left=False)
+        return lock
+
+    def _say_who_holds(self, lock: int, *, left: bool) -> None:
+        digest = self._settings.relay_digest()
+        holder = Holder(os.getpid(), VERSION, digest, self._automatic, left, pid_namespace())
         text = json.dumps(holder._asdict()).encode()
         with suppress(OSError):  # a full disk: workers then know less of us, and that is all
             os.pwrite(lock, text, 0)
             os.ftruncate(lock, len(text))
-        return lock
 
     def _retake_lock(self) -> bool:
         try:
@@ -293,9 +347,27 @@ class Relay:
 def run_relay(settings: Settings, *, automatic: bool) -> None:
     """A relay in this process until it is told to stop. Raises :class:`AnotherRelay`."""
     os.umask(0o077)
-    relay = Relay(settings, StateFolder(settings.state_path()), automatic=automatic)
+    import_all()
+    relay = _made(settings, StateFolder(settings.state_path()), automatic)
     with relay.watchdog.watching(), stopped_by_signals(relay.stop):
         relay.run()
+
+
+def _made(settings: Settings, folder: StateFolder, automatic: bool) -> Relay:
+    """The relay, as soon as one that must leave for it has left."""
+    until = time.monotonic() + SUCCEED_WITHIN
+    while True:
+        try:
+            return Relay(settings, folder, automatic=automatic)
+        except AnotherRelay:
+            holder = folder.relay_holder()
+            is_like_us = holder is not None and (holder.digest, holder.version) == (
+                settings.relay_digest(),
+                VERSION,
+            )
+            if not automatic or is_like_us or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -1,16 +1,19 @@
 """Tells where a relay hangs: the stacks of all its threads, on stderr, when its loop has not come round for a minute.
 
-A relay that hangs keeps its lock and says nothing, so that nobody takes its place. The stacks are written by a thread
-of the interpreter's own (``faulthandler``), which needs neither the GIL nor a lock of ours. After ten minutes the
-kernel ends it (``alarm(2)``), and the next play brings another: a relay that is killed loses nothing.
+A relay that hangs keeps its lock and says nothing, so that nobody takes its place. After ten minutes it is ended, and
+the next play brings another: a relay that is killed loses nothing. A thread of its own counts the time that the relay
+stood still, in short steps, so that time in which the whole process was frozen (docker pause, a suspended machine) is
+not counted. Where even that thread can't run, the kernel ends the process by the CPU time that it takes.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +24,8 @@ log = logging.getLogger(__name__)
 HANGS_AFTER = 60.0
 #: Seconds without a round after which it is ended: no disk that comes back was away for so long.
 ENDS_AFTER = 600.0
-#: Rounds within this share of that time are not worth a system call each.
-SHARE = 1 / 6
+#: Part of the shorter of these times that is one step of the count.
+SHARE = 1 / 30
 
 
 class Watchdog:
@@ -30,7 +33,9 @@ class Watchdog:
 
     def __init__(self, ending: float) -> None:
         self._patience = HANGS_AFTER + ending
-        self._round: float | None = None
+        self._step = min(self._patience, ENDS_AFTER) * SHARE
+        self._rounds = 0
+        self._over = threading.Event()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -40,35 +45,50 @@ class Watchdog:
             return
         faulthandler.register(signal.SIGUSR1, sys.stderr)
         # With its default action: a process that is deaf to Python's handlers ends too.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGALRM,))
-        self._begin(time.monotonic())
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF,))
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # A thread of its own: where none can be had, the relay works all the same.
+        with suppress(RuntimeError):
+            thread.start()
         try:
             yield
         finally:
-            self._round = None
-            signal.alarm(0)
-            faulthandler.cancel_dump_traceback_later()
+            self._over.set()
+            if thread.is_alive():
+                thread.join()
+            signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.unregister(signal.SIGUSR1)
 
     def came_round(self) -> None:
         """The loop is well."""
-        if self._round is None:
-            return
-        now = time.monotonic()
-        took = now - self._round
-        if took > self._patience:
-            log.error(
-                "the relay stood still for %.0f s; the stacks above say where",
-                took,
-                extra={"t23_event": "relay_stood_still", "t23_seconds": round(took)},
-            )
-        if took > self._patience * SHARE:
-            self._begin(now)
+        self._rounds += 1
 
-    def _begin(self, now: float) -> None:
-        self._round = now
-        # A thread of its own: without it the relay works all the same, and is ended where it hangs.
-        with suppress(RuntimeError):
-            faulthandler.dump_traceback_later(self._patience, file=sys.stderr)
-        signal.alarm(round(ENDS_AFTER))
+    def _watch(self) -> None:
+        stood, rounds, told = 0.0, self._rounds, False
+        before = time.monotonic()
+        signal.setitimer(signal.ITIMER_PROF, ENDS_AFTER)
+        while not self._over.wait(self._step):
+            now = time.monotonic()
+            # A step that took much longer is one in which the whole process did not run.
+            stood, before = stood + min(now - before, 2 * self._step), now
+            signal.setitimer(signal.ITIMER_PROF, ENDS_AFTER)
+            if self._rounds != rounds:
+                if told:
+                    _say_stood_still(stood)
+                stood, rounds, told = 0.0, self._rounds, False
+            elif stood > ENDS_AFTER:
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif stood > self._patience and not told:
+                told = True
+                # Not by the log, whose lock the loop may hold.
+                os.write(sys.stderr.fileno(), f"The relay stands still for {stood:.0f} s:\n".encode())
+                faulthandler.dump_traceback(sys.stderr)
+
+
+def _say_stood_still(seconds: float) -> None:
+    log.error(
+        "the relay stood still for %.0f s; the stacks above say where",
+        seconds,
+        extra={"t23_event": "relay_stood_still", "t23_seconds": round(seconds)},
+    )

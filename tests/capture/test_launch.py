@@ -49,7 +49,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def started(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> list[float]:
     """When a relay was started, in seconds since the test began; none of them ever takes its lock."""
     starts: list[float] = []
-    monkeypatch.setattr(launch, "start_relay", lambda settings, folder: starts.append(clock.passed))
+
+    def start(settings: Settings, folder: StateFolder) -> int:
+        starts.append(clock.passed)
+        return os.getpid()  # no child of ours
+
+    monkeypatch.setattr(launch, "start_relay", start)
     return starts
 
 
@@ -84,8 +89,8 @@ sys.stdin.read()
 class Relay:
     """A process that holds the relay's lock, and does nothing else."""
 
-    def __init__(self, folder: StateFolder, digest: str) -> None:
-        holder = json.dumps({"pid": 1, "version": "0", "digest": digest, "automatic": True})
+    def __init__(self, folder: StateFolder, digest: str, left: bool = False) -> None:
+        holder = json.dumps({"pid": 1, "version": "0", "digest": digest, "automatic": True, "left": left})
         self._process = subprocess.Popen(
             [sys.executable, "-c", HOLD, str(folder.relay_lock), holder],
             stdin=subprocess.PIPE,
@@ -179,16 +184,11 @@ def test_starts_that_fail_are_repeated_ever_more_seldom_and_told_once(
     assert f"T23_STATE_DIR={folder.path} t23-middleware relay" in told
 
 
-def test_after_a_relay_that_ran_the_waits_begin_anew(
-    folder: StateFolder, started: list[float], clock: Clock
-) -> None:
+def test_waits_end_with_a_relay_that_works(folder: StateFolder, started: list[float], clock: Clock) -> None:
+    """The relay removes the file that counts the tries once it works."""
     one = launcher(folder)
-    pass_time([one], clock, 3)
-    relay = Relay(folder, settings(folder.path).relay_digest())
-    try:
-        pass_time([one], clock, 5)
-    finally:
-        relay.end()
+    pass_time([one], clock, 16)
+    folder.relay_start.unlink()
     del started[:]
     begun = clock.passed
     pass_time([one], clock, 4)
@@ -196,6 +196,70 @@ def test_after_a_relay_that_ran_the_waits_begin_anew(
     assert first - begun <= 1.1
     assert [round(start - first, 1) for start in started] == [0.0, 1.0, 3.0][: len(started)]
     assert len(started) >= 2
+
+
+def test_twelve_workers_try_together(folder: StateFolder, started: list[float], clock: Clock) -> None:
+    """All workers of an app together try as often as one would, whenever each began."""
+    pass_time([launcher(folder) for _ in range(12)], clock, 60, step=0.5)
+    pass_time([launcher(folder) for _ in range(12)], clock, 240, step=0.5)
+    assert started[:6] == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0]
+    assert len(started) <= 12
+
+
+@pytest.mark.parametrize("change", ["settings", "code"])
+def test_new_release_tries_at_once(
+    folder: StateFolder,
+    started: list[float],
+    clock: Clock,
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tries of a release that could not start its relay don't hold up the next release."""
+    pass_time([launcher(folder)], clock, 100)
+    del started[:]
+    begun = clock.passed
+    if change == "code":
+        monkeypatch.setattr(launch, "VERSION", "99")
+    new = launcher(folder, **({"timeout": 3} if change == "settings" else {}))
+    pass_time([new], clock, 2)
+    assert started[0] - begun <= 1.0
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"many 1 2", b"3", b"9" * 5000, b"99999999 1 x"])
+def test_damaged_count_of_tries(
+    folder: StateFolder, started: list[float], clock: Clock, content: bytes
+) -> None:
+    """A damaged file counts as none."""
+    folder.relay_start.write_bytes(content)
+    pass_time([launcher(folder)], clock, 2)
+    assert started == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_any_request_replaces_dead_relay(
+    folder: StateFolder, started: list[float], clock: Clock, left: bool
+) -> None:
+    """A relay that was killed with work left gets a successor by any request; one that left by itself does not."""
+    relay = Relay(folder, settings(folder.path).relay_digest(), left=left)
+    one = launcher(folder)
+    one.begun()
+    relay.end()
+    folder.unfinished.touch()
+    for _ in range(3):
+        clock.passed += 1.1
+        one.wake()
+    assert len(started) == (0 if left else 2)
+
+
+def test_successor_waits_for_outdated_relay(folder: StateFolder, started: list[float], clock: Clock) -> None:
+    """A worker that is newer than a relay with other settings starts the next one at once: no request may follow."""
+    other = Relay(folder, "00000000")
+    os.utime(folder.relay_lock, (clock.time() - 10, clock.time() - 10))
+    try:
+        launcher(folder).begun()
+        assert started == [0.0]
+    finally:
+        other.end()
 
 
 def test_a_start_that_raises_is_told_once_and_is_never_the_apps(
@@ -236,29 +300,35 @@ def test_requests_see_a_relay_with_other_settings_out_and_start_its_successor(
 
 # The real start.
 
-STAND_IN = """#!{python}
+STAND_IN = """
 import json, os, sys
-told = {{
-    "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "group": os.getpgid(0), "cwd": os.getcwd(),
-    "arguments": sys.argv[1:], "environment": dict(os.environ),
-    "files": sorted({{os.path.realpath(f"/proc/self/fd/{{fd}}") for fd in ("0", "1", "2")}}),
-    "inherited": [fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2 and os.path.exists(f"/proc/self/fd/{{fd}}")],
-}}
-print("the relay speaks", flush=True)
-place = os.environ["T23_STATE_DIR"]
-with open(f"{{place}}/told.part", "w") as file:
-    json.dump(told, file)
-os.rename(f"{{place}}/told.part", f"{{place}}/told")
+def main(words):
+    told = {
+        "pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "group": os.getpgid(0), "cwd": os.getcwd(),
+        "arguments": words, "environment": dict(os.environ), "path": sys.path, "modules": sorted(sys.modules),
+        "files": sorted({os.path.realpath(f"/proc/self/fd/{fd}") for fd in ("0", "1", "2")}),
+        "inherited": [
+            fd for fd in map(int, os.listdir("/proc/self/fd")) if fd > 2 and os.path.exists(f"/proc/self/fd/{fd}")
+        ],
+    }
+    print("the relay speaks", flush=True)
+    place = os.environ["T23_STATE_DIR"]
+    with open(f"{place}/told.part", "w") as file:
+        json.dump(told, file)
+    os.rename(f"{place}/told.part", f"{place}/told")
 """
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program in the interpreter's place that says how it was started."""
-    program = tmp_path / "python"
-    program.write_text(STAND_IN.format(python=sys.executable))
-    program.chmod(0o700)
-    monkeypatch.setattr(launch, "python", lambda: str(program))
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package in the place of ours that says how it was started."""
+    package = tmp_path / "package" / "t23_middleware"
+    (package / "ops").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "ops" / "__init__.py").touch()
+    (package / "ops" / "cli.py").write_text(STAND_IN)
+    monkeypatch.setattr(launch, "_package_folder", lambda: package.parent)
+    return package.parent
 
 
 def told_by_the_relay(folder: StateFolder) -> Any:
@@ -278,20 +348,28 @@ def has_children() -> bool:
     return True
 
 
+def start_and_reap(settings: Settings, folder: StateFolder) -> None:
+    process = start_relay(settings, folder)
+    deadline = time.monotonic() + 60
+    while launch._is_our_child(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not has_children()
+
+
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_the_relay_is_nobodys_child_in_a_session_of_its_own_and_leaves_no_zombie(
     folder: StateFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DATABASE_PASSWORD", "hidden")
-    start_relay(settings(folder.path, session_secret="hidden-too", timeout=7), folder)
-    assert not has_children()
+    start_and_reap(settings(folder.path, session_secret="hidden-too", timeout=7), folder)
     told = told_by_the_relay(folder)
     assert told["parent"] != os.getpid()
     assert told["session"] != os.getsid(0)
     assert told["group"] != os.getpgid(0)
     assert told["cwd"] == "/"
-    assert told["arguments"] == ["-m", "t23_middleware", "relay"]
+    assert told["arguments"] == ["relay"]
     assert told["files"] == ["/dev/null", str(folder.relay_log)]
     assert told["inherited"] == []
     assert not any("hidden" in value for value in told["environment"].values())
@@ -310,16 +388,103 @@ def test_a_relays_log_that_has_grown_is_set_aside(folder: StateFolder) -> None:
     assert folder.relay_log.with_suffix(".log.1").stat().st_size == launch.LOG_LIMIT + 1
 
 
-def test_an_interpreter_that_is_missing_is_told_in_the_relays_log(
-    folder: StateFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_missing_interpreter_is_told(
+    folder: StateFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The app's log says that the relay can't be started, and nothing is left of the try."""
     monkeypatch.setattr(launch, "python", lambda: str(tmp_path / "nothing"))
-    start_relay(settings(folder.path), folder)
-    deadline = time.monotonic() + 60
-    while "nothing" not in folder.relay_log.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    launcher(folder).written()
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "No such file or directory" in told
     assert not has_children()
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_start_with_closed_standard_files(folder: StateFolder) -> None:
+    """A daemon that closed its standard files starts a relay whose output is in relay.log."""
+    script = (
+        "import os, sys; from pathlib import Path; from t23_middleware import Settings;"
+        "from t23_middleware.capture import launch; from t23_middleware.state import StateFolder;"
+        "launch._package_folder = lambda: Path(sys.argv[2]);"
+        "[os.close(number) for number in (0, 1, 2)];"
+        "state = Path(sys.argv[1]);"
+        "launch.start_relay(Settings(environ={}, api_url='http://127.0.0.1:9', state_dir=str(state)), StateFolder(state))"
+    )
+    place = str(launch._package_folder())
+    subprocess.run([sys.executable, "-c", script, str(folder.path), place], cwd=ROOT, check=True, timeout=60)
+    assert told_by_the_relay(folder)["files"] == ["/dev/null", str(folder.relay_log)]
+    assert "the relay speaks" in folder.relay_log.read_text()
+
+
+# Where the relay imports from.
+
+HOOKED = """
+import importlib.abc, importlib.util, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "socks":
+            return importlib.util.spec_from_file_location(name, {file!r})
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def start_from(script: str, folder: StateFolder, stand_in: Path, cwd: Path, **environ: str) -> Any:
+    """How a relay was started that an app starts in *cwd*, after it ran *script*."""
+    script += f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from t23_middleware import Settings
+from t23_middleware.capture import launch
+from t23_middleware.state import StateFolder
+launch._package_folder = lambda: Path({str(stand_in)!r})
+state = Path({str(folder.path)!r})
+launch.start_relay(Settings(environ={{}}, api_url="http://127.0.0.1:9", state_dir=str(state)), StateFolder(state))
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=cwd, env=os.environ | environ, check=True, timeout=60)
+    return told_by_the_relay(folder)
+
+
+def test_relay_imports_as_its_worker(folder: StateFolder, stand_in: Path, tmp_path: Path) -> None:
+    """Places that only the worker knows come behind the standard library; its working directory is none of them."""
+    eggs, here = tmp_path / "eggs", tmp_path / "here"
+    eggs.mkdir()
+    here.mkdir()
+    (eggs / "json.py").write_text("raise SystemExit('shadowed')")
+    (here / "sitecustomize.py").write_text("raise SystemExit('customized')")
+    script = f"import json, sys; sys.path[0:0] = [{str(eggs)!r}, '', {str(here)!r}, '.']"
+    told = start_from(script, folder, stand_in, here)
+    assert str(eggs) in told["path"]
+    library = str(Path(json.__file__).parents[1])
+    assert told["path"].index(library) < told["path"].index(str(eggs))
+    assert not {"", ".", str(here)} & set(told["path"])
+    assert not {"site", "sitecustomize"} & set(told["modules"])
+
+
+def test_relay_knows_what_hooks_find(folder: StateFolder, stand_in: Path, tmp_path: Path) -> None:
+    """An import hook, as an editable installation has one, is no place; what it finds is found all the same."""
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "socks.py").touch()
+    told = start_from(HOOKED.format(file=str(hidden / "socks.py")), folder, stand_in, tmp_path)
+    assert told["path"][-1] == str(hidden) or str(hidden) in told["path"]
+
+
+def test_relay_starts_from_removed_folder(folder: StateFolder, stand_in: Path, tmp_path: Path) -> None:
+    """The working directory of an old release is gone, and relative places with it."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    told = start_from("import os, sys; os.rmdir(os.getcwd()); sys.path.append('lib')", folder, stand_in, gone)
+    assert all(place.startswith("/") for place in told["path"])
+
+
+def test_own_package_wins(folder: StateFolder, stand_in: Path, tmp_path: Path) -> None:
+    """Another copy of this package on the path is not taken for the worker's."""
+    other = tmp_path / "other" / "t23_middleware"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    told = start_from(f"import sys; sys.path.append({str(other.parent)!r})", folder, stand_in, tmp_path)
+    assert told["arguments"] == ["relay"]
 
 
 def test_the_interpreter_is_the_prefixs_own_whatever_the_executable_is(

@@ -190,11 +190,11 @@ def test_a_line_that_is_written_while_the_relay_gives_up_its_lock_is_delivered_b
     has_news = Journals.has_news
     late = iter(["second", "third"])
 
-    def write_and_look(self: Journals) -> bool:
+    def write_and_look(self: Journals, **options: bool) -> bool:
         name = next(late, None)
         if name is not None:
             journal(folder, f"2-{name}", transfer(1, now() - 10**9, name))
-        return has_news(self)
+        return has_news(self, **options)
 
     monkeypatch.setattr(Journals, "has_news", write_and_look)
     relay = made(api, folder)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,10 +19,18 @@ from ..harness import PATIENCE, ROOT, until
 
 #: A relay to which a second without a round is a minute.
 SCRIPT = """
-import sys
+import os, sys
 from t23_middleware.ops.cli import main
 from t23_middleware.relay import watchdog
+from t23_middleware.relay.journals import Journals
 watchdog.HANGS_AFTER, watchdog.ENDS_AFTER = 1.0, float(sys.argv[1])
+read = Journals.read
+def hang(*arguments):
+    pipe = os.environ["T23_STATE_DIR"] + "/hangs"
+    if os.path.exists(pipe):
+        open(pipe).close()
+    return read(*arguments)
+Journals.read = hang
 sys.exit(main(["relay"]))
 """
 
@@ -61,11 +70,11 @@ def start(folder: StateFolder, tmp_path: Path) -> Iterator[Callable[..., Started
 
 
 def test_a_relay_that_hangs_writes_where_and_goes_on_when_it_can(folder, start):
-    pipe = folder.journals / "1-hangs.000000.journal"
+    pipe = folder.path / "hangs"
     os.mkfifo(pipe)  # opening it blocks until somebody opens its other end
     relay = start()
-    assert until(lambda: "Timeout (0:00:0" in relay.log()), relay.log()
-    assert until(lambda: "journals.py" in relay.log())
+    assert until(lambda: "The relay stands still for" in relay.log()), relay.log()
+    assert until(lambda: "in hang" in relay.log())
     writer = os.open(pipe, os.O_WRONLY)
     pipe.unlink()
     os.close(writer)
@@ -84,8 +93,60 @@ def test_a_relay_that_is_asked_writes_where_it_is_and_works_on(folder, start):
 
 
 def test_a_relay_that_never_comes_round_again_makes_room_for_another(folder, start):
-    os.mkfifo(folder.journals / "1-hangs.000000.journal")
+    os.mkfifo(folder.path / "hangs")
     relay = start(ends_after=3.0)
-    assert relay.process.wait(PATIENCE) == -signal.SIGALRM, relay.log()
-    assert "journals.py" in relay.log()
+    assert relay.process.wait(PATIENCE) == -signal.SIGKILL, relay.log()
+    assert "in hang" in relay.log()
     assert not lock_is_held(folder.relay_lock)
+
+
+@pytest.mark.parametrize("ends_after", [1.0, 600.0])
+def test_frozen_relay_goes_on(folder: StateFolder, start: Callable[..., Started], ends_after: float) -> None:
+    """A relay that was frozen for longer than a loop may hang is neither told nor ended, and works on."""
+    relay = start(ends_after)
+    assert until(lambda: folder.outbox.exists())
+    for _ in range(2):
+        relay.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, relay.process.pid, os.WSTOPPED)
+        time.sleep(2.5)
+        relay.process.send_signal(signal.SIGCONT)
+    assert until(lambda: not folder.relay_start.exists())
+    time.sleep(0.3)
+    assert relay.process.poll() is None
+    assert "still" not in relay.log()
+    relay.process.terminate()
+    assert relay.process.wait(PATIENCE) == 0
+
+
+def test_frozen_time_is_not_counted() -> None:
+    """A loop that hangs is told by the time that the process ran, whatever was frozen in between."""
+    script = """
+import signal, sys, time
+from t23_middleware.relay import watchdog
+watchdog.HANGS_AFTER, watchdog.ENDS_AFTER = 1.5, 600.0
+dog = watchdog.Watchdog(0.0)
+with dog.watching():
+    print("hangs", flush=True)
+    sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "hangs\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2.5)
+        began = time.monotonic()
+        process.send_signal(signal.SIGCONT)
+        assert process.stderr.readline().startswith("The relay stands still for")
+        assert time.monotonic() - began > 0.5
+    finally:
+        process.kill()
+        process.communicate()

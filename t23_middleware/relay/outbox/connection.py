@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ... import owned
 from .repair import check_soundness, mend
 from .schema import FOR_PAGES, FOR_PROXY, LATER, SCHEMA_VERSION, SEALS, SET_VERSION, TABLES
 from .values import NoOutbox, OutboxCorrupt, OutboxError, OutboxFull
@@ -43,6 +44,8 @@ def immediate(db: sqlite3.Connection) -> Iterator[None]:
 def open_beside(path: Path, mode: str) -> sqlite3.Connection:
     """The database that a relay may be working on: never made, replaced or checked in full here."""
     _refuse_what_is_no_file(path)
+    if not _is_there(path):
+        raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts")
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
     )
@@ -118,8 +121,18 @@ def _write_in_place(folder: Path) -> None:
             os.close(descriptor)
 
 
+def _is_there(path: Path) -> bool:
+    """Whether the database is there. SQLite opens it, and its files beside it, by their paths, so they are checked first."""
+    try:
+        for end in ("-wal", "-shm", "-journal"):
+            owned.check_file(path.with_name(path.name + end))
+        return owned.check_file(path)
+    except OSError as error:
+        raise OutboxError(f"{error.filename or path} can't be opened: {error.strerror}") from error
+
+
 def open_file(path: Path) -> sqlite3.Connection:
-    if not path.exists():
+    if not _is_there(path):
         _write_in_place(path.parent)
     # Only one thread touches it at a time; the check would also refuse a test's own thread.
     db = sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)

@@ -1,0 +1,64 @@
+"""What a relay was started from: its own files, its libraries' and its interpreter's, which a deploy may take away."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import time
+from pathlib import Path
+
+#: Seconds between two looks.
+LOOK_EVERY = 1.0
+#: Packages whose files count.
+_PACKAGES = ("t23_middleware", "requests", "urllib3", "certifi")
+#: Modules that the standard library and our libraries import only when they need them: for host names, and for the
+#: charsets of answers.
+_LATE = (
+    "encodings.ascii",
+    "encodings.idna",
+    "encodings.latin_1",
+    "encodings.utf_16",
+    "encodings.utf_16_be",
+    "encodings.utf_16_le",
+    "encodings.utf_32",
+    "encodings.utf_8_sig",
+    "stringprep",
+    "unicodedata",
+)
+
+
+class Release:
+    """The files of this process's code, as they are now; what is in an archive counts as the archive."""
+
+    def __init__(self) -> None:
+        files = [getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES]
+        stamps = {file: _stamp(file) for file in (*files, sys.executable) if file}
+        self._stamps = {file: stamp for file, stamp in stamps.items() if stamp is not None}
+        self._look_at = 0.0
+        self._replaced = False
+
+    def is_replaced(self) -> bool:
+        """Whether any of them is gone, or another one now; looks once a second."""
+        now = time.monotonic()
+        if not self._replaced and now >= self._look_at:
+            self._look_at = now + LOOK_EVERY
+            self._replaced = any(_stamp(file) != stamp for file, stamp in self._stamps.items())
+        return self._replaced
+
+
+def import_all() -> None:
+    """Import now what is needed later: by then the files may be gone."""
+    for package in ("t23_middleware.relay", "t23_middleware.relay.outbox"):
+        for module in pkgutil.iter_modules(sys.modules[package].__path__, f"{package}."):
+            importlib.import_module(module.name)
+    for name in _LATE:
+        importlib.import_module(name)
+
+
+def _stamp(file: str) -> tuple[int, int, int, int] | None:
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
