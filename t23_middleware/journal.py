@@ -46,7 +46,9 @@ PROBE = 2
 #: What a full disk says, or a full quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_RELAYS_ROOM = "the quota of the state folder is full, and its last room is left to the relay; raise it, or make room"
+_RELAYS_ROOM = (
+    "the quota of the state folder is full, and its last room is left to the relay; raise it, or make room"
+)
 
 #: How a close line begins, after its checksum.
 _CLOSE = b'["close"'
@@ -178,9 +180,10 @@ class JournalWriter:
         if code == errno.EFBIG and self._size > LEAST_ROTATED:
             self._size = ROTATE_AT + 1
             self._rotate()
-        elif code in _FULL and self._disk_has_room():
+        elif code in _FULL:
             with suppress(OSError):  # a relay gave it up
-                self._folder.reserve.unlink()
+                if self._disk_has_room():
+                    self._folder.reserve.unlink()
 
     def _is_relays_room(self) -> bool:
         """Whether a quota is full, so that what room there is must stay for acknowledgements: they make more.
