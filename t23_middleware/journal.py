@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from . import owned
 from .errors import StateError
-from .state import StateFolder, boot_id, hold_lock, lock_is_held, network_namespace
+from .state import StateFolder, boot_id, hold_lock, network_namespace
 from .transfer import FORMAT, Counts, Transfer, Writer, decode, encode
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ LEAST_ROTATED = 1 << 16
 KEPT_ASIDE = 1000
 #: Seconds between two tries to begin, while the folder can't be used.
 RETRY_BEGIN = 1.0
-#: Seconds between two tries to write after the disk was full, while a relay needs what room there is.
+#: Seconds between two looks whether the journals are still full.
 RETRY_FULL = 1.0
-#: Bytes that a disk says are free, where a write that failed met a quota.
-MUCH_ROOM = 64 << 20
+#: Bytes that a disk says are free, where a write that failed met a quota: more than a relay needs for a reserve.
+MUCH_ROOM = 65 << 20
 #: Bytes that all journals may take, where no relay reads them.
 MOST_BYTES = 256 << 20
 #: Seconds between two looks whether the journal is still where it was made.
@@ -46,6 +46,10 @@ PROBE = 2
 
 #: What a full disk says, or a full quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_RELAYS_ROOM = (
+    "the quota of the state folder is full, and its last room is left to the relay; raise it, or make room"
+)
 
 #: How a close line begins, after its checksum.
 _CLOSE = b'["close"'
@@ -82,6 +86,7 @@ class JournalWriter:
         prefix: str = "",
     ) -> None:
         self._folder = folder
+        self._reserve, self._reserved = str(folder.reserve), str(folder.reserved)  # looked at for each line
         self._most_bytes = most_bytes
         self._pid = os.getpid()
         self._prefix = prefix
@@ -95,6 +100,8 @@ class JournalWriter:
         self._look_at = 0.0
         self._size = 0
         self._wait_until = 0.0
+        #: Whether lines are kept aside until a relay has made room.
+        self.waits_for_relay = False
         self._waits_for = ""
         self._changing = threading.Lock()
         self._counting = threading.Lock()
@@ -165,32 +172,37 @@ class JournalWriter:
         return True
 
     def _refuse_while_full(self) -> None:
-        """Raise :class:`StateError` for a while after the disk or the journals were found full."""
-        now = time.monotonic()
-        if not self._waits_for or now < self._wait_until:
-            if self._waits_for:
-                raise StateError(self._waits_for)
+        """Raise :class:`StateError` for a while after the journals were found full."""
+        if not self._waits_for:
             return
-        self._wait_until = now + RETRY_FULL
-        if self._is_relays_room() or self._journals_are_full():
+        if time.monotonic() < self._wait_until or self._journals_are_full():
             raise StateError(self._waits_for)
         self._waits_for = ""
 
     def _look_whether_full(self, error: OSError | StateError) -> None:
-        """After a failed write: a file of its greatest size ends, and the last room is left to the relay."""
+        """After a failed write: a file of its greatest size ends, and a quota's last room is left to the relay."""
         code = error.errno if isinstance(error, OSError) else None
         if code == errno.EFBIG and self._size > LEAST_ROTATED:
             self._size = ROTATE_AT + 1
             self._rotate()
-        elif code in _FULL and not self._waits_for and self._is_relays_room():
-            self._waits_for, self._wait_until = str(error), time.monotonic() + RETRY_FULL
+        elif code in _FULL:
+            with suppress(OSError):  # a relay gave it up
+                if self._disk_has_room():
+                    self._folder.reserve.unlink()
 
     def _is_relays_room(self) -> bool:
-        """Whether a quota is full, and a relay gave up its reserve for acknowledgements: it makes room for all others."""
+        """Whether a quota is full, so that what room there is must stay for acknowledgements: they make more.
+
+        A relay without it can't even keep its database open. No reserve was made where the disk itself has little.
+        """
+        given_up = not os.access(self._reserve, os.F_OK) and os.access(self._reserved, os.F_OK)
+        self.waits_for_relay = given_up and self._disk_has_room()
+        return self.waits_for_relay
+
+    def _disk_has_room(self) -> bool:
+        """Whether the disk itself says so; where it is full, a relay finds room within its own file."""
         disk = os.statvfs(self._folder.path)
-        if disk.f_bavail * disk.f_frsize < MUCH_ROOM:
-            return False  # the disk itself is full, where a relay finds room within its own file
-        return not self._folder.reserve.exists() and lock_is_held(self._folder.relay_lock)
+        return disk.f_bavail * disk.f_frsize >= MUCH_ROOM
 
     def _journals_are_full(self) -> bool:
         total = 0
@@ -208,6 +220,8 @@ class JournalWriter:
 
     def _write(self, line: bytes) -> None:
         """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
+        if self._is_relays_room():
+            raise StateError(_RELAYS_ROOM)
         if time.monotonic() >= self._look_at:
             self._look()
         journal = self._journal or self._begin()

@@ -69,6 +69,8 @@ class StateFolder:
         self.foreign = path / "foreign"
         #: Room that is given up when the disk is full, so that what was sent can be ticked off.
         self.reserve = path / "reserve"
+        #: Exists once there was a reserve: where that is missing then, it was given up.
+        self.reserved = path / "reserved"
 
     def create(self) -> None:
         """Make the folder where it is missing.

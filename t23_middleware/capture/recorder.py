@@ -121,7 +121,8 @@ class Recording:
         length = self.opening.length
         sent = counted if length is None else min(counted, length)
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
-        if process.journal.write(close_line(self._text, now_ns, now_ms, sent, declared, position)):
+        line = close_line(self._text, now_ns, now_ms, sent, declared, position)
+        if process.journal.write(line) or process.journal.waits_for_relay:
             process.launcher.written()
 
 

@@ -109,12 +109,15 @@ def space_at(path: Path) -> Space:
 class Reserve:
     """A file that keeps room for the time when the disk is full: then it goes, and acknowledgements can be written.
 
-    Without it SQLite could not even delete on a full disk, and what was sent would be sent again.
+    Without it SQLite could not even delete on a full disk, and what was sent would be sent again. *mark* is an empty
+    file that stays when the reserve goes: a worker that meets a quota removes the reserve too, and none writes until
+    it is back.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mark: Path) -> None:
         self._path = path
-        self._given_up = False
+        self._mark = mark
+        self._given_up = mark.exists() and not path.exists()
 
     def give_up(self) -> bool:
         """Remove it; whether it was there."""
@@ -141,11 +144,17 @@ class Reserve:
 
         The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much.
         """
-        if self._is_there() or space.free < space.low_water + RESERVE:
+        if self._is_there():
+            return
+        self._given_up = self._given_up or (self._mark.exists() and not self._path.exists())
+        if space.free < space.low_water + RESERVE:
+            with suppress(OSError):
+                self._mark.unlink()  # no quota: the disk itself has too little, and workers may write
             return
         try:
             self._make(RESERVE * 2 if self._given_up else RESERVE)
             os.truncate(self._path, RESERVE)
+            self._mark.touch(mode=0o600)
         except OSError:
             with suppress(OSError):
                 owned.remove(self._path)

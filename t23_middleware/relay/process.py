@@ -265,7 +265,7 @@ class Relay:
     @contextmanager
     def _opened(self) -> Iterator[None]:
         """The files and connections of a relay that holds the lock."""
-        reserve = Reserve(self._folder.reserve)
+        reserve = Reserve(self._folder.reserve, self._folder.reserved)
         self._outbox = SQLiteOutbox(self._folder.outbox, reserve.give_up)
         notes = self._outbox.notes()
         elapsed = Elapsed(notes, boot_id(), time.monotonic)

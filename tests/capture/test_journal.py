@@ -655,6 +655,77 @@ def test_a_rotation_that_fails_goes_on_in_the_old_journal(
     assert sorted(transfer.opening.number for transfer in journals.closed()) == list(range(1, 62))
 
 
+def _with_reserve(state: Path, monkeypatch: pytest.MonkeyPatch, free: int = 1 << 30) -> tuple[Path, Path]:
+    """A relay's reserve and its mark in *state*, on a disk that says that *free* bytes are free."""
+    monkeypatch.setattr(
+        "t23_middleware.journal.os.statvfs",
+        lambda path: SimpleNamespace(f_bavail=free, f_frsize=1),
+        raising=False,
+    )
+    state.mkdir(mode=0o700)
+    reserve, mark = state / "reserve", state / "reserved"
+    reserve.write_bytes(bytes(1000))
+    mark.touch()
+    return reserve, mark
+
+
+@pytest.mark.parametrize("takes", [0, 20], ids=["nothing", "a part of the line"])
+def test_quota_met_by_a_worker(
+    wrap: Any, state: Path, journals: Any, disk: Disk, monkeypatch: pytest.MonkeyPatch, takes: int
+) -> None:
+    """It removes the reserve for the relay, and writes no more until that is back."""
+    reserve, _ = _with_reserve(state, monkeypatch)
+    app = wrap(media(PLAYS))
+    ask(app)
+    disk.takes = lambda data: takes
+    ask(app)
+    assert not reserve.exists()
+    disk.takes = len
+    for _ in range(10):
+        ask(app)
+    (journal,) = journals.files()
+    assert journal.read_bytes().count(b"close") == 1
+    reserve.write_bytes(bytes(1000))
+    ask(app)
+    assert journal.read_bytes().count(b"close") == 13
+
+
+def test_quota_met_by_another_process(
+    wrap: Any, state: Path, journals: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker whose writes never failed stops at the next line, and so does one that only starts."""
+    reserve, _ = _with_reserve(state, monkeypatch)
+    app = wrap(media(PLAYS))
+    ask(app)
+    reserve.unlink()
+    ask(app)
+    late = wrap(media(PLAYS))
+    ask(late)
+    assert len(journals.closed()) == 1
+    assert len(journals.files()) == 1
+    assert caplog.text.count("its last room is left to the relay") == 2
+    reserve.write_bytes(bytes(1000))
+    ask(app), ask(late)
+    assert len(journals.closed()) == 5
+
+
+def test_reserve_missing_for_other_reasons(wrap: Any, state: Path, journals: Any, monkeypatch: Any) -> None:
+    """No relay ever made one, or the disk itself has little room: a worker writes on."""
+    reserve, mark = _with_reserve(state, monkeypatch, free=64 << 20)
+    app = wrap(media(PLAYS))
+    reserve.unlink()
+    ask(app)
+    assert len(journals.closed()) == 1
+    monkeypatch.setattr(
+        "t23_middleware.journal.os.statvfs",
+        lambda path: SimpleNamespace(f_bavail=1 << 30, f_frsize=1),
+        raising=False,
+    )
+    mark.unlink()
+    ask(app)
+    assert len(journals.closed()) == 2
+
+
 def test_a_disk_that_fails_now_and_then_under_many_threads_loses_and_doubles_nothing(
     wrap: Any, journals: Any, disk: Disk
 ) -> None:

@@ -80,7 +80,7 @@ class World:
     def __init__(self, state: Path) -> None:
         self.folder = StateFolder(state)
         self.folder.create()
-        self.reserve = Reserve(self.folder.reserve)
+        self.reserve = Reserve(self.folder.reserve, self.folder.reserved)
         self.outbox = SQLiteOutbox(self.folder.outbox, self.reserve.give_up)
         self.seconds = 1000.0
         self.now_ms = NOW
