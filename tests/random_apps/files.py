@@ -228,8 +228,9 @@ def _opened(kind: str, folder: Path) -> Any:
         return (folder / "text").open(encoding="utf-8")
     if kind == "pipe":
         reading, writing = os.pipe()
-        os.write(writing, FILM[:5000])
-        os.close(writing)
+        # gevent's os.close() may close no sooner than its loop goes round, and a read of ours would wait for that.
+        with os.fdopen(writing, "wb") as into:
+            into.write(FILM[:5000])
         return os.fdopen(reading, "rb")
     if kind in ("temporary", "spooled"):
         kinds: Any = {"temporary": tempfile.TemporaryFile, "spooled": tempfile.SpooledTemporaryFile}
