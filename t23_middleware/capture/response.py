@@ -112,15 +112,15 @@ class Response:
             readable: Iterable[Any] = headers
         else:
             headers, readable = _twice(headers)
-        if self._capture.has_proxy_log:
-            write = self._start_named(status, headers, readable, exc_info)
-        else:
-            try:
+        try:
+            if self._capture.has_proxy_log:
+                write = self._start_named(status, headers, readable, exc_info)
+            else:
                 write = self._started(status, headers, exc_info)
-            finally:
-                exc_info = None  # its traceback may hold this frame
-            self._status, self._headers = _said(status), readable
-            self._counted_by = self._who_counts()
+                self._status, self._headers = _said(status), readable
+                self._counted_by = self._who_counts()
+        finally:
+            exc_info = headers = None  # the traceback of an error in them may hold this frame
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
             if self._counter is not None:
