@@ -108,6 +108,22 @@ class ReadRaises(Disk):
         return super().read(left if size is None or size < 0 else min(size, left))
 
 
+class NoSeek(Slots):
+    """What a class of an app's own may have no more of, which is enough for sendfile."""
+
+    __slots__ = ()
+
+    def fileno(self) -> Any:
+        return self.file.fileno()
+
+
+class TellsOnly(NoSeek):
+    __slots__ = ()
+
+    def tell(self) -> Any:
+        return self.file.tell()
+
+
 class FilenoRaises(Disk):
     def fileno(self) -> Any:
         raise RuntimeError("no descriptor today")
@@ -197,6 +213,7 @@ ODD = {
     "fileno is none": FilenoIsNone, "tell raises": TellRaises, "tell lies": TellLies, "seek raises": SeekRaises,
     "seekable raises": SeekableRaises, "seekable is a flag": SeekableIsAFlag, "close raises": CloseRaises,
     "no close": NoClose, "hostile": Hostile, "most hostile": MostHostile, "sequential": Sequential,
+    "no seek": NoSeek, "tells only": TellsOnly,
 }  # fmt: skip
 
 
