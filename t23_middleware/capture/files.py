@@ -268,6 +268,7 @@ def _let_range_seek(body: Any, inner: Any) -> None:
     file: Any = getattr(inner, "filelike", None)
     try:
         if body.iterable is inner and file.seekable() and file.tell() == 0:
+            file.seek(0)  # some say that they are seekable, and fail
             inner.seek, inner.tell = file.seek, file.tell
             body.seekable = True
     except Exception:  # a file of the app's own that fails where the server would not have asked
