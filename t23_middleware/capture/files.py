@@ -141,7 +141,8 @@ class PositionedFile:
         return data
 
     def seek(self, *place: int) -> Any:
-        answer = self._file.seek(*place)
+        # ``socket.sendfile`` notes with it what it sent, and does without it if a file has none.
+        answer = self._file.seek(*place) if hasattr(self._file, "seek") else place[0]
         self._position = place[0] if len(place) == 1 else _place(self._file)
         return answer
 
@@ -191,6 +192,9 @@ def _count_inside(
         file = getattr(body, name, None)
         if file is None or type(file) is PositionedFile:
             return False  # the latter was counted by another middleware of ours
+        seeks_back = hasattr(body, "prepare")
+        if seeks_back and not hasattr(file, "seek"):
+            return False  # waitress reads it as any iterable
         if in_range:
             first, length = opening.part.first or 0, opening.length or 0
             stop = first + length
@@ -199,7 +203,7 @@ def _count_inside(
         offered = _left_on_disk(file) if opening.length is None else opening.length
         own = vars(body).get("close")
         has_close = hasattr(body, "close")
-        counted = PositionedFile(file, ending, offered, stop, seeks_back=hasattr(body, "prepare"))
+        counted = PositionedFile(file, ending, offered, stop, seeks_back=seeks_back)
         setattr(body, name, counted)
         # gunicorn's and wsgiref's wrapper take over the file's close when they are made, and may have none.
         if own is not None and own != getattr(file, "close", None):
@@ -264,6 +268,7 @@ def _let_range_seek(body: Any, inner: Any) -> None:
     file: Any = getattr(inner, "filelike", None)
     try:
         if body.iterable is inner and file.seekable() and file.tell() == 0:
+            file.seek(0)  # some say that they are seekable, and fail
             inner.seek, inner.tell = file.seek, file.tell
             body.seekable = True
     except Exception:  # a file of the app's own that fails where the server would not have asked
@@ -293,6 +298,10 @@ def _place(file: Any) -> int:
     """Where the file stands; what cannot tell (a pipe) is counted from 0."""
     try:
         return int(file.tell())
+    except Exception:
+        pass
+    try:
+        return os.lseek(file.fileno(), 0, os.SEEK_CUR)  # from there gunicorn sends
     except Exception:
         return 0
 

@@ -112,21 +112,20 @@ class Response:
             readable: Iterable[Any] = headers
         else:
             headers, readable = _twice(headers)
-        if self._capture.has_proxy_log:
-            write = self._start_named(status, headers, readable, exc_info)
-        else:
-            if exc_info is None:
-                write = self._start(status, headers)
+        try:
+            if self._capture.has_proxy_log:
+                write = self._start_named(status, headers, readable, exc_info)
             else:
-                try:
-                    write = self._start(status, headers, exc_info)
-                finally:
-                    exc_info = (
-                        None  # its traceback may hold this frame: a circle that would keep the app's objects
-                    )
-            self._status = status if type(status) is str else _text_status(status)
-            self._headers = readable
-            self._counted_by = self._who_counts()
+                write = (
+                    self._start(status, headers)
+                    if exc_info is None
+                    else self._start(status, headers, exc_info)
+                )
+                self._status = status if type(status) is str else _text_status(status)
+                self._headers = readable
+                self._counted_by = self._who_counts()
+        finally:
+            exc_info = headers = None  # the traceback of an error in them may hold this frame
         if self._counted_by is None:
             # An error page in place of media that was under way: what goes out now is not the video.
             if self._counter is not None:

@@ -252,6 +252,19 @@ def test_range_of_seekable_file_seeks(wrap: Any, journals: Any) -> None:
     assert sum(read) >= STOP
 
 
+@pytest.mark.parametrize("error", [io.UnsupportedOperation, NotImplementedError, TypeError])
+def test_range_of_wrongly_seekable_file(wrap: Any, journals: Any, error: type[Exception]) -> None:
+    """What says that it is seekable and fails in seek() is read from its start, as without us."""
+
+    class Film(io.BytesIO):
+        def seek(self, *place: int) -> int:
+            raise error("no seek today")
+
+    answer = as_gunicorn(wrap(ranged(lambda: Film(FILM))), request(HTTP_RANGE=RANGE))
+    assert (answer.body, answer.error) == (FILM[START:STOP], None)
+    assert journals.sent() == [STOP - START]
+
+
 def test_a_server_without_a_wrapper_gets_one_that_reads_large_blocks(
     wrap: Any, journals: Any, film: Path
 ) -> None:

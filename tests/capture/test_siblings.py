@@ -207,6 +207,39 @@ def test_header_iterator_that_fails(wrap: Any, settings: dict[str, str]) -> None
     assert str(answer.error) == "the headers ran out"
 
 
+class FailingHeaders:
+    """The same as a class, of which no frame is a generator's."""
+
+    def __iter__(self) -> FailingHeaders:
+        return self
+
+    def __next__(self) -> tuple[str, str]:
+        raise ValueError("the headers ran out")
+
+
+@pytest.mark.parametrize("settings", [{}, {"proxy_log": "/var/log/t23.log"}], ids=["plain", "proxy log"])
+@pytest.mark.parametrize("failing", [failing_headers, FailingHeaders])
+def test_refused_headers_keep_nothing_alive(wrap: Any, settings: dict[str, str], failing: Any) -> None:
+    """wsgiref refuses what is no list and never reads it: the app's objects go at once all the same."""
+    held: list[weakref.ref[Body]] = []
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        own = Body(b"abc")
+        held.append(weakref.ref(own))
+        start_response("200 OK", failing())
+        return own
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        raise TypeError("Headers should be a list")
+
+    with pytest.raises(
+        (TypeError, ValueError)
+    ) as raised:  # the latter where the proxy's header is added to them
+        wrap(app, **settings)(request(), start_response)
+    del raised
+    assert held[0]() is None
+
+
 def test_headers_that_can_be_read_again(wrap: Any, journals: Any) -> None:
     """They go to the server as the object that they are: wsgiref takes nothing but a list."""
     seen: list[Any] = []

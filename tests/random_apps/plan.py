@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[float, list[str]]] = {
             "disk", "raw", "bytesio", "gzip", "temporary", "spooled", "text", "pipe", "minimal", "slots", "closed",
             "short reads", "none once", "bytearrays", "texts", "read raises", "fileno raises", "fileno lies",
             "fileno is none", "tell raises", "tell lies", "seek raises", "seekable raises", "seekable is a flag",
-            "close raises", "no close", "hostile", "most hostile", "sequential",
+            "close raises", "no close", "hostile", "most hostile", "sequential", "no seek", "tells only",
         ],
     ),
     "position": (0.3, ["0", "5", "4096", "end", "beyond", "after a read"]),

@@ -185,10 +185,10 @@ def _wraps_again(app: RandomApp, inside: Any, environ: dict[str, Any], start: An
 
 
 def _wraps_start(app: RandomApp, inside: Any, environ: dict[str, Any], start: Any) -> Any:
-    def started(status: Any, headers: Any, exc_info: Any = None) -> Any:
+    def start_response(status: Any, headers: Any, exc_info: Any = None) -> Any:
         return start(status, headers, exc_info) if exc_info else start(status, headers)
 
-    return inside(environ, started)
+    return inside(environ, start_response)
 
 
 def _breaks_query(app: RandomApp, inside: Any, environ: dict[str, Any], start: Any) -> Any:

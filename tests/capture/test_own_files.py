@@ -1,0 +1,83 @@
+"""File classes of an app's own, inside a server's wrapper: what they lack must be missed by nothing of ours."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gunicorn.http.wsgi import FileWrapper
+from waitress.buffers import ReadOnlyFileBasedBuffer
+
+from .servers import OldFileWrapper, as_gunicorn, request
+
+FILM = bytes(range(256)) * 1000
+HEADERS = [("Content-Type", "video/mp4")]
+gunicorns = pytest.mark.parametrize(
+    "wrapper", [FileWrapper, OldFileWrapper], ids=["gunicorn", "gunicorn < 24"]
+)
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(FILM)
+    return path
+
+
+class Own:
+    """A file of an app's own, which has no more than is said."""
+
+    def __init__(self, path: Path, seek: int, *names: str) -> None:
+        self.file = path.open("rb")
+        os.lseek(self.file.fileno(), seek, os.SEEK_SET)
+        for name in ("read", "close", *names):
+            setattr(self, name, getattr(self.file, name))
+
+
+class TellFails(Own):
+    def tell(self) -> int:
+        raise io.UnsupportedOperation("tell")
+
+
+class TellsText(Own):
+    def tell(self) -> str:
+        return "here"
+
+
+def own_file(path: Path, kind: type[Own], seek: int, *names: str) -> Any:
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", HEADERS)
+        return environ["wsgi.file_wrapper"](kind(path, seek, *names))
+
+    return app
+
+
+@gunicorns
+@pytest.mark.parametrize("seek", [0, 200_000])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [(Own, ["fileno"]), (Own, ["fileno", "tell"]), (TellFails, ["fileno", "seek"]), (TellsText, ["fileno", "seek"])],
+    ids=["no seek", "tells only", "tell fails", "tell gives text"],
+)  # fmt: skip
+def test_sendfile_of_own_file_class(
+    wrap: Any, journals: Any, film: Path, wrapper: Any, kind: type[Own], names: list[str], seek: int
+) -> None:
+    """``socket.sendfile`` asks for a descriptor, and seeks only what can be sought."""
+    answer = as_gunicorn(wrap(own_file(film, kind, seek, *names)), request(), wrapper=wrapper)
+    assert (answer.body, answer.error) == (FILM[seek:], None)
+    assert journals.sent() == [len(FILM) - seek]
+
+
+@pytest.mark.parametrize("names", [["fileno"], ["fileno", "tell"], ["tell"]], ids=" ".join)
+def test_waitress_reads_file_without_seek(wrap: Any, journals: Any, film: Path, names: list[str]) -> None:
+    """What it can't seek it reads as any iterable."""
+    body = wrap(own_file(film, Own, 0, *names))(
+        request(**{"wsgi.file_wrapper": ReadOnlyFileBasedBuffer}), lambda *head: None
+    )
+    assert not isinstance(body, ReadOnlyFileBasedBuffer) or body.prepare(len(FILM)) == 0
+    assert b"".join(body) == FILM
+    body.close()
+    assert journals.sent() == [len(FILM)]
