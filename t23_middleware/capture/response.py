@@ -153,7 +153,7 @@ class Response:
             self._status, self._headers, self._counted_by = former
             raise
         finally:
-            exc_info = None  # its traceback may hold this frame
+            exc_info = headers = None  # as above
 
     def abandon(self) -> None:
         """The app raised: what ``write()`` sent before is all there was."""
