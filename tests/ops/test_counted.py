@@ -82,7 +82,7 @@ def test_what_drains_is_shown(site: Site, state: Path):
     assert "responses drain" in said
     assert site.status()["draining"] == 1234
     with serving(state) as pages:
-        page = pages.ask("/_t23", Authorization=basic("", TOKEN)).body
+        page = pages.ask("/_t23/", Authorization=basic("", TOKEN)).body
         metrics = pages.ask("/_t23/metrics", Authorization=basic("", TOKEN)).body
     assert "Draining" in page
     assert "t23_responses_draining 1234.0" in metrics

@@ -78,6 +78,8 @@ def test_a_path_that_is_longer_than_the_line_stays_whole():
 
 
 def test_dead_letters_say_what_can_be_done_with_them(site: Site):
+    site.play(1)
+    site.deliver()  # a site that has accepted none yet pauses instead
     site.play(2, photo="404")
     site.deliver()
     shown = site.run("dead", "list").stdout
