@@ -116,7 +116,7 @@ class Reserve:
     def __init__(self, path: Path, mark: Path) -> None:
         self._path = path
         self._mark = mark
-        self._given_up = mark.exists() and not path.exists()
+        self._given_up = False
 
     def give_up(self) -> bool:
         """Remove it; whether it was there."""
@@ -135,6 +135,7 @@ class Reserve:
     @property
     def is_given_up(self) -> bool:
         """Whether it went, and there was no room for it since: the disk is full, whatever it says of itself."""
+        self._given_up = self._given_up or (self._mark.exists() and not self._path.exists())
         return self._given_up
 
     def keep(self, space: Space) -> None:
@@ -144,20 +145,20 @@ class Reserve:
         """
         if self._is_there():
             return
-        self._given_up = self._given_up or (self._mark.exists() and not self._path.exists())
+        given_up = self.is_given_up
         if space.free < space.low_water + RESERVE:
             with suppress(OSError):
                 self._mark.unlink()  # no quota: the disk itself has too little, and workers may write
             return
         try:
-            self._make(RESERVE * 2 if self._given_up else RESERVE)
+            self._make(RESERVE * 2 if given_up else RESERVE)
             os.truncate(self._path, RESERVE)
             self._mark.touch(mode=0o600)
         except OSError:
             with suppress(OSError):
                 self._path.unlink()
             return
-        if self._given_up:
+        if given_up:
             self._given_up = False
             log.warning("there is room on the disk again", extra={"t23_event": "disk_free"})
 
