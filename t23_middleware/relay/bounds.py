@@ -115,6 +115,7 @@ class Reserve:
 
     def __init__(self, path: Path, mark: Path) -> None:
         self._path = path
+        self._new = path.with_suffix(".new")
         self._mark = mark
         self._given_up = False
 
@@ -152,11 +153,11 @@ class Reserve:
             return
         try:
             self._make(RESERVE * 2 if given_up else RESERVE)
-            os.truncate(self._path, RESERVE)
             self._mark.touch(mode=0o600)
+            self._new.replace(self._path)  # not earlier: workers write as soon as it is there
         except OSError:
             with suppress(OSError):
-                self._path.unlink()
+                self._new.unlink()
             return
         if given_up:
             self._given_up = False
@@ -169,12 +170,13 @@ class Reserve:
             return False
 
     def _make(self, size: int) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             left = memoryview(os.urandom(size))  # zeros take no room where the disk compresses
             while left:
                 left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)  # some file systems find out only then
+            os.ftruncate(descriptor, RESERVE)
         finally:
             os.close(descriptor)
 
