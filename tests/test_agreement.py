@@ -380,7 +380,7 @@ def answers_lost(outside: Outside, at: StandInServer, pool: ThreadPoolExecutor) 
 
 
 def killed(outside: Outside, at: StandInServer) -> None:
-    """A worker dies by SIGKILL with two streams under way, of which one had left word of how far it was."""
+    """A worker dies by SIGKILL with two streams under way: the kernel knows how far each was, sent as a file or not."""
     port = outside.server.port
     file, paced = Stream(port, "/file.mp4", "file", 1 << 16), Stream(port, "/paced.mp4", "paced", 24 * MIB)
     assert until(lambda: page_json(outside.server)["open_responses"] == 2)
@@ -389,10 +389,11 @@ def killed(outside: Outside, at: StandInServer) -> None:
     for worker in {file.worker, paced.worker}:
         os.kill(worker, signal.SIGKILL)
     file.close(), paced.close()
-    report = told_of(outside, "paced")
-    assert 0 < report <= paced.received + 8 * MIB
-    outside.played("paced", "7", report)
-    outside.aside.update(interrupted=1, interrupted_unknown=1)
+    for session, stream in (("file", file), ("paced", paced)):
+        report = told_of(outside, session)
+        assert 0 < report <= stream.received + 8 * MIB
+        outside.played(session, "7", report)
+    outside.aside.update(interrupted=2)
     agree(outside, at.url, "idle")
 
 

@@ -116,8 +116,9 @@ class Reserve:
 
     def __init__(self, path: Path, mark: Path) -> None:
         self._path = path
+        self._new = path.with_suffix(".new")
         self._mark = mark
-        self._given_up = mark.exists() and not path.exists()
+        self._given_up = False
 
     def give_up(self) -> bool:
         """Remove it; whether it was there."""
@@ -137,6 +138,7 @@ class Reserve:
     @property
     def is_given_up(self) -> bool:
         """Whether it went, and there was no room for it since: the disk is full, whatever it says of itself."""
+        self._given_up = self._given_up or (self._mark.exists() and not self._path.exists())
         return self._given_up
 
     def keep(self, space: Space) -> None:
@@ -146,20 +148,20 @@ class Reserve:
         """
         if self._is_there():
             return
-        self._given_up = self._given_up or (self._mark.exists() and not self._path.exists())
+        given_up = self.is_given_up
         if space.free < space.low_water + RESERVE:
             with suppress(OSError):
                 self._mark.unlink()  # no quota: the disk itself has too little, and workers may write
             return
         try:
-            self._make(RESERVE * 2 if self._given_up else RESERVE)
-            os.truncate(self._path, RESERVE)
+            self._make(RESERVE * 2 if given_up else RESERVE)
             self._mark.touch(mode=0o600)
+            self._new.replace(self._path)  # not earlier: workers write as soon as it is there
         except OSError:
             with suppress(OSError):
-                owned.remove(self._path)
+                owned.remove(self._new)
             return
-        if self._given_up:
+        if given_up:
             self._given_up = False
             log.warning("there is room on the disk again", extra={"t23_event": "disk_free"})
 
@@ -170,12 +172,13 @@ class Reserve:
             return False
 
     def _make(self, size: int) -> None:
-        descriptor = owned.open_file(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = owned.open_file(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             left = memoryview(os.urandom(size))  # zeros take no room where the disk compresses
             while left:
                 left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)  # some file systems find out only then
+            os.ftruncate(descriptor, RESERVE)
         finally:
             os.close(descriptor)
 

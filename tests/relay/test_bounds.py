@@ -567,6 +567,33 @@ def test_a_reserve_that_went_though_there_is_room(world, monkeypatch, caplog):
     assert caplog.records[-1].t23_event == "disk_free"
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_reserve_removed_by_a_worker(world, restarted):
+    """It counts as given up, for a relay that starts then too: there is no more room than the quota left."""
+    bounds = world.bounds()
+    world.keep(bounds)
+    assert world.folder.reserved.exists()
+    world.folder.reserve.unlink()
+    if restarted:
+        again = Reserve(world.folder.reserve, world.folder.reserved)
+        assert again.is_given_up
+        again.keep(PLENTY)
+        assert not again.is_given_up
+    else:
+        world.keep(bounds)
+    assert world.folder.reserve.stat().st_size == RESERVE
+
+
+def test_reserve_gone_on_a_small_disk(world):
+    """Where the disk itself has too little room the mark goes, so that workers write on."""
+    world.keep(world.bounds())
+    world.folder.reserve.unlink()
+    reserve = Reserve(world.folder.reserve, world.folder.reserved)
+    reserve.keep(Space(1 << 20, 1 << 40))
+    assert not world.folder.reserved.exists()
+    assert not world.folder.reserve.exists()
+
+
 def test_a_full_quota_with_an_empty_outbox(world, monkeypatch):
     """What is new may have a little of the room, since nothing is to be acknowledged."""
     bounds = world.bounds()

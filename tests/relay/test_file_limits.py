@@ -45,7 +45,7 @@ def test_all_leaves_though_no_file_may_grow(limit: int, state: Path) -> None:
             assert stats(folder).waiting < count
             assert relay.poll() is None
             api.heal()
-            assert until(lambda: stats(folder)[:3] == (count, 0, count), 2 * PATIENCE), stats(folder)
+            assert until(lambda: stats(folder)[:3] == (count, 0, count), 6 * PATIENCE), stats(folder)
         finally:
             relay.send_signal(signal.SIGTERM)
             relay.wait(PATIENCE)
