@@ -196,9 +196,14 @@ class Response:
 
     def _counted_late(self, body: Iterable[bytes]) -> CountedIterable:
         self._environ[CALLING] = True
-        ending = LateEnding(lambda: self._counter, lambda: self._environ.pop(CALLING, None))
+        ending = LateEnding(lambda: self._counter, self._is_over_unsaid)
         self._holder = holder_of(self._environ)
         return counted_iterable(body, ending if self._holder is None else HeldEnding(ending, self._holder))
+
+    def _is_over_unsaid(self) -> None:
+        """The body ended before ``start_response``: if ``close()`` calls it, there is nothing left to count."""
+        self._environ.pop(CALLING, None)
+        self._is_decided = True
 
     # Whether it is counted.
 
