@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from ..media import BYTERANGES, SEGMENT_ENDINGS, MediaTypes
@@ -146,7 +147,9 @@ class Response:
         former = self._status, self._headers, self._counted_by
         self._status, self._headers = _said(status), readable
         self._counted_by = self._who_counts()
-        if self._counted_by is not None and (counter := self._begin()) and counter.play_id is not None:
+        fails = type(headers) is GeneratorType  # made by _failing(); the server may meet another fault first
+        counter = None if fails or self._counted_by is None else self._begin()
+        if counter is not None and counter.play_id is not None:
             headers = [*headers, (PLAY_HEADER, counter.play_id)]
         try:
             return self._started(status, headers, exc_info)

@@ -241,6 +241,19 @@ class FailingHeaders:
 
 
 @pytest.mark.parametrize("settings", [{}, {"proxy_log": "/var/log/t23.log"}], ids=["plain", "proxy log"])
+def test_server_refuses_headers_before_they_fail(wrap: Any, settings: dict[str, str]) -> None:
+    """The first fault that the server meets is the one that it reports."""
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        for name, _ in headers:
+            raise TypeError(f"{name} is refused")
+
+    with pytest.raises(TypeError, match="Content-Type is refused"):
+        app = wrap(lambda environ, start: returning([], failing_headers())(environ, start), **settings)
+        app(request(), start_response)
+
+
+@pytest.mark.parametrize("settings", [{}, {"proxy_log": "/var/log/t23.log"}], ids=["plain", "proxy log"])
 @pytest.mark.parametrize("failing", [failing_headers, FailingHeaders])
 def test_refused_headers_keep_nothing_alive(wrap: Any, settings: dict[str, str], failing: Any) -> None:
     """wsgiref refuses what is no list and never reads it: the app's objects go at once all the same."""
