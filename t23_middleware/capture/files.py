@@ -141,9 +141,12 @@ class PositionedFile:
         return data
 
     def seek(self, *place: int) -> Any:
-        # ``socket.sendfile`` notes with it what it sent, and does without it if a file has none.
-        answer = self._file.seek(*place) if hasattr(self._file, "seek") else place[0]
-        self._position = place[0] if len(place) == 1 else _place(self._file)
+        # ``socket.sendfile`` notes with it what it sent, whether the file can be sought or not.
+        if len(place) == 1:
+            self._position = place[0]
+        answer = self._file.seek(*place) if hasattr(self._file, "seek") else self._position
+        if len(place) > 1:
+            self._position = _place(self._file)
         return answer
 
     def close(self) -> None:

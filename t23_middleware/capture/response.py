@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from ..media import BYTERANGES, SEGMENT_ENDINGS, MediaTypes
@@ -143,7 +144,9 @@ class Response:
         former = self._status, self._headers, self._counted_by
         self._status, self._headers = _text_status(status), readable
         self._counted_by = self._who_counts()
-        if self._counted_by is not None and (counter := self._begin()) and counter.play_id is not None:
+        fails = type(headers) is GeneratorType  # made by _failing(); the server may meet another fault first
+        counter = None if fails or self._counted_by is None else self._begin()
+        if counter is not None and counter.play_id is not None:
             headers = [*headers, (PLAY_HEADER, counter.play_id)]
         try:
             return (
@@ -195,9 +198,14 @@ class Response:
 
     def _counted_late(self, body: Iterable[bytes]) -> CountedIterable:
         self._environ[CALLING] = True
-        ending = LateEnding(lambda: self._counter, lambda: self._environ.pop(CALLING, None))
+        ending = LateEnding(lambda: self._counter, self._is_over_unsaid)
         self._holder = holder_of(self._environ)
         return counted_iterable(body, ending if self._holder is None else HeldEnding(ending, self._holder))
+
+    def _is_over_unsaid(self) -> None:
+        """The body ended before ``start_response``: if ``close()`` calls it, there is nothing left to count."""
+        self._environ.pop(CALLING, None)
+        self._is_decided = True
 
     # Whether it is counted.
 

@@ -81,3 +81,16 @@ def test_waitress_reads_file_without_seek(wrap: Any, journals: Any, film: Path, 
     assert b"".join(body) == FILM
     body.close()
     assert journals.sent() == [len(FILM)]
+
+
+@gunicorns
+def test_sendfile_of_file_that_fails_to_seek(wrap: Any, journals: Any, film: Path, wrapper: Any) -> None:
+    """``socket.sendfile`` seeks when all is sent: the error is the server's, the bytes are the client's."""
+
+    class Fails(Own):
+        def seek(self, *place: int) -> int:
+            raise io.UnsupportedOperation("seek")
+
+    answer = as_gunicorn(wrap(own_file(film, Fails, 5, "fileno")), request(), wrapper=wrapper)
+    assert (answer.body, type(answer.error)) == (FILM[5:], io.UnsupportedOperation)
+    assert journals.sent() == [len(FILM) - 5]

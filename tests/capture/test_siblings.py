@@ -27,6 +27,8 @@ FILM = bytes(range(200)) * 50
 class Body:
     """An iterator of the app's own that knows what was done to it."""
 
+    start: Any = None
+
     def __init__(self, *chunks: bytes) -> None:
         self.chunks = iter(chunks)
         self.begun = self.closed = 0
@@ -193,6 +195,27 @@ def test_head_answered_by_get_of_itself(wrap: Any, journals: Any) -> None:
     assert journals.files() == []
 
 
+@pytest.mark.parametrize("chunks", [[], [b""]], ids=["no chunk", "an empty one"])
+@pytest.mark.parametrize("settings", [{}, {"proxy_log": "/var/log/t23.log"}], ids=["plain", "proxy log"])
+def test_start_in_close_opens_nothing(
+    wrap: Any, journals: Any, settings: dict[str, str], chunks: list[bytes]
+) -> None:
+    """What would be opened after the body's end would never be closed."""
+
+    class Late(Body):
+        def close(self) -> None:
+            self.start("200 OK", HEADERS)
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        body = Late(*chunks)
+        body.start = start_response
+        return body
+
+    answer = ask(wrap(app, **settings))
+    assert (answer.status, answer.headers, answer.body) == ("200 OK", HEADERS, b"")
+    assert len(journals.opened()) == len(journals.closed())
+
+
 # Headers.
 
 
@@ -215,6 +238,19 @@ class FailingHeaders:
 
     def __next__(self) -> tuple[str, str]:
         raise ValueError("the headers ran out")
+
+
+@pytest.mark.parametrize("settings", [{}, {"proxy_log": "/var/log/t23.log"}], ids=["plain", "proxy log"])
+def test_server_refuses_headers_before_they_fail(wrap: Any, settings: dict[str, str]) -> None:
+    """The first fault that the server meets is the one that it reports."""
+
+    def start_response(status: str, headers: Any, exc_info: Any = None) -> Any:
+        for name, _ in headers:
+            raise TypeError(f"{name} is refused")
+
+    with pytest.raises(TypeError, match="Content-Type is refused"):
+        app = wrap(lambda environ, start: returning([], failing_headers())(environ, start), **settings)
+        app(request(), start_response)
 
 
 @pytest.mark.parametrize("settings", [{}, {"proxy_log": "/var/log/t23.log"}], ids=["plain", "proxy log"])

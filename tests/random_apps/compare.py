@@ -230,8 +230,10 @@ def may_count(chosen: dict[str, str]) -> bool:
         # No app writes while it is closed, and to wait for it would leave a body open that a server never closes.
         and chosen["write"] != "after close"
         and (chosen["write"] == "none" or chosen["outer"] != "retry")
-        # waitress sends such a file without the chunked framing that it has begun.
-        and (chosen["write"] == "none" or not chosen["body"].startswith("wrapper"))
+        # waitress sends such a file without the chunked framing that it has begun, and wsgiref takes what was written
+        # for the whole of a body with one chunk.
+        and (chosen["write"] == "none" or not chosen["body"].startswith(("wrapper", "sized")))
+        and chosen["start"] != "in close"
         and "hostile" not in chosen["body"]
     )  # fmt: skip
 

@@ -40,14 +40,19 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """One connection; *buffer* is the size of its receive buffer in bytes, where it shall be small."""
+    """One connection; *buffer* is the size of its receive buffer in bytes, where it shall be small.
 
-    def __init__(self, port: int, *, tls: bool = False, buffer: int | None = None) -> None:
+    After *silence* seconds without a byte it takes the server for hung.
+    """
+
+    def __init__(
+        self, port: int, *, tls: bool = False, buffer: int | None = None, silence: float = SILENCE
+    ) -> None:
         self._method = ""
         #: What had come on this connection before the last request.
         self._before = 0
         self._response: http.client.HTTPResponse | None = None
-        self._connection = _Connection("127.0.0.1", port, SILENCE, tls, buffer)
+        self._connection = _Connection("127.0.0.1", port, silence, tls, buffer)
 
     def __enter__(self) -> Client:
         return self

@@ -37,6 +37,10 @@ class Setup(NamedTuple):
     fails_on_empty: bool = False
     #: Cases in which it garbles the bare app's answer, but not ours: it does not get the file into its hands then.
     garbles: tuple[str, ...] = ()
+    #: It sends a chunk that is a number as so many zeros: ``bytes(number)``.
+    expands_numbers: bool = False
+    #: Odd answers that it never gives: its client waits for ever.
+    hangs: tuple[str, ...] = ()
     #: Its process may run only as another user than root.
     not_root: bool = False
 
@@ -102,7 +106,11 @@ SETUPS = {
         asks_kernel=False,
         resets=True,
     ),
-    "uvicorn a2wsgi": Setup("uvicorn --host 127.0.0.1 --port PORT tests.servers.asgi:application", "a2wsgi"),
+    "uvicorn a2wsgi": Setup(
+        "uvicorn --host 127.0.0.1 --port PORT tests.servers.asgi:application",
+        "a2wsgi",
+        hangs=("/odd-body/bytes", "/odd-body/bytes-subclass", "/odd-body/bytearray", "/odd-body/str"),
+    ),
     "hypercorn": Setup(
         f"hypercorn -b 127.0.0.1:PORT wsgi:{APP}",
         "hypercorn",
@@ -110,6 +118,7 @@ SETUPS = {
         asks_kernel=False,
         notices_leaving=False,
         fails_on_empty=True,
+        expands_numbers=True,
     ),
 }
 

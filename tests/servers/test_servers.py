@@ -55,15 +55,32 @@ def test_a_complete_answer_is_the_bare_apps_and_counted_to_the_byte(case: str, s
 
 ODD = [f"/odd-body/{name}" for name in ODD_BODIES] + [f"/odd-headers/{name}" for name in ODD_HEADERS]
 
+#: Bodies whose chunks are numbers, in Python's eyes.
+OF_NUMBERS = ("/odd-body/bytes", "/odd-body/bytes-subclass", "/odd-body/bytearray")
+
 
 @pytest.mark.parametrize("path", ODD)
 def test_odd_answer_stays_the_same(path: str, site: Site) -> None:
     """What this server makes of types that PEP 3333 does not allow; a complete answer is counted."""
+    if path in site.setup.hangs:
+        assert both_hang(site, path)
+        return
     session = site.session()
     answer = site.ask("GET", path, session)
     assert answer == site.bare("GET", path)
+    if site.setup.expands_numbers and path in OF_NUMBERS:
+        return
     if answer.status == 200 and not answer.cut and answer.header("Content-Type") == "video/mp4":
         assert site.sent(session) == [len(answer.body)]
+
+
+def both_hang(site: Site, path: str) -> bool:
+    """Whether no whole answer comes within some seconds, neither of the bare app nor of ours."""
+    cut = []
+    for headers in ({"X-Bare": "1"}, {}):
+        with site.client(silence=3.0) as client:
+            cut.append(client.ask("GET", play(path, site.session()), headers).cut)
+    return cut == [True, True]
 
 
 def test_an_empty_body_is_the_bare_apps_and_counted_as_nothing(site: Site) -> None:
