@@ -55,7 +55,7 @@ def has_wrong_kinds(folder: StateFolder) -> None:
         db.execute("INSERT INTO counters VALUES ('captured', 'many')")
         db.execute("INSERT INTO losses VALUES ('2026-11-29', 'too_old', 'some', x'ff')")
         db.execute(
-            "INSERT INTO dead VALUES (1, 'then', 'b', x'ff', 5, 'x', 'y', NULL, NULL, NULL, 'c', x'fe', 'z')"
+            "INSERT INTO dead VALUES (1, 'then', 'b', x'ff', 5, 'x', 'y', NULL, NULL, NULL, 'c', x'fe', 'z', NULL)"
         )
     db.close()
 

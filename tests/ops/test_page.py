@@ -441,7 +441,7 @@ def test_a_page_costs_the_same_however_much_waits_and_is_dead(state: Path):
     with sqlite3.connect(folder.outbox) as db:
         db.execute(
             "INSERT INTO dead SELECT id + 1000000, time_ms, host, session_id, photo_id, sent, skip, NULL, NULL, NULL,"
-            " 'code', 'answer', time_ms FROM reports"
+            " 'code', 'answer', time_ms, NULL FROM reports"
         )
     db.close()
     # The refusals of the list of recent errors: 200 at most.
