@@ -68,7 +68,9 @@ def test_what_the_relay_has_read_is_passed_over_also_in_a_copy(site: Site, tmp_p
     live = tmp_path / "t23.log"
     plays(site, range(4))
     live.write_text(lines(range(2)))
-    later = lines(range(2, 4))  # dated now: a relay may take seconds to start, and its clock would seem to differ
+    later = lines(
+        range(2, 4)
+    )  # dated now: a relay may take seconds to start, and its clock would seem to differ
     with site.relay(T23_PROXY_LOG=str(live)):
         assert until(lambda: len(site.api.recorded()) == 2)
     with live.open("a") as more:
