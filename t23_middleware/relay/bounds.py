@@ -141,10 +141,11 @@ class Reserve:
         self._given_up = self._given_up or (self._mark.exists() and not self._path.exists())
         return self._given_up
 
-    def keep(self, space: Space) -> None:
+    def keep(self, space: Space, *, something_waits: bool = False) -> None:
         """Make it where it is missing and there is room.
 
-        The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much.
+        The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much
+        where *something_waits*, since what workers write then comes on top of it.
         """
         if self._is_there():
             return
@@ -154,7 +155,7 @@ class Reserve:
                 self._mark.unlink()  # no quota: the disk itself has too little, and workers may write
             return
         try:
-            self._make(RESERVE * 2 if given_up else RESERVE)
+            self._make(RESERVE * 2 if given_up and something_waits else RESERVE)
             self._mark.touch(mode=0o600)
             self._new.replace(self._path)  # not earlier: workers write as soon as it is there
         except OSError:
@@ -227,7 +228,7 @@ class Bounds:
         self._look_at = now + LOOK_EVERY
         space = self._space()
         if now >= self._try_reserve_at:
-            self._reserve.keep(self._told_space())
+            self._reserve.keep(self._told_space(), something_waits=bool(self._outbox.hosts()))
             self._try_reserve_at = now + (TRY_FULL_EVERY if self._reserve.is_given_up else 0)
         full = self._drop_aged(now) >= MOST_AT_ONCE
         if self._drop_what_is_over() or full:

@@ -584,6 +584,22 @@ def test_reserve_removed_by_a_worker(world, restarted):
     assert world.folder.reserve.stat().st_size == RESERVE
 
 
+def test_reserve_back_when_nothing_waits(world, monkeypatch):
+    """Its own size is room enough then: the viewings in the outbox may keep the rest of a small quota for long."""
+    bounds, write = world.bounds(), os.write
+    world.keep(bounds)
+    world.folder.reserve.unlink()
+
+    def limited(descriptor: int, data: Any) -> int:
+        if len(data) > RESERVE + 1000:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", limited)
+    world.keep(bounds)
+    assert world.folder.reserve.stat().st_size == RESERVE
+
+
 def test_reserve_gone_on_a_small_disk(world):
     """Where the disk itself has too little room the mark goes, so that workers write on."""
     world.keep(world.bounds())
