@@ -127,7 +127,8 @@ class PositionedFile:
             if self._ending is not None and self._position - self._start >= self._mark:
                 self._mark = self._ending.progress(self._position - self._start)
         data = self._file.read(*size) if self._stop is None else self._read_in_range(*size)
-        self._position += size_of(data)
+        # These servers refuse text.
+        self._position += 0 if isinstance(data, str) else size_of(data)
         return data
 
     def _read_in_range(self, size: int | None = -1) -> Any:
@@ -142,7 +143,7 @@ class PositionedFile:
 
     def seek(self, *place: int) -> Any:
         # ``socket.sendfile`` notes with it what it sent, whether the file can be sought or not.
-        if len(place) == 1:
+        if len(place) == 1 and type(place[0]) is int:
             self._position = place[0]
         answer = self._file.seek(*place) if hasattr(self._file, "seek") else self._position
         if len(place) > 1:

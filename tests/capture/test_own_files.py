@@ -94,3 +94,37 @@ def test_sendfile_of_file_that_fails_to_seek(wrap: Any, journals: Any, film: Pat
     answer = as_gunicorn(wrap(own_file(film, Fails, 5, "fileno")), request(), wrapper=wrapper)
     assert (answer.body, type(answer.error)) == (FILM[5:], io.UnsupportedOperation)
     assert journals.sent() == [len(FILM) - 5]
+
+
+@pytest.mark.parametrize("wrapper", [FileWrapper, ReadOnlyFileBasedBuffer], ids=["gunicorn", "waitress"])
+@pytest.mark.parametrize("names", [[], ["seek", "tell"]], ids=["reads only", "seeks"])
+def test_text_file_counts_nothing(
+    wrap: Any, journals: Any, film: Path, wrapper: Any, names: list[str]
+) -> None:
+    """Servers refuse text, so that none of it is sent."""
+
+    class Text(Own):
+        def read(self, size: int = -1) -> str:
+            return self.file.read(size).decode("latin-1")
+
+        def __init__(self, path: Path, seek: int, *names: str) -> None:
+            super().__init__(path, seek, *names)
+            del vars(self)["read"]
+
+    body = wrap(own_file(film, Text, 0, *names))(
+        request(**{"wsgi.file_wrapper": wrapper}), lambda *head: None
+    )
+    assert isinstance(next(iter(body)), str)
+    body.close()
+    assert journals.sent() == [0]
+
+
+def test_waitress_with_tell_of_text(wrap: Any, journals: Any, film: Path) -> None:
+    """waitress fails on it as without us, and the close() adds no error of ours."""
+    body = wrap(own_file(film, TellsText, 0, "seek"))(
+        request(**{"wsgi.file_wrapper": ReadOnlyFileBasedBuffer}), lambda *head: None
+    )
+    with pytest.raises(TypeError):
+        body.prepare(len(FILM))
+    body.close()
+    assert len(journals.sent()) == 1

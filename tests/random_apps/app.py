@@ -414,7 +414,7 @@ class Own:
     def __init__(self, app: RandomApp, start: Any) -> None:
         self.app = app
         self.start = start
-        self.is_begun = False
+        self.is_begun = self.is_over = False
         self.chunks = app._chunks()
 
     def __iter__(self) -> Iterator[Any]:
@@ -428,7 +428,9 @@ class Own:
         try:
             return next(self.chunks)
         except StopIteration:
-            self.app.note("exhausted")
+            if not self.is_over:
+                self.app.note("exhausted")  # who asks it again is nothing that an app sees
+            self.is_over = True
             raise
 
     def close(self) -> None:

@@ -217,7 +217,7 @@ class _Connection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         plain = socket.socket()
-        plain.settimeout(SILENCE)
+        plain.settimeout(self.timeout)
         if self._receive_buffer is not None:
             # Before the connection is made: the kernel then lets the window grow no further.
             plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer)
