@@ -37,6 +37,8 @@ RETRY_FULL = 1.0
 MUCH_ROOM = 65 << 20
 #: Bytes that all journals may take, where no relay reads them.
 MOST_BYTES = 256 << 20
+#: Seconds between two looks whether a quota's last room is the relay's: what is written meanwhile is little of it.
+ASK_ROOM_EVERY = 0.1
 #: Seconds between two looks whether the journal is still where it was made.
 LOOK_EVERY = 1.0
 #: Seconds between two lines of what was counted aside, where no play's line takes the figures along.
@@ -102,6 +104,7 @@ class JournalWriter:
         self._wait_until = 0.0
         #: Whether lines are kept aside until a relay has made room.
         self.waits_for_relay = False
+        self._room_asked_until = 0.0
         self._waits_for = ""
         self._changing = threading.Lock()
         self._counting = threading.Lock()
@@ -189,12 +192,16 @@ class JournalWriter:
             with suppress(OSError):  # a relay gave it up
                 if self._disk_has_room():
                     self._folder.reserve.unlink()
+                    self._room_asked_until = 0.0
 
-    def _is_relays_room(self) -> bool:
+    def _is_relays_room(self, now: float) -> bool:
         """Whether a quota is full, so that what room there is must stay for acknowledgements: they make more.
 
         A relay without it can't even keep its database open. No reserve was made where the disk itself has little.
         """
+        if now < self._room_asked_until:
+            return self.waits_for_relay
+        self._room_asked_until = now + ASK_ROOM_EVERY
         given_up = not os.access(self._reserve, os.F_OK) and os.access(self._reserved, os.F_OK)
         self.waits_for_relay = given_up and self._disk_has_room()
         return self.waits_for_relay
@@ -220,9 +227,10 @@ class JournalWriter:
 
     def _write(self, line: bytes) -> None:
         """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
-        if self._is_relays_room():
+        now = time.monotonic()
+        if self._is_relays_room(now):
             raise StateError(_RELAYS_ROOM)
-        if time.monotonic() >= self._look_at:
+        if now >= self._look_at:
             self._look()
         journal = self._journal or self._begin()
         if not _is_open(journal):

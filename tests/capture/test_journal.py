@@ -693,7 +693,8 @@ def test_quota_met_by_a_worker(
 def test_quota_met_by_another_process(
     wrap: Any, state: Path, journals: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A worker whose writes never failed stops at the next line, and so does one that only starts."""
+    """A worker whose writes never failed stops at the next look, and so does one that only starts."""
+    monkeypatch.setattr("t23_middleware.journal.ASK_ROOM_EVERY", 0.0)
     reserve, _ = _with_reserve(state, monkeypatch)
     app = wrap(media(PLAYS))
     ask(app)
