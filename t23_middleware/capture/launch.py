@@ -139,6 +139,8 @@ class RelayLauncher:
 
     def wake(self) -> None:
         """A request of any kind came: what was left here, or what a relay that died did not take, gets one."""
+        if self._started:
+            self._started = [process for process in self._started if _is_our_child(process)]
         if self._settings.relay != "auto" or time.monotonic() < self._next_look:
             return
         if self._owed is None:
@@ -159,7 +161,6 @@ class RelayLauncher:
         if now < self._next_look or self._settings.relay != "auto":
             return
         self._next_look = now + LOOK_EVERY
-        self._started = [process for process in self._started if _is_our_child(process)]
         try:
             if lock_is_held(self._folder.relay_lock):
                 self._owed = not self._is_ours()
