@@ -657,6 +657,7 @@ def test_a_rotation_that_fails_goes_on_in_the_old_journal(
 
 def _with_reserve(state: Path, monkeypatch: pytest.MonkeyPatch, free: int = 1 << 30) -> tuple[Path, Path]:
     """A relay's reserve and its mark in *state*, on a disk that says that *free* bytes are free."""
+    monkeypatch.setattr("t23_middleware.journal.ASK_ROOM_EVERY", 0.0)
     monkeypatch.setattr(
         "t23_middleware.journal.os.statvfs",
         lambda path: SimpleNamespace(f_bavail=free, f_frsize=1),
@@ -694,7 +695,6 @@ def test_quota_met_by_another_process(
     wrap: Any, state: Path, journals: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A worker whose writes never failed stops at the next look, and so does one that only starts."""
-    monkeypatch.setattr("t23_middleware.journal.ASK_ROOM_EVERY", 0.0)
     reserve, _ = _with_reserve(state, monkeypatch)
     app = wrap(media(PLAYS))
     ask(app)
