@@ -73,7 +73,10 @@ class CountedIterable:
         except GeneratorExit:
             raise
         except BaseException:
-            chunk = b""  # the app failed after the last one was sent
+            # The app failed after the last one was sent. Its exception holds this frame, and nothing in it shall live on.
+            chunk = b""
+            self._finish()
+            del self, iterator, ending
             raise
         chunk = b""
         self._finish()
