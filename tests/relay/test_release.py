@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import t23_middleware
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.relay import client
 from t23_middleware.relay.release import Release, import_all
@@ -22,6 +23,7 @@ from t23_middleware.state import StateFolder, lock_owner
 
 from ..harness import PATIENCE, ROOT, end_relay, until
 
+PACKAGE = Path(t23_middleware.__file__).parent
 #: An app that streams one play for each line that it reads, and answers another request for an empty line.
 APP = """
 import sys
@@ -74,7 +76,7 @@ def release(tmp_path: Path) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         home = tmp_path / "releases" / name
         shutil.copytree(
-            ROOT / "t23_middleware",
+            PACKAGE,
             home / "t23_middleware",
             ignore=shutil.ignore_patterns("__pycache__"),
         )
@@ -139,7 +141,7 @@ def test_upgrade_in_place(folder: StateFolder, api: StandInServer, release: Any,
     relay = relay_of(folder)
     (one / "t23_middleware").rename(one / "old")
     app.play("two")
-    shutil.copytree(ROOT / "t23_middleware", one / "t23_middleware")
+    shutil.copytree(PACKAGE, one / "t23_middleware")
     shutil.rmtree(one / "old")
     assert until(lambda: lock_owner(folder.relay_lock) != relay), folder.relay_log.read_text()
     play_until(app, api, "three")
@@ -216,9 +218,10 @@ def test_nothing_is_imported_later(folder: StateFolder) -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
     loaded = set(json.loads(done.stdout))
-    files = (ROOT / "t23_middleware" / "relay").rglob("*.py")
+    files = (PACKAGE / "relay").rglob("*.py")
     names = {
-        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for file in files
     }
     assert names <= loaded
     assert {"encodings.idna", "encodings.utf_8_sig", "ssl", "sqlite3"} <= loaded

@@ -43,9 +43,9 @@ def immediate(db: sqlite3.Connection) -> Iterator[None]:
 
 def open_beside(path: Path, mode: str) -> sqlite3.Connection:
     """The database that a relay may be working on: never made, replaced or checked in full here."""
-    _refuse_what_is_no_file(path)
     if not _is_there(path):
         raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts")
+    _refuse_what_is_no_file(path)
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
     )
@@ -77,7 +77,7 @@ def _refuse_what_is_no_file(path: Path) -> None:
             f"the outbox {path} can't be read by user {os.geteuid()} ({error.strerror}); run this as the workers' user"
         ) from error
     if not stat.S_ISREG(mode):
-        raise OutboxError(f"the outbox {path} is no file; move it away, and a relay makes a new one")
+        raise OutboxError(f"the outbox {path} is no regular file; move it away, and a relay makes a new one")
 
 
 @contextmanager
