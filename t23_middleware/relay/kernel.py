@@ -30,10 +30,12 @@ log = logging.getLogger(__name__)
 ASK_EVERY = 0.2
 SHARE = 0.05
 #: Ends are kept for so many seconds, and so many of them: the open line may not be read yet.
-KEEP_ENDS = 10.0
+KEEP_ENDS = 60.0
 MOST_ENDS = 20_000
 #: Dumps that miss a connection before it is given up: its end may be heard after the first.
 ROUNDS = 2
+#: Seconds for which a server may hold a socket whose client is gone; after that its end was missed.
+HELD_MOST = 20.0
 _NEVER_NS = 1 << 62
 MS = 1_000_000
 
@@ -51,8 +53,10 @@ class _Seen:
 
     #: When the last did that had it; 0 for never.
     at_ns: int = 0
-    #: How many had it not since.
+    #: How many had it not since, and since when.
     missed: int = 0
+    missed_since_ns: int = 0
+    is_given_up: bool = False
     #: All that was written into it, as was told last.
     position: int | None = None
     #: The highest acknowledged count that was written down.
@@ -204,14 +208,17 @@ class Kernel:
             self._write(row.cookie, acked, at_ns, gone=0)
 
     def _not_found(self, cookie: int, responses: list[Watched]) -> None:
-        """Where its end would have been heard, its socket is closed but for the server, which will close it."""
-        seen = self._seen[cookie]
+        """Its end was missed, or its socket is closed but for the server, which will close it: then that is heard."""
+        seen, now_ns = self._seen[cookie], time.monotonic_ns()
         since_ns = self._ports.get(responses[0].port, self._heard_since_ns)
-        if seen.at_ns > since_ns or min(each.started_ns for each in responses) > since_ns:
-            return
+        would_hear = seen.at_ns > since_ns or min(each.started_ns for each in responses) > since_ns
         seen.missed += 1
-        if seen.missed == ROUNDS:
-            self._write(cookie, None, time.monotonic_ns(), gone=1)
+        if seen.missed == 1:
+            seen.missed_since_ns = now_ns
+        waited = now_ns - seen.missed_since_ns >= (HELD_MOST * 1e9 if would_hear else 0)
+        if seen.missed >= ROUNDS and waited and not seen.is_given_up:
+            seen.is_given_up = True
+            self._write(cookie, None, now_ns, gone=1)
 
     # What is heard; in the listener's thread.
 
