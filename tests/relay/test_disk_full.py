@@ -384,6 +384,7 @@ def test_another_users_folder_is_left_alone_by_app_and_relay(base, api):
     folder = base / "theirs"
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)
+    os.chown(folder, 1, 1)  # neither root's nor that user's
     with Site(folder, api.url, base / "site.log", user=NOBODY) as site:
         site.play("s", 20)
         assert site.log().count("ERROR") == 1
