@@ -108,7 +108,9 @@ class RelayLauncher:
     def written(self) -> None:
         """A close line was written: see that a relay takes care of it."""
         self._owed = True
-        if not self._has_begun:  # a count without a play: the look of this request has found nothing to do yet
+        if (
+            not self._has_begun
+        ):  # a count without a play: the look of this request has found nothing to do yet
             self._has_begun, self._next_look = True, 0.0
         if self._settings.ephemeral:
             self._wait_at_exit()
