@@ -395,6 +395,7 @@ def test_another_users_folder_is_left_alone_by_app_and_relay(base, api):
         "import os, sys\n"
         "from t23_middleware.ops.cli import main\n"
         "import t23_middleware.ops.logs, t23_middleware.ops.owner, t23_middleware.relay.process\n"
+        "t23_middleware.relay.process.import_all()\n"
         f"os.setgid({NOBODY}), os.setuid({NOBODY})\n"
         "sys.exit(main(['relay']))\n"
     )
