@@ -60,7 +60,8 @@ class Relay:
         self._outdated = False
         #: When it was seen that our files are gone, or others now.
         self._replaced_at: float | None = None
-        self._works = False
+        #: How often it was started in vain before, as the workers count it.
+        self._tries: bytes | None = None
         self._store_fails = False
         self._say_again = 0.0
         self._moved = time.monotonic()
@@ -71,6 +72,15 @@ class Relay:
 
     def run(self) -> None:
         """Work until told to stop, or, if automatic, until nothing is left to do."""
+        try:
+            self._run()
+        except Exception:
+            if self._tries:  # else each start would count as the first, however often it fails
+                with suppress(OSError):
+                    owned.replace(self._folder.relay_start, self._tries)
+            raise
+
+    def _run(self) -> None:
         mended = False
         while True:
             try:
@@ -137,6 +147,10 @@ class Relay:
         with suppress(OSError):  # a full disk: the outbox says it
             owned.touch(self._folder.unfinished)
         self._outbox.recover_leases(self._settings.retry_ambiguous, _wall_ms())
+        # It works: a relay that is killed from here on was not started in vain.
+        with suppress(OSError):
+            self._tries = self._tries or owned.read(self._folder.relay_start)
+            owned.remove(self._folder.relay_start)
         self._intake.begin()
 
     def _take_in(self) -> float:
@@ -159,11 +173,7 @@ class Relay:
             self._say_store_fails(error)
             self._intake.take_smaller_pieces()
             return TRY_STORE_AGAIN
-        self._store_fails = False
-        if not self._works:
-            self._works = True
-            with suppress(OSError):  # workers count by it how often they tried to start one
-                owned.remove(self._folder.relay_start)
+        self._store_fails, self._tries = False, None
         return 0.0 if self._intake.has_more else POLL
 
     def _keep_bounds(self) -> bool:

@@ -368,6 +368,32 @@ def test_a_kill_at_any_point_loses_nothing_and_doubles_no_more_than_was_in_fligh
     assert list(folder.journals.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [Killed(), RuntimeError("a fault")])
+def test_tries_of_a_killed_relay(
+    api: StandInServer, folder: StateFolder, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """A relay that is killed once it works was not started in vain; one that fails of itself was."""
+    folder.create()
+    folder.relay_start.write_bytes(b"5 1 wanted")
+    journal(folder, "1-dead", transfer(1, now() - 10**9, "s"))
+
+    def fail(self: SQLiteOutbox, *arguments: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SQLiteOutbox, "ingest", fail)
+        relay = made(api, folder)
+        with pytest.raises(type(error)):
+            relay.run()
+        os.close(relay._lock)
+    assert folder.relay_start.exists() == isinstance(error, RuntimeError)
+    if folder.relay_start.exists():
+        assert folder.relay_start.read_bytes() == b"5 1 wanted"
+    made(api, folder).run()
+    assert not folder.relay_start.exists()
+    assert list(sessions(api)) == ["s"]
+
+
 def test_a_viewing_of_another_boot_lies_where_the_wall_clock_puts_it(api, folder, monkeypatch):
     """An hour ago, so that it was over; by the old boot's own clock it would seem to be now."""
     hour = 3600 * 10**9
