@@ -58,6 +58,7 @@ _IDLE = re.compile(
     r"^(\s|Traceback|During handling|The above exc|-{5}|$)|\" [0-9]{3} -?[0-9]*|HTTP/1\.[01] [0-9]{3}"
     r"|T23Middleware is wrapped|Task queue depth|^\S+ - - \[|failed with \w+$"
 )
+_ANOTHERS = re.compile(r"EVENT r[0-9]+ dropped")
 _VARIES = [
     (re.compile(r"0x[0-9a-f]+"), "0x"),
     (re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[ T][0-9:,.]+( \+0000)?"), "TIME"),
@@ -144,11 +145,15 @@ class Runner:
         raw, ended = self._exchange(
             f"/{seed}/{','.join(plain)}/{request}", request, chosen, way, SILENCE * 2**number
         )
+        if number:
+            self._site.bare("GET", "/collect")
         time.sleep(0.1 * number * number)
         log = self._log.read().decode(errors="replace")
         if way == "wrapped" and may_count(chosen) and b"X-T23-Play" not in raw:
             self._expect(request, raw, ended, seed)
         lines = Counter(_plain(line, request) for line in log.splitlines() if not _IDLE.search(line))
+        # When the garbage collector comes is chance: another app's objects say nothing of this one.
+        lines = Counter({line: times for line, times in lines.items() if not _ANOTHERS.match(line)})
         raw = re.sub(rb"(?mi)^(Date|X-T23-Play): [^\r\n]*\r\n", b"", raw).replace(
             request.encode(), b"REQUEST"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -40,6 +41,7 @@ def again(app: Any, environ: dict[str, Any], start: Any) -> Any:
 def application(environ: dict[str, Any], start: Callable[..., Any]) -> Any:
     parts = environ["PATH_INFO"].split("/")
     if len(parts) != 4:
+        gc.collect()  # what the last app left in cycles is dropped now, with us or without
         start("404 Not Found", [("Content-Type", "text/plain"), ("Content-Length", "9")])
         return [b"not here\n"]
     app = RandomApp(int(parts[1]), frozenset(parts[2].split(",")), parts[3])
