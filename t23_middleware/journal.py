@@ -7,6 +7,7 @@ the kernel has taken survives the death of the process.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import threading
@@ -65,6 +66,8 @@ class _Journal(NamedTuple):
     sequence: int
     #: The file itself: the app may have closed our descriptor, and have something else behind its number.
     file: tuple[int, int]
+    #: Its status flags, as ``F_GETFL`` gives them: what else the app opens has others, and asking costs a third of ``fstat``.
+    flags: int
 
 
 class JournalWriter:
@@ -104,7 +107,7 @@ class JournalWriter:
         self._wait_until = 0.0
         #: Whether lines are kept aside until a relay has made room.
         self.waits_for_relay = False
-        self._room_asked_until = 0.0
+        self._ask_room_at = 0.0
         self._waits_for = ""
         self._changing = threading.Lock()
         self._counting = threading.Lock()
@@ -124,7 +127,8 @@ class JournalWriter:
             self._write_aside()
         except (OSError, StateError):
             return
-        self._went_well()
+        if self._failing:
+            self._went_well()
 
     def close(self) -> None:
         """Give up the lock: nothing more is written. A worker never does; its death is what the relay waits for."""
@@ -161,7 +165,8 @@ class JournalWriter:
 
     def _append(self, line: bytes) -> bool:
         try:
-            self._refuse_while_full()
+            if self._waits_for:
+                self._refuse_while_full()
             if self._aside:
                 self._write_aside()
             self._write(line)
@@ -169,15 +174,14 @@ class JournalWriter:
             self._look_whether_full(error)
             self._keep_aside(line, error)
             return False
-        self._went_well()
+        if self._failing:
+            self._went_well()
         if self._size > ROTATE_AT:
             self._rotate()
         return True
 
     def _refuse_while_full(self) -> None:
         """Raise :class:`StateError` for a while after the journals were found full."""
-        if not self._waits_for:
-            return
         if time.monotonic() < self._wait_until or self._journals_are_full():
             raise StateError(self._waits_for)
         self._waits_for = ""
@@ -192,19 +196,15 @@ class JournalWriter:
             with suppress(OSError):  # a relay gave it up
                 if self._disk_has_room():
                     self._folder.reserve.unlink()
-                    self._room_asked_until = 0.0
+                    self._ask_room_at = 0.0
 
-    def _is_relays_room(self, now: float) -> bool:
-        """Whether a quota is full, so that what room there is must stay for acknowledgements: they make more.
+    def _ask_room(self) -> None:
+        """Look whether a quota is full, so that what room there is must stay for acknowledgements: they make more.
 
         A relay without it can't even keep its database open. No reserve was made where the disk itself has little.
         """
-        if now < self._room_asked_until:
-            return self.waits_for_relay
-        self._room_asked_until = now + ASK_ROOM_EVERY
         given_up = not os.access(self._reserve, os.F_OK) and os.access(self._reserved, os.F_OK)
         self.waits_for_relay = given_up and self._disk_has_room()
-        return self.waits_for_relay
 
     def _disk_has_room(self) -> bool:
         """Whether the disk itself says so; where it is full, a relay finds room within its own file."""
@@ -228,12 +228,15 @@ class JournalWriter:
     def _write(self, line: bytes) -> None:
         """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
         now = time.monotonic()
-        if self._is_relays_room(now):
+        if now >= self._ask_room_at:
+            self._ask_room_at = now + ASK_ROOM_EVERY
+            self._ask_room()
+            if now >= self._look_at:
+                self._look()
+        if self.waits_for_relay:
             raise StateError(_RELAYS_ROOM)
-        if now >= self._look_at:
-            self._look()
         journal = self._journal or self._begin()
-        if not _is_open(journal):
+        if not _has_flags(journal):
             self._look()
             journal = self._journal or self._begin()
         if self._torn:
@@ -383,7 +386,8 @@ class JournalWriter:
             os.close(descriptor)
             descriptor = former.descriptor
         self._size, self._torn = size, False
-        return _Journal(descriptor, sequence, (found.st_dev, found.st_ino))
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        return _Journal(descriptor, sequence, (found.st_dev, found.st_ino), flags)
 
     def _keep_aside(self, line: bytes, error: Exception) -> None:
         self._aside.append(line)
@@ -412,12 +416,19 @@ class JournalWriter:
                 self._counts.update({"capture_lost": 1, "capture_lost_bytes": transfer.sent})
 
     def _went_well(self) -> None:
-        if self._failing:
-            self._failing = False
-            log.warning("plays can be written down again", extra={"t23_event": "journal_writable"})
+        self._failing = False
+        log.warning("plays can be written down again", extra={"t23_event": "journal_writable"})
 
     def _new_name(self) -> str:
         return f"{self._prefix}{os.getpid()}-{os.urandom(8).hex()}"
+
+
+def _has_flags(journal: _Journal) -> bool:
+    """Whether the number may still be the journal's, asked before each line; :func:`_is_open` is sure of it."""
+    try:
+        return fcntl.fcntl(journal.descriptor, fcntl.F_GETFL) == journal.flags
+    except OSError:
+        return False
 
 
 def _is_open(journal: _Journal) -> bool:

@@ -58,12 +58,12 @@ def holder_of(environ: WSGIEnvironment) -> Holder | None:
 
 def _holder_in(environ: WSGIEnvironment) -> Holder | None:
     asks = environ.get("waitress.client_disconnected")
-    channel = getattr(asks, "__self__", None) if isinstance(asks, MethodType) else None
-    if all(hasattr(channel, name) for name in _CHANNEL):
-        return WaitressQueue(channel)
+    if isinstance(asks, MethodType) and all(hasattr(asks.__self__, name) for name in _CHANNEL):
+        return WaitressQueue(asks.__self__)
     receives = getattr(environ.get("wsgi.input"), "receive", None)
-    cycle = getattr(receives, "__self__", None) if isinstance(receives, MethodType) else None
-    return UvicornCycle(cycle) if hasattr(cycle, "disconnected") else None
+    if isinstance(receives, MethodType) and hasattr(receives.__self__, "disconnected"):
+        return UvicornCycle(receives.__self__)
+    return None
 
 
 def hides_leaving(start_response: object) -> bool:

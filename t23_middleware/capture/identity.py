@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, unquote_plus
 
 from werkzeug.sansio.http import parse_cookie
@@ -32,34 +32,30 @@ class NotCounted(Exception):
     """The request names no play that can be reported; the argument is the name of the counter."""
 
 
-class _Asked:
-    """What a request asks with, parsed when it is looked at: most media URLs name all in the query."""
+class _Query(NamedTuple):
+    """What a query names. Frameworks differ in which of two values they read: Flask the first, Django the last."""
 
-    def __init__(self, environ: WSGIEnvironment) -> None:
-        self._query = _parsed(environ.get("QUERY_STRING", ""))
-        self._cookie = environ.get("HTTP_COOKIE", "")
+    #: In the order of ``T23_SESSION_PARAM``; ``None`` for a parameter that has two values that differ.
+    sessions: tuple[str | None, ...]
+    #: ``""`` where it names none, ``None`` where it names two.
+    photo: str | None
+    #: What it says for ``skip`` and of the player; not read with ``T23_TRUST_URL=0``.
+    skip: str | None = None
+    player_type: str | None = None
+    player_version: str | None = None
+    player_resolution: str | None = None
 
-    def first(self, name: str) -> str | None:
-        """The first value of the query's parameter *name*."""
-        values = self._query.get(name)
-        return None if values is None else values[0]
 
-    def only(self, name: str, counter: str) -> str | None:
-        """Its value; two that differ raise :class:`NotCounted` with *counter*.
+class _Cookies:
+    """The request's cookies, parsed when they are looked at: most media URLs name all in the query."""
 
-        Frameworks differ in which of them they read: Flask reads the first, Django the last.
-        """
-        values = self._query.get(name)
-        if values is None:
-            return None
-        if len(values) > 1 and any(value != values[0] for value in values):
-            raise NotCounted(counter)
-        return values[0]
+    def __init__(self, header: str) -> None:
+        self._header = header
 
     @cached_property
-    def cookies(self) -> Mapping[str, str]:
+    def values(self) -> Mapping[str, str]:
         """A foreign cookie that is no UTF-8 spoils no other."""
-        return parse_cookie(_as_utf8(self._cookie))
+        return parse_cookie(_as_utf8(self._header))
 
 
 class Identifier:
@@ -73,6 +69,9 @@ class Identifier:
         self._cookie_names = settings.session_cookie
         self._unsign = _unsigner(settings.session_secret)
         self._flask_session = _flask_session_reader(settings)
+        self._is_signed = self._unsign is not None or self._flask_session is not None
+        # Remembered, since a player asks for one URL again and again.
+        self._read = lru_cache(maxsize=256)(self._read_query)
         if self._flask_session is not None:
             self._cookie_names = (*settings.session_cookie, settings.flask_session_cookie)
 
@@ -105,68 +104,86 @@ class Identifier:
 
         Raises :class:`NotCounted` where it names none, or one that can't be believed.
         """
-        asked = _Asked(environ)
-        said = asked if self._settings.trust_url else _Asked({})
+        query = self._read(environ.get("QUERY_STRING", ""))
+        cookies = _Cookies(environ.get("HTTP_COOKIE", ""))
+        photo = self._photo(environ, path, query, cookies)
         return Play(
-            session_id=self._session(environ, path, asked),
-            photo_id=self._photo(environ, path, asked),
-            host=self._host(environ),
-            skip=_skip(environ, said),
-            player_type=_player(said, "user_player_type") or self._settings.player_type or _element(environ),
-            player_version=_player(said, "user_player_version"),
-            player_resolution=_player(said, "user_player_resolution"),
+            self._session(environ, query, cookies, photo),
+            photo,
+            self._host(environ) if self._settings.per_host else "",
+            _skip(environ.get("t23.skip"), query.skip),
+            query.player_type or self._settings.player_type or _element(environ),
+            query.player_version,
+            query.player_resolution,
         )
 
-    def _session(self, environ: WSGIEnvironment, path: str, asked: _Asked) -> str:
+    def _read_query(self, text: str) -> _Query:
+        values = parse_qs(_as_frameworks_read(text), keep_blank_values=True)
+        sessions = tuple(only for name in self._session_names if (only := _only(values, name)) != "")
+        photo = "" if self._settings.photo_param is None else _only(values, self._settings.photo_param)
+        named = _Query(sessions, photo)
+        if not self._settings.trust_url:
+            return named
+        first = {name: given[0] for name, given in values.items()}
+        return named._replace(
+            skip=first.get("skip"),
+            player_type=_player(first.get("user_player_type")),
+            player_version=_player(first.get("user_player_version")),
+            player_resolution=_player(first.get("user_player_resolution")),
+        )
+
+    def _session(self, environ: WSGIEnvironment, query: _Query, cookies: _Cookies, photo: str) -> str:
         """The app's word, else the first session with a valid signature, else an unsigned one where those will do."""
         overruled = environ.get("t23.session_id")
         if overruled is not None:
             return _printable_session(str(overruled))
-        if self._unsign is None and self._flask_session is None:
-            return _printable_session(self._unsigned(asked))
-        try:
-            signed = self._signed(environ, path, asked)
-        except NotCounted:
-            if self._unsign is not None or not (unsigned := self._unsigned(asked)):
-                raise
-            return _printable_session(unsigned)
-        return _printable_session(signed)
+        named = self._named(query, cookies)
+        session = named[0] if named else ""
+        if self._is_signed:
+            try:
+                session = self._signed(named, cookies, photo)
+            except NotCounted:
+                if self._unsign is not None or not named:
+                    raise
+        return _printable_session(session)
 
-    def _unsigned(self, asked: _Asked) -> str:
-        return next(filter(None, self._named(asked)), "")
-
-    def _named(self, asked: _Asked) -> Iterator[str | None]:
+    def _named(self, query: _Query, cookies: _Cookies) -> Sequence[str]:
         """What the query and the cookies name, in order."""
-        for name in self._session_names:
-            yield asked.only(name, "bad_session")
-        for name in self._settings.session_cookie:
-            yield asked.cookies.get(name)
+        # The first one decides where none has to be signed.
+        named = query.sessions if self._is_signed else query.sessions[:1]
+        in_query = [session for session in named if session is not None]
+        if len(in_query) < len(named):
+            raise NotCounted("bad_session")
+        if in_query and not self._is_signed:
+            return in_query
+        return [*in_query, *filter(None, map(cookies.values.get, self._settings.session_cookie))]
 
-    def _signed(self, environ: WSGIEnvironment, path: str, asked: _Asked) -> str:
-        """The first session whose signature is valid, for any photo or for the one that the request names."""
-        named: list[str] = []
+    def _signed(self, named: Sequence[str], cookies: _Cookies, photo: str) -> str:
+        """The first session whose signature is valid, for any photo or for *photo*."""
         if self._unsign is not None:
-            named = [session for session in self._named(asked) if session]
-        for session in named:
-            found = self._unsign(session)
-            if found is None:
-                found = self._unsign(session, self._photo(environ, path, asked))
-            if found is not None:
-                return str(found)
+            for session in named:
+                found = self._unsign(session)
+                if found is None:
+                    found = self._unsign(session, photo)
+                if found is not None:
+                    return str(found)
         try:
             if self._flask_session is not None:
-                return str(self._flask_session(asked.cookies))
+                return str(self._flask_session(cookies.values))
         except NotCounted:
-            if not named:
+            if self._unsign is None or not named:
                 raise
         raise NotCounted("bad_signature" if named else "no_session")
 
-    def _photo(self, environ: WSGIEnvironment, path: str, asked: _Asked) -> str:
+    def _photo(self, environ: WSGIEnvironment, path: str, query: _Query, cookies: _Cookies) -> str:
         named = environ.get("t23.photo_id")
         if named is None:
-            in_query = (asked.only(name, "bad_photo") for name in self._photo_names)
-            named = next(filter(None, in_query), None) or self._photo_in(path)
-            named = named or next(filter(None, map(asked.cookies.get, self._photo_names)), None)
+            named = query.photo
+            if named is None:
+                raise NotCounted("bad_photo")
+            named = named or self._photo_in(path)
+            if not named and self._settings.photo_param is not None:
+                named = cookies.values.get(self._settings.photo_param)
         if not named:
             raise NotCounted("no_photo")
         if _PHOTO.fullmatch(str(named)) is None:
@@ -178,8 +195,6 @@ class Identifier:
         return None if found is None else found["photo_id"]
 
     def _host(self, environ: WSGIEnvironment) -> str:
-        if not self._settings.per_host:
-            return ""
         host = _without_port(environ.get("HTTP_HOST") or environ.get("SERVER_NAME", "")).lower().rstrip(".")
         if host not in self._settings.hosts:
             raise NotCounted("foreign_host")
@@ -275,10 +290,10 @@ def _printable_session(session: str) -> str:
     return session
 
 
-@lru_cache(maxsize=256)
-def _parsed(query: str) -> dict[str, list[str]]:
-    """The parameters of *query*; remembered, since a player asks for one URL again and again."""
-    return parse_qs(_as_frameworks_read(query), keep_blank_values=True)
+def _only(values: Mapping[str, list[str]], name: str) -> str | None:
+    """The value of the parameter *name*: ``""`` where it has none, ``None`` where it has two that differ."""
+    given = values.get(name, [""])
+    return given[0] if all(value == given[0] for value in given) else None
 
 
 def _as_frameworks_read(query: str) -> str:
@@ -303,10 +318,11 @@ def _any_in(names: tuple[str, ...], text: str) -> bool:
     return False
 
 
-def _skip(environ: WSGIEnvironment, asked: _Asked) -> int | None:
+def _skip(said: Any, in_url: str | None) -> int | None:
     """The app's word, else the media URL's own ``skip`` (TwentyThree's Flash player wrote it there)."""
-    said = environ.get("t23.skip")
-    text = asked.first("skip") if said is None else str(int(said) if isinstance(said, bool) else said)
+    if said is None and in_url is None:
+        return None
+    text = in_url if said is None else str(int(said) if isinstance(said, bool) else said)
     return int(text) if text in ("0", "1") else None
 
 
@@ -315,8 +331,7 @@ def _element(environ: WSGIEnvironment) -> str | None:
     return "html5" if environ.get("HTTP_SEC_FETCH_DEST") in ("video", "audio") else None
 
 
-def _player(asked: _Asked, name: str) -> str | None:
-    said = asked.first(name)
+def _player(said: str | None) -> str | None:
     if not said or len(said) > LONGEST_PLAYER or not said.isprintable():
         return None
     return said
