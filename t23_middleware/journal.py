@@ -156,14 +156,10 @@ class JournalWriter:
 
         A response that a forked child ends is still its parent's, and is not written here.
         """
-        if os.getpid() != self._pid:
-            return False
-        written = self._append(line)
-        if written and self._counts:
-            self.write_counts()
-        return written
+        return os.getpid() == self._pid and self.append(line)
 
-    def _append(self, line: bytes) -> bool:
+    def append(self, line: bytes) -> bool:
+        """The same for those who know that this is the writer's process."""
         try:
             if self._waits_for:
                 self._refuse_while_full()
@@ -178,6 +174,8 @@ class JournalWriter:
             self._went_well()
         if self._size > ROTATE_AT:
             self._rotate()
+        if self._counts:
+            self.write_counts()
         return True
 
     def _refuse_while_full(self) -> None:
@@ -231,8 +229,8 @@ class JournalWriter:
         if now >= self._ask_room_at:
             self._ask_room_at = now + ASK_ROOM_EVERY
             self._ask_room()
-            if now >= self._look_at:
-                self._look()
+        if now >= self._look_at:
+            self._look()
         if self.waits_for_relay:
             raise StateError(_RELAYS_ROOM)
         journal = self._journal or self._begin()

@@ -40,4 +40,5 @@ def read_tcp_info(answer: bytes) -> TCPInfo | None:
     except struct.error:
         return None
     position = sent - sent_again + not_sent
-    return TCPInfo(state, acked, position if position > acked else acked)
+    # What TCPInfo(…) does, without a call in Python: this runs twice in each counted response.
+    return tuple.__new__(TCPInfo, (state, acked, position if position > acked else acked))

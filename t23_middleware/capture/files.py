@@ -292,8 +292,9 @@ def _read_larger_blocks(body: Any, opening: Opening, way: FileWay) -> None:
                 continue
             file: Any = getattr(wrapper, "filelike", None) or getattr(wrapper, "file", None)
             for name in _BLOCK_SIZES:
-                if type(getattr(wrapper, name, None)) is int and file.seekable():
-                    setattr(wrapper, name, max(getattr(wrapper, name), BLOCK))
+                size = getattr(wrapper, name, None)
+                if type(size) is int and size < BLOCK and file.seekable():
+                    setattr(wrapper, name, BLOCK)
     except Exception:  # a file of the app's own that fails where the server would not have asked
         return
 

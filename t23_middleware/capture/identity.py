@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote_plus
 
 from werkzeug.sansio.http import parse_cookie
@@ -32,30 +32,53 @@ class NotCounted(Exception):
     """The request names no play that can be reported; the argument is the name of the counter."""
 
 
-class _Query(NamedTuple):
-    """What a query names. Frameworks differ in which of two values they read: Flask the first, Django the last."""
+class _Asked:
+    """All of a request that may have a say in who plays what.
 
-    #: In the order of ``T23_SESSION_PARAM``; ``None`` for a parameter that has two values that differ.
-    sessions: tuple[str | None, ...]
-    #: ``""`` where it names none, ``None`` where it names two.
-    photo: str | None
-    #: What it says for ``skip`` and of the player; not read with ``T23_TRUST_URL=0``.
-    skip: str | None = None
-    player_type: str | None = None
-    player_version: str | None = None
-    player_resolution: str | None = None
+    *session*, *photo* and *skip* are the app's own words in the environ, ``None`` where it has said nothing.
+    """
 
+    def __init__(
+        self,
+        query: str,
+        cookie: str,
+        path: str,
+        host: str,
+        destination: str | None,
+        session: str | None,
+        photo: str | None,
+        skip: str | None,
+    ) -> None:
+        self._query = parse_qs(_as_frameworks_read(query), keep_blank_values=True)
+        self._cookie = cookie
+        self.path = path
+        self.host = host
+        self.destination = destination
+        self.session = session
+        self.photo = photo
+        self.skip = skip
 
-class _Cookies:
-    """The request's cookies, parsed when they are looked at: most media URLs name all in the query."""
+    def first(self, name: str) -> str | None:
+        """The first value of the query's parameter *name*."""
+        values = self._query.get(name)
+        return None if values is None else values[0]
 
-    def __init__(self, header: str) -> None:
-        self._header = header
+    def only(self, name: str, counter: str) -> str | None:
+        """Its value; two that differ raise :class:`NotCounted` with *counter*.
+
+        Frameworks differ in which of them they read: Flask reads the first, Django the last.
+        """
+        values = self._query.get(name)
+        if values is None:
+            return None
+        if len(values) > 1 and any(value != values[0] for value in values):
+            raise NotCounted(counter)
+        return values[0]
 
     @cached_property
-    def values(self) -> Mapping[str, str]:
+    def cookies(self) -> Mapping[str, str]:
         """A foreign cookie that is no UTF-8 spoils no other."""
-        return parse_cookie(_as_utf8(self._header))
+        return parse_cookie(_as_utf8(self._cookie))
 
 
 class Identifier:
@@ -69,9 +92,8 @@ class Identifier:
         self._cookie_names = settings.session_cookie
         self._unsign = _unsigner(settings.session_secret)
         self._flask_session = _flask_session_reader(settings)
-        self._is_signed = self._unsign is not None or self._flask_session is not None
         # Remembered, since a player asks for one URL again and again.
-        self._read = lru_cache(maxsize=256)(self._read_query)
+        self._identified = lru_cache(maxsize=256)(self._identify)
         if self._flask_session is not None:
             self._cookie_names = (*settings.session_cookie, settings.flask_session_cookie)
 
@@ -80,7 +102,9 @@ class Identifier:
 
         *path* is the request's ``PATH_INFO`` as it came: apps that mount others cut theirs short.
         """
-        query = _as_frameworks_read(environ.get("QUERY_STRING", ""))
+        query = environ.get("QUERY_STRING", "")
+        if not query.isascii():
+            query = _as_frameworks_read(query)
         if "%" in query:
             query = unquote_plus(query)  # TwentyThree's own pages write photo%5fid
         cookie = environ.get("HTTP_COOKIE", "")
@@ -104,98 +128,97 @@ class Identifier:
 
         Raises :class:`NotCounted` where it names none, or one that can't be believed.
         """
-        query = self._read(environ.get("QUERY_STRING", ""))
-        cookies = _Cookies(environ.get("HTTP_COOKIE", ""))
-        photo = self._photo(environ, path, query, cookies)
+        said = environ.get
+        session, photo, skip = said("t23.session_id"), said("t23.photo_id"), said("t23.skip")
+        return self._identified(
+            said("QUERY_STRING", ""),
+            said("HTTP_COOKIE", ""),
+            path if self._pattern is not None else "",
+            (said("HTTP_HOST") or said("SERVER_NAME", "")) if self._settings.per_host else "",
+            said("HTTP_SEC_FETCH_DEST"),
+            None if session is None else str(session),
+            None if photo is None else str(photo),
+            None if skip is None else str(int(skip) if isinstance(skip, bool) else skip),
+        )
+
+    def _identify(self, *words: Any) -> Play:
+        asked = _Asked(*words)
+        first = asked.first if self._settings.trust_url else _nothing
         return Play(
-            self._session(environ, query, cookies, photo),
-            photo,
-            self._host(environ) if self._settings.per_host else "",
-            _skip(environ.get("t23.skip"), query.skip),
-            query.player_type or self._settings.player_type or _element(environ),
-            query.player_version,
-            query.player_resolution,
+            session_id=self._session(asked),
+            photo_id=self._photo(asked),
+            host=self._host(asked.host),
+            skip=_skip(first("skip") if asked.skip is None else asked.skip),
+            player_type=_player(first("user_player_type"))
+            or self._settings.player_type
+            or _element(asked.destination),
+            player_version=_player(first("user_player_version")),
+            player_resolution=_player(first("user_player_resolution")),
         )
 
-    def _read_query(self, text: str) -> _Query:
-        values = parse_qs(_as_frameworks_read(text), keep_blank_values=True)
-        sessions = tuple(only for name in self._session_names if (only := _only(values, name)) != "")
-        photo = "" if self._settings.photo_param is None else _only(values, self._settings.photo_param)
-        named = _Query(sessions, photo)
-        if not self._settings.trust_url:
-            return named
-        first = {name: given[0] for name, given in values.items()}
-        return named._replace(
-            skip=first.get("skip"),
-            player_type=_player(first.get("user_player_type")),
-            player_version=_player(first.get("user_player_version")),
-            player_resolution=_player(first.get("user_player_resolution")),
-        )
-
-    def _session(self, environ: WSGIEnvironment, query: _Query, cookies: _Cookies, photo: str) -> str:
+    def _session(self, asked: _Asked) -> str:
         """The app's word, else the first session with a valid signature, else an unsigned one where those will do."""
-        overruled = environ.get("t23.session_id")
-        if overruled is not None:
-            return _printable_session(str(overruled))
-        named = self._named(query, cookies)
-        session = named[0] if named else ""
-        if self._is_signed:
-            try:
-                session = self._signed(named, cookies, photo)
-            except NotCounted:
-                if self._unsign is not None or not named:
-                    raise
-        return _printable_session(session)
+        if asked.session is not None:
+            return _printable_session(asked.session)
+        if self._unsign is None and self._flask_session is None:
+            return _printable_session(self._unsigned(asked))
+        try:
+            signed = self._signed(asked)
+        except NotCounted:
+            if self._unsign is not None or not (unsigned := self._unsigned(asked)):
+                raise
+            return _printable_session(unsigned)
+        return _printable_session(signed)
 
-    def _named(self, query: _Query, cookies: _Cookies) -> Sequence[str]:
+    def _unsigned(self, asked: _Asked) -> str:
+        return next(filter(None, self._named(asked)), "")
+
+    def _named(self, asked: _Asked) -> Iterator[str | None]:
         """What the query and the cookies name, in order."""
-        # The first one decides where none has to be signed.
-        named = query.sessions if self._is_signed else query.sessions[:1]
-        in_query = [session for session in named if session is not None]
-        if len(in_query) < len(named):
-            raise NotCounted("bad_session")
-        if in_query and not self._is_signed:
-            return in_query
-        return [*in_query, *filter(None, map(cookies.values.get, self._settings.session_cookie))]
+        for name in self._session_names:
+            yield asked.only(name, "bad_session")
+        for name in self._settings.session_cookie:
+            yield asked.cookies.get(name)
 
-    def _signed(self, named: Sequence[str], cookies: _Cookies, photo: str) -> str:
-        """The first session whose signature is valid, for any photo or for *photo*."""
+    def _signed(self, asked: _Asked) -> str:
+        """The first session whose signature is valid, for any photo or for the one that the request names."""
+        named: list[str] = []
         if self._unsign is not None:
-            for session in named:
-                found = self._unsign(session)
-                if found is None:
-                    found = self._unsign(session, photo)
-                if found is not None:
-                    return str(found)
+            named = [session for session in self._named(asked) if session]
+        for session in named:
+            found = self._unsign(session)
+            if found is None:
+                found = self._unsign(session, self._photo(asked))
+            if found is not None:
+                return str(found)
         try:
             if self._flask_session is not None:
-                return str(self._flask_session(cookies.values))
+                return str(self._flask_session(asked.cookies))
         except NotCounted:
-            if self._unsign is None or not named:
+            if not named:
                 raise
         raise NotCounted("bad_signature" if named else "no_session")
 
-    def _photo(self, environ: WSGIEnvironment, path: str, query: _Query, cookies: _Cookies) -> str:
-        named = environ.get("t23.photo_id")
+    def _photo(self, asked: _Asked) -> str:
+        named = asked.photo
         if named is None:
-            named = query.photo
-            if named is None:
-                raise NotCounted("bad_photo")
-            named = named or self._photo_in(path)
-            if not named and self._settings.photo_param is not None:
-                named = cookies.values.get(self._settings.photo_param)
+            in_query = (asked.only(name, "bad_photo") for name in self._photo_names)
+            named = next(filter(None, in_query), None) or self._photo_in(asked.path)
+            named = named or next(filter(None, map(asked.cookies.get, self._photo_names)), None)
         if not named:
             raise NotCounted("no_photo")
-        if _PHOTO.fullmatch(str(named)) is None:
+        if _PHOTO.fullmatch(named) is None:
             raise NotCounted("bad_photo")
-        return str(named)
+        return named
 
     def _photo_in(self, path: str) -> str | None:
         found = None if self._pattern is None else self._pattern.search(_as_utf8(path))
         return None if found is None else found["photo_id"]
 
-    def _host(self, environ: WSGIEnvironment) -> str:
-        host = _without_port(environ.get("HTTP_HOST") or environ.get("SERVER_NAME", "")).lower().rstrip(".")
+    def _host(self, said: str) -> str:
+        if not self._settings.per_host:
+            return ""
+        host = _without_port(said).lower().rstrip(".")
         if host not in self._settings.hosts:
             raise NotCounted("foreign_host")
         return host
@@ -290,12 +313,6 @@ def _printable_session(session: str) -> str:
     return session
 
 
-def _only(values: Mapping[str, list[str]], name: str) -> str | None:
-    """The value of the parameter *name*: ``""`` where it has none, ``None`` where it has two that differ."""
-    given = values.get(name, [""])
-    return given[0] if all(value == given[0] for value in given) else None
-
-
 def _as_frameworks_read(query: str) -> str:
     """Django takes bytes that are no UTF-8 for Latin-1; Flask refuses them."""
     if query.isascii():
@@ -318,17 +335,18 @@ def _any_in(names: tuple[str, ...], text: str) -> bool:
     return False
 
 
-def _skip(said: Any, in_url: str | None) -> int | None:
-    """The app's word, else the media URL's own ``skip`` (TwentyThree's Flash player wrote it there)."""
-    if said is None and in_url is None:
-        return None
-    text = in_url if said is None else str(int(said) if isinstance(said, bool) else said)
-    return int(text) if text in ("0", "1") else None
+def _nothing(name: str) -> None:
+    """What a URL says that is not trusted."""
 
 
-def _element(environ: WSGIEnvironment) -> str | None:
+def _skip(said: str | None) -> int | None:
+    """The app's word, or the media URL's own ``skip`` (TwentyThree's Flash player wrote it there)."""
+    return int(said) if said in ("0", "1") else None
+
+
+def _element(destination: str | None) -> str | None:
     """What browsers say of a media element's request (Fetch Metadata): it is of an HTML5 player."""
-    return "html5" if environ.get("HTTP_SEC_FETCH_DEST") in ("video", "audio") else None
+    return "html5" if destination in ("video", "audio") else None
 
 
 def _player(said: str | None) -> str | None:

@@ -31,14 +31,26 @@ class Recorder:
         self._settings = settings
         self._version = version
         self._processes: dict[int, _Process] = {}
+        self._latest: _Process | None = None
 
     def this_process(self) -> _Process:
         """The files of this process; what a parent opened is left alone."""
         pid = os.getpid()
-        # setdefault is atomic, so two threads never get two; nothing is opened yet.
-        return self._processes.get(pid) or self._processes.setdefault(
-            pid, _Process(self._settings, self._version)
-        )
+        process = self._processes.get(pid)
+        if process is None:
+            # setdefault is atomic, so two threads never get two; nothing is opened yet.
+            process = self._processes.setdefault(pid, _Process(self._settings, self._version))
+            self._latest = process
+        return process
+
+    def wake(self) -> None:
+        """A request came: see that a relay runs where one is needed.
+
+        After a fork this is the parent's look until the child records something itself. It writes nothing, and each
+        request would have to ask for the process's number, which is a tenth of what it costs.
+        """
+        process = self._latest or self.this_process()
+        process.launcher.wake()
 
 
 class _Process:
@@ -76,7 +88,7 @@ class _Process:
             connection,
         )
         text = opening_text(opening)
-        if self.journal.write(open_line(text)):
+        if self.journal.append(open_line(text)):
             self.launcher.begun()
         kind = Recording if counted_by == APP else NamedRecording
         return kind(self, opening, text)

@@ -56,7 +56,7 @@ class Capture:
     def wake(self) -> None:
         """A request came: reports that a dead process left may wait for a relay. Never raises."""
         try:
-            self.recorder.this_process().launcher.wake()
+            self.recorder.wake()
         except Exception:
             log.exception(
                 "the state folder could not be looked at; the app's answer is not touched",
@@ -364,8 +364,8 @@ def _header(headers: Iterable[Any], wanted: str) -> str | None:
 
 def _head_size(status: str, fields: Mapping[str, str]) -> int:
     """Bytes of the status line and the headers, without what the server adds."""
-    lines = sum(map(len, fields)) + sum(map(len, fields.values())) + len(": \r\n") * len(fields)
-    return len("HTTP/1.1 \r\n\r\n") + len(status) + lines
+    text = "".join((status, *fields, *fields.values()))
+    return len("HTTP/1.1 \r\n\r\n") + len(text) + len(": \r\n") * len(fields)
 
 
 def _text_status(status: Any) -> Any:
