@@ -38,7 +38,7 @@ LOG_LIMIT = 1 << 20
 START_SECONDS = 1.0
 
 #: Packages that the relay needs beside this one.
-_NEEDED = (
+NEEDED = (
     "requests",
     "urllib3",
     "certifi",
@@ -314,7 +314,7 @@ def _places() -> Iterator[str]:
             full = os.path.realpath(place)
             if full != here:
                 yield full
-    for name in _NEEDED:
+    for name in NEEDED:
         with contextlib.suppress(ImportError, ValueError):
             found = importlib.util.find_spec(name)
             if found is not None and found.origin:

@@ -10,6 +10,8 @@ import pytest
 KILLS = 30
 #: Plays through nginx, over its log's rotations.
 PLAYS = 6000
+#: Seconds of kills beside lost answers.
+KILL_SECONDS = 10.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=PLAYS,
         help="plays through nginx in tests/chaos; its log is rotated each 3000",
+    )
+    group.addoption(
+        "--kill-seconds", type=float, default=KILL_SECONDS, help="seconds of kills beside lost answers"
     )
     group.addoption("--seed", type=int, default=None, help="what tests/chaos draws its orders and places by")
 
@@ -37,6 +42,11 @@ def kills(pytestconfig: pytest.Config) -> int:
 @pytest.fixture(scope="session")
 def plays(pytestconfig: pytest.Config) -> int:
     return int(pytestconfig.getoption("--plays", PLAYS))
+
+
+@pytest.fixture(scope="session")
+def kill_seconds(pytestconfig: pytest.Config) -> float:
+    return float(pytestconfig.getoption("--kill-seconds", KILL_SECONDS))
 
 
 @pytest.fixture(scope="session")

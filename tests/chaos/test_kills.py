@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -61,6 +62,38 @@ def test_thirty_kills_under_load_lose_nothing(kills: int, seed: int, tmp_path: P
     assert verdict.held > 10 * kills
     assert verdict.nothing_is_lost()
     assert verdict.doubled <= IN_FLIGHT * sum(victim != "worker" for victim in victims)
+
+
+def test_kills_beside_lost_answers(kill_seconds: float, seed: int, tmp_path: Path) -> None:
+    """Workers and relays die at random moments, and answers of the API are lost after it has recorded the report."""
+    chosen, oracle, over = random.Random(seed), Oracle(), time.monotonic() + kill_seconds
+    killed, cut = Counter[str](), 0
+    print(f"--seed {seed}")
+    with plain_api() as api, running(GUNICORN.format(4), tmp_path / "state", api.url) as server:
+        with load(server.port, oracle, clients=6):
+            while time.monotonic() < over:
+                time.sleep(chosen.uniform(0.1, 1.5))
+                victim = chosen.choice(["worker", "relay", "answers"])
+                killed[victim] += 1
+                if victim == "answers":
+                    number = chosen.randint(1, 5)
+                    cut += number
+                    api.fault("cut", count=number)
+                else:
+                    KILL[victim](server, api, oracle, chosen)
+        api.heal()
+
+        def has_all() -> bool:
+            server.get("/")
+            return all_arrived(oracle.held(), api.recorded())
+
+        assert until(has_all, ARRIVAL), told(server)
+        server.stop()
+        verdict = Verdict.of(oracle.held(), api.recorded())
+    print(f"{dict(killed)}, {verdict}")
+    assert verdict.held > 5 * kill_seconds
+    assert verdict.nothing_is_lost()
+    assert verdict.doubled <= cut + IN_FLIGHT * killed["relay"]
 
 
 def kill_a_worker(server: Server, api: StandInServer, oracle: Oracle, chosen: random.Random) -> None:
