@@ -6,7 +6,7 @@ import os
 import time
 from itertools import count
 
-from ..journal import JournalWriter
+from .journal import JournalWriter
 from ..settings import Settings
 from ..state import StateFolder
 from ..transfer import (
