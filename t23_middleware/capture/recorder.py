@@ -6,7 +6,6 @@ import os
 import time
 from itertools import count
 
-from .journal import JournalWriter
 from ..settings import Settings
 from ..state import StateFolder
 from ..transfer import (
@@ -21,6 +20,7 @@ from ..transfer import (
     play_id,
     progress_line,
 )
+from .journal import JournalWriter
 from .launch import RelayLauncher
 
 
