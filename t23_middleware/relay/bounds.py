@@ -51,12 +51,14 @@ SMALL_PIECE = 2 * LONGEST_LINE
 USUAL_GROWTH = 16 << 20
 #: Bytes that there must be in the outbox's file, or for it, before anything is taken in.
 LEAST_ROOM = 64 << 10
-#: Bytes of the reserve.
-RESERVE = 512 << 10
+#: Bytes of the reserve, and of the one that will do while nothing waits that would have to be acknowledged.
+RESERVE, SMALL_RESERVE = 512 << 10, 64 << 10
 #: Seconds after a failed write before more room is tried than the outbox has.
 TRY_FULL_EVERY = 10.0
 #: Free pages that the outbox's file keeps, room that nobody else can take; on a small disk a share of it.
 FREE_PAGES, FREE_SHARE = 256, 1 << 18
+#: The same while there is no room for a reserve, which is of more use.
+LEAST_FREE_PAGES = 32
 #: Pages that it gives back at once, and how many while there is little room: each may first be moved by the log.
 SHRINK_PAGES, SMALL_SHRINK_PAGES = 1024, 64
 #: Bytes of the write-ahead log with which nothing more is written but acknowledgements; of a small
@@ -145,7 +147,8 @@ class Reserve:
         """Make it where it is missing and there is room.
 
         The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much
-        where *something_waits*, since what workers write then comes on top of it.
+        where *something_waits*, since what workers write then comes on top of it. Where nothing waits a small reserve
+        is better than none: workers write nothing without it, and what the outbox keeps may fill the quota for good.
         """
         if self._is_there():
             return
@@ -154,13 +157,10 @@ class Reserve:
             with suppress(OSError):
                 self._mark.unlink()  # no quota: the disk itself has too little, and workers may write
             return
-        try:
-            self._make(RESERVE * 2 if given_up and something_waits else RESERVE)
-            self._mark.touch(mode=0o600)
-            self._new.replace(self._path)  # not earlier: workers write as soon as it is there
-        except OSError:
-            with suppress(OSError):
-                owned.remove(self._new)
+        needed = RESERVE * 2 if given_up and something_waits else RESERVE
+        if not self._try(needed, RESERVE) and (
+            not given_up or something_waits or not self._try(SMALL_RESERVE, SMALL_RESERVE)
+        ):
             return
         if given_up:
             self._given_up = False
@@ -168,18 +168,30 @@ class Reserve:
 
     def _is_there(self) -> bool:
         try:
-            return owned.look_at(self._path).st_size == RESERVE
+            return owned.look_at(self._path).st_size in (RESERVE, SMALL_RESERVE)
         except OSError:
             return False
 
-    def _make(self, size: int) -> None:
+    def _try(self, needed: int, size: int) -> bool:
+        """Make a reserve of *size* bytes if there is room for *needed*; whether there was."""
+        try:
+            self._make(needed, size)
+            self._mark.touch(mode=0o600)
+            self._new.replace(self._path)  # not earlier: workers write as soon as it is there
+        except OSError:
+            with suppress(OSError):
+                owned.remove(self._new)
+            return False
+        return True
+
+    def _make(self, needed: int, size: int) -> None:
         descriptor = owned.open_file(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            left = memoryview(os.urandom(size))  # zeros take no room where the disk compresses
+            left = memoryview(os.urandom(needed))  # zeros take no room where the disk compresses
             while left:
                 left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)  # some file systems find out only then
-            os.ftruncate(descriptor, RESERVE)
+            os.ftruncate(descriptor, size)
         finally:
             os.close(descriptor)
 
@@ -317,8 +329,9 @@ class Bounds:
 
     def _shrink(self, space: Space) -> None:
         most = SHRINK_PAGES if space.free >= space.low_water else SMALL_SHRINK_PAGES
+        free = LEAST_FREE_PAGES if self._reserve.is_given_up else FREE_PAGES
         with suppress(OutboxFull):
-            if self._outbox.shrink(min(FREE_PAGES, space.size // FREE_SHARE), most):
+            if self._outbox.shrink(min(free, space.size // FREE_SHARE), most):
                 self._look_at = self._monotonic()
 
     def _dated(self, batch: Ingest) -> Ingest:

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 PIECE = 256 << 10
 #: Bytes that are read of a new journal, to see when it begins.
 GLANCE = 16 << 10
+#: Seconds after a rotation for which the former journal counts as written to.
+FORMER_FOR = 60.0
 #: Seconds between two looks at who lives; a writer's death is no hurry.
 LOOK_AT_WRITERS_EVERY = 0.5
 
@@ -143,7 +145,9 @@ class Journals:
         self._network = network
         self._places = places
         self._followed: dict[str, _Journal] = {}
+        #: Writer -> sequence of its newest journal; and when that was seen first.
         self._newest: dict[str, int] = {}
+        self._newest_since: dict[str, float] = {}
         self._boot = boot_id()
         # Taken once: two clocks that are asked one after the other are never as far apart twice.
         self._ahead_ns = time.time_ns() - time.monotonic_ns()
@@ -159,7 +163,12 @@ class Journals:
         self._find()
         # Now, and not when one more is found: what was read before its end was known to be one is not at its end.
         # Files are found in the order of their names, so a writer's last one counts.
+        former, now = self._newest, time.monotonic()
         self._newest = {journal.writer: journal.sequence for journal in self._followed.values()}
+        self._newest_since = {
+            writer: self._newest_since[writer] if former.get(writer) == newest else now
+            for writer, newest in self._newest.items()
+        }
         self._look_at_writers()
         pieces, horizon = self._pieces(until_ns, size)
         reading = Reading(horizon)
@@ -401,11 +410,17 @@ class Journals:
         return what, at_ns if at_ns <= now_ns else until_ns
 
     def _is_being_written(self, journal: _Journal) -> bool:
-        """Whether its writer lives and is less than two rotations on.
+        """Whether its writer lives, and may write into it.
 
-        One rotation is not enough: a thread may hold the file before the last for a line that it is about to write.
+        A rotation keeps the descriptor's number, so that only a write that is already under way lands in the former
+        file. A disk may hold that up: it counts as written to for a while, unless the writer rotated again.
         """
-        return journal.writer in self._living and self._newest[journal.writer] < journal.sequence + 2
+        if journal.writer not in self._living:
+            return False
+        behind = self._newest[journal.writer] - journal.sequence
+        return behind <= 0 or (
+            behind == 1 and time.monotonic() - self._newest_since[journal.writer] < FORMER_FOR
+        )
 
     def _is_finished(self, journal: _Journal) -> bool:
         """Read to the end, and nobody writes it any more."""

@@ -26,6 +26,7 @@ from t23_middleware.relay.bounds import (
     PIECE,
     RESERVE,
     SMALL_PIECE,
+    SMALL_RESERVE,
     TRY_FULL_EVERY,
     Bounds,
     Reserve,
@@ -598,6 +599,28 @@ def test_reserve_back_when_nothing_waits(world, monkeypatch):
     monkeypatch.setattr(os, "write", limited)
     world.keep(bounds)
     assert world.folder.reserve.stat().st_size == RESERVE
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_small_reserve_when_nothing_waits(world, monkeypatch, waits):
+    """A quota that the outbox fills with what it must keep would else stop the workers for as long as it does."""
+    bounds, write = world.bounds(), os.write
+    if waits:
+        bounds.ingest(batch(report(0)))
+    world.keep(bounds)
+    world.folder.reserve.unlink()
+
+    def limited(descriptor: int, data: Any) -> int:
+        if len(data) > SMALL_RESERVE:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", limited)
+    world.keep(bounds)
+    assert world.folder.reserve.exists() == (not waits)
+    monkeypatch.undo()
+    world.keep(bounds)
+    assert world.folder.reserve.stat().st_size == (RESERVE if waits else SMALL_RESERVE)
 
 
 def test_reserve_gone_on_a_small_disk(world):

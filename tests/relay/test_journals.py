@@ -430,6 +430,18 @@ def test_a_journal_is_kept_until_its_living_writer_is_two_rotations_on(folder):
         assert journals.remove_finished() == [paths[0].name]
 
 
+def test_former_journal_goes_in_time(folder: StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that has no more plays, or no room for them, does not keep its former journal for ever."""
+    paths = [journal(folder, "1-a", transfer(n, now() - 10 * MS + n), sequence=n) for n in range(2)]
+    with alive(folder, "1-a"):
+        journals = Journals(folder, {})
+        assert numbers(take(journals)) == [0, 1]
+        assert journals.remove_finished() == []
+        monkeypatch.setattr("t23_middleware.relay.journals.FORMER_FOR", 0.0)
+        assert journals.remove_finished() == [paths[0].name]
+        assert journals.remove_finished() == []
+
+
 def test_a_rotation_that_is_only_found_while_the_dead_are_counted_ends_no_file_unread(folder):
     first = journal(folder, "1-a", transfer(0, now() - 10 * MS))
     with alive(folder, "1-a"):
