@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMS = "write for example T23_APP=video:app, T23_APP='video:create_app()' or T23_APP=site/video.py:app"
 #: The same for who wrote it behind ``t23-middleware run``.
-_FORMS_OF_RUN = "write for example video:app, 'video:create_app()' or site/video.py:app"
+_RUN_FORMS = "write for example video:app, 'video:create_app()' or site/video.py:app"
 
 #: Where the app is, then what it is there; a path may hold colons and parentheses before its ``.py``.
 _TARGET = re.compile(r"(?P<where>[^:(]*/.*?\.py|[^:(]+)(?::(?P<what>.+))?", re.DOTALL)
@@ -42,10 +42,10 @@ def find(target: str) -> WSGIApplication:
     module raises comes through as it is.
     """
     where, what = _split(target)
-    if _flask_command_is_asking():
-        return _as_flask_finds_it(where, what)
+    if _runs_in_flask_command():
+        return _locate_with_flask(where, what)
     place = _load_file(where, target) if _is_file(where) else _import(where, what, target)
-    found = _usual(place, target) if what is None else _Expression(what, target).value_in(place)
+    found = _default_app(place, target) if what is None else _Expression(what, target).value_in(place)
     if not callable(found):
         _refuse(
             target,
@@ -73,12 +73,12 @@ def _refuse(target: str, wrong: str, remedy: str) -> NoReturn:
     # A factory's arguments may hold a password.
     shown = re.sub(r"\(.+", "(…)", target, flags=re.DOTALL)
     if target == Settings.named_by_run():
-        remedy = _FORMS_OF_RUN if remedy == FORMS else remedy.replace("T23_APP=", "")
+        remedy = _RUN_FORMS if remedy == FORMS else remedy.replace("T23_APP=", "")
         raise ConfigurationError([f"the app {shown} {wrong}; {remedy}"]) from None
     raise ConfigurationError([f"T23_APP={shown} {wrong}; {remedy}"]) from None
 
 
-def _flask_command_is_asking() -> bool:
+def _runs_in_flask_command() -> bool:
     """Whether this runs inside ``flask run`` or another of Flask's commands, which take nothing but a Flask app."""
     click, cli = sys.modules.get("click"), sys.modules.get("flask.cli")
     if click is None or cli is None:
@@ -87,7 +87,7 @@ def _flask_command_is_asking() -> bool:
     return context is not None and context.find_object(cli.ScriptInfo) is not None
 
 
-def _as_flask_finds_it(where: str, what: str | None) -> WSGIApplication:
+def _locate_with_flask(where: str, what: str | None) -> WSGIApplication:
     from flask import cli
 
     return cli.locate_app(cli.prepare_import(where), what)
@@ -175,7 +175,7 @@ def _load_as(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _usual(place: Any, target: str) -> object:
+def _default_app(place: Any, target: str) -> object:
     """The app of a module for which no attribute was named."""
     if not isinstance(place, ModuleType):
         return place
@@ -222,7 +222,7 @@ class _Expression:
         for name in self._names:
             found = self._attribute(found, name)
         if self._is_call or _is_factory(found):
-            return self._made_by(found)
+            return self._call(found)
         return found
 
     def _attribute(self, place: object, name: str) -> Any:
@@ -232,7 +232,7 @@ class _Expression:
             where = getattr(place, "__name__", type(place).__name__)
             _refuse(self._target, f"can't be found: {where!r} has no attribute {name!r}", "correct the name")
 
-    def _made_by(self, factory: Any) -> object:
+    def _call(self, factory: Any) -> object:
         if not callable(factory):
             _refuse(
                 self._target,

@@ -27,30 +27,30 @@ log = logging.getLogger(__name__)
 #: A journal is followed by the next one past this size, in bytes, so that the relay can remove what it has read.
 ROTATE_AT = 1 << 20
 #: The same where the process may write no larger file, if its journal has so many bytes.
-LEAST_ROTATED = 1 << 16
+MIN_ROTATED = 1 << 16
 #: Lines that are kept for a better time when the disk takes none; what falls out is counted.
-KEPT_ASIDE = 1000
+MAX_BUFFERED = 1000
 #: Seconds between two tries to begin, while the folder can't be used.
 RETRY_BEGIN = 1.0
 #: Seconds between two looks whether the journals are still full.
 RETRY_FULL = 1.0
 #: Bytes that a disk says are free, where a write that failed met a quota: more than a relay needs for a reserve.
-MUCH_ROOM = 65 << 20
+MIN_FREE_BYTES = 65 << 20
 #: Bytes that all journals may take, where no relay reads them.
-MOST_BYTES = 256 << 20
+MAX_JOURNALS_BYTES = 256 << 20
 #: Seconds between two looks whether a quota's last room is the relay's: what is written meanwhile is little of it.
-ASK_ROOM_EVERY = 0.1
+CHECK_ROOM_EVERY = 0.1
 #: Seconds between two looks whether the journal is still where it was made.
-LOOK_EVERY = 1.0
+CHECK_EVERY = 1.0
 #: Seconds between two lines of what was counted aside, where no play's line takes the figures along.
 COUNTS_EVERY = 1.0
 #: Bytes up to which a response is no play, so that its line is no loss.
-PROBE = 2
+PROBE_BYTES = 2
 
 #: What a full disk says, or a full quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_RELAYS_ROOM = (
+_ROOM_IS_RESERVED = (
     "the quota of the state folder is full, and its last room is left to the relay; raise it, or make room"
 )
 
@@ -59,7 +59,7 @@ _CLOSE = b'["close"'
 _CLOSE_WITHIN = len("01234567 ") + len(_CLOSE)
 
 
-class _Journal(NamedTuple):
+class _OpenJournal(NamedTuple):
     """The journal that is written now."""
 
     descriptor: int
@@ -86,49 +86,49 @@ class JournalWriter:
         folder: StateFolder,
         version: str,
         digest: str,
-        most_bytes: int = MOST_BYTES,
+        max_bytes: int = MAX_JOURNALS_BYTES,
         *,
         prefix: str = "",
     ) -> None:
         self._folder = folder
         self._reserve, self._reserved = str(folder.reserve), str(folder.reserved)  # looked at for each line
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._pid = os.getpid()
         self._prefix = prefix
         self.name = self._new_name()
         started_ms = time.time_ns() // 1_000_000
         self._header = Writer(self.name, FORMAT, version, boot_id(), started_ms, digest, network_namespace())
-        self._journal: _Journal | None = None
+        self._journal: _OpenJournal | None = None
         self._lock_file: int | None = None
         #: The journal that was abandoned, whose number the next one takes.
-        self._abandoned: _Journal | None = None
-        self._look_at = 0.0
+        self._abandoned: _OpenJournal | None = None
+        self._check_place_at = 0.0
         self._size = 0
-        self._wait_until = 0.0
+        self._check_full_at = 0.0
         #: Whether lines are kept aside until a relay has made room.
-        self.waits_for_relay = False
-        self._ask_room_at = 0.0
-        self._waits_for = ""
+        self.relay_must_free_room = False
+        self._check_room_at = 0.0
+        self._full_reason = ""
         self._changing = threading.Lock()
         self._counting = threading.Lock()
-        self._not_before = 0.0
-        self._refusal = ""
-        self._aside: deque[bytes] = deque()
-        self._torn = False
-        self._failing = False
+        self._retry_begin_at = 0.0
+        self._begin_error = ""
+        self._buffered: deque[bytes] = deque()
+        self._is_torn = False
+        self._is_failing = False
         self._counts: Counter[str] = Counter()
         self._counts_due = 0.0
 
-    def try_again(self) -> None:
+    def flush(self) -> None:
         """Write what is kept aside, where no line follows that would take it along."""
-        if not self._aside:
+        if not self._buffered:
             return
         try:
-            self._write_aside()
+            self._write_buffered()
         except (OSError, StateError):
             return
-        if self._failing:
-            self._went_well()
+        if self._is_failing:
+            self._log_writable()
 
     def close(self) -> None:
         """Give up the lock: nothing more is written. A worker never does; its death is what the relay waits for."""
@@ -161,101 +161,101 @@ class JournalWriter:
     def append(self, line: bytes) -> bool:
         """The same for those who know that this is the writer's process."""
         try:
-            if self._waits_for:
-                self._refuse_while_full()
-            if self._aside:
-                self._write_aside()
+            if self._full_reason:
+                self._raise_while_full()
+            if self._buffered:
+                self._write_buffered()
             self._write(line)
         except (OSError, StateError) as error:
-            self._look_whether_full(error)
-            self._keep_aside(line, error)
+            self._handle_write_error(error)
+            self._buffer(line, error)
             return False
-        if self._failing:
-            self._went_well()
+        if self._is_failing:
+            self._log_writable()
         if self._size > ROTATE_AT:
             self._rotate()
         if self._counts:
             self.write_counts()
         return True
 
-    def _refuse_while_full(self) -> None:
+    def _raise_while_full(self) -> None:
         """Raise :class:`StateError` for a while after the journals were found full."""
-        if time.monotonic() < self._wait_until or self._journals_are_full():
-            raise StateError(self._waits_for)
-        self._waits_for = ""
+        if time.monotonic() < self._check_full_at or self._journals_are_full():
+            raise StateError(self._full_reason)
+        self._full_reason = ""
 
-    def _look_whether_full(self, error: OSError | StateError) -> None:
+    def _handle_write_error(self, error: OSError | StateError) -> None:
         """After a failed write: a file of its greatest size ends, and a quota's last room is left to the relay."""
         code = error.errno if isinstance(error, OSError) else None
-        if code == errno.EFBIG and self._size > LEAST_ROTATED:
+        if code == errno.EFBIG and self._size > MIN_ROTATED:
             self._size = ROTATE_AT + 1
             self._rotate()
         elif code in _FULL:
             with suppress(OSError):  # a relay gave it up
                 if self._disk_has_room():
                     self._folder.reserve.unlink()
-                    self._ask_room_at = 0.0
+                    self._check_room_at = 0.0
 
-    def _ask_room(self) -> None:
+    def _check_room(self) -> None:
         """Look whether a quota is full, so that what room there is must stay for acknowledgements: they make more.
 
         A relay without it can't even keep its database open. No reserve was made where the disk itself has little.
         """
         given_up = not os.access(self._reserve, os.F_OK) and os.access(self._reserved, os.F_OK)
-        self.waits_for_relay = given_up and self._disk_has_room()
+        self.relay_must_free_room = given_up and self._disk_has_room()
 
     def _disk_has_room(self) -> bool:
         """Whether the disk itself says so; where it is full, a relay finds room within its own file."""
         disk = os.statvfs(self._folder.path)
-        return disk.f_bavail * disk.f_frsize >= MUCH_ROOM
+        return disk.f_bavail * disk.f_frsize >= MIN_FREE_BYTES
 
     def _journals_are_full(self) -> bool:
         total = 0
         for path in self._folder.journals.glob("*.journal"):
             with suppress(FileNotFoundError):  # a relay took it in
                 total += path.stat().st_size
-        if total <= self._most_bytes:
+        if total <= self._max_bytes:
             return False
-        self._waits_for = (
+        self._full_reason = (
             f"the journals take {total >> 20} MiB, and no relay reads them; start one:"
             " 't23-middleware relay', or T23_RELAY=auto"
         )
-        self._wait_until = time.monotonic() + RETRY_FULL
+        self._check_full_at = time.monotonic() + RETRY_FULL
         return True
 
     def _write(self, line: bytes) -> None:
         """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
         now = time.monotonic()
-        if now >= self._ask_room_at:
-            self._ask_room_at = now + ASK_ROOM_EVERY
-            self._ask_room()
-        if now >= self._look_at:
-            self._look()
-        if self.waits_for_relay:
-            raise StateError(_RELAYS_ROOM)
+        if now >= self._check_room_at:
+            self._check_room_at = now + CHECK_ROOM_EVERY
+            self._check_room()
+        if now >= self._check_place_at:
+            self._check_place()
+        if self.relay_must_free_room:
+            raise StateError(_ROOM_IS_RESERVED)
         journal = self._journal or self._begin()
         if not _has_flags(journal):
-            self._look()
+            self._check_place()
             journal = self._journal or self._begin()
-        if self._torn:
+        if self._is_torn:
             line = b"\n" + line
         written = os.write(journal.descriptor, line)
         self._size += written
-        self._torn = written < len(line)
-        if self._torn:
+        self._is_torn = written < len(line)
+        if self._is_torn:
             raise OSError(errno.ENOSPC, "the disk took only a part of the line")
 
-    def _write_aside(self) -> None:
+    def _write_buffered(self) -> None:
         """Write what is kept aside; each line is taken out first, so that two threads never write the same."""
         while True:
             try:
-                line = self._aside.popleft()
+                line = self._buffered.popleft()
             except IndexError:
                 return
             try:
                 self._write(line)
             except BaseException:
-                self._aside.appendleft(line)
+                self._buffered.appendleft(line)
                 raise
 
     def write_counts(self) -> bool:
@@ -275,25 +275,25 @@ class JournalWriter:
             return False
         return True
 
-    def _begin(self) -> _Journal:
+    def _begin(self) -> _OpenJournal:
         """Take the writer's lock and open its first journal."""
         with self._changing:
             if self._journal is None:
-                if self._refusal and time.monotonic() < self._not_before:
-                    raise StateError(self._refusal)
+                if self._begin_error and time.monotonic() < self._retry_begin_at:
+                    raise StateError(self._begin_error)
                 try:
                     self._folder.create()
                     if self._lock_file is None:
-                        self._lock_file = self._held_lock()
-                    self._journal = self._opened(0, self._abandoned)
+                        self._lock_file = self._take_lock()
+                    self._journal = self._open_journal(0, self._abandoned)
                     self._abandoned = None
                 except (OSError, StateError) as error:
-                    self._refusal = str(error)
-                    self._not_before = time.monotonic() + RETRY_BEGIN
+                    self._begin_error = str(error)
+                    self._retry_begin_at = time.monotonic() + RETRY_BEGIN
                     raise
             return self._journal
 
-    def _held_lock(self) -> int:
+    def _take_lock(self) -> int:
         """The writer's lock, without which it would count as dead and lose what it writes.
 
         A relay that tidies up may have the file for the moment in which it removes it.
@@ -304,29 +304,29 @@ class JournalWriter:
                 return descriptor
         raise StateError(f"the lock of {self.name} is held by another process")
 
-    def _look(self) -> None:
+    def _check_place(self) -> None:
         """Begin anew where somebody removed or moved what is being written: nobody would ever read it."""
         if not self._changing.acquire(blocking=False):
             return
         try:
-            self._look_at = time.monotonic() + LOOK_EVERY
+            self._check_place_at = time.monotonic() + CHECK_EVERY
             if self._journal is not None and not self._is_in_place(self._journal):
                 self._abandon(self._journal)
         finally:
             self._changing.release()
 
-    def _is_in_place(self, journal: _Journal) -> bool:
+    def _is_in_place(self, journal: _OpenJournal) -> bool:
         if not _is_open(journal):
             return False
         try:
-            there = owned.look_at(self._path(journal.sequence))
+            there = owned.lstat(self._path(journal.sequence))
         except FileNotFoundError:
             return False
         except OSError:
             return os.fstat(journal.descriptor).st_nlink > 0  # its path can't be followed now
         return (there.st_dev, there.st_ino) == journal.file
 
-    def _abandon(self, journal: _Journal) -> None:
+    def _abandon(self, journal: _OpenJournal) -> None:
         """Under a new name, or a relay would go on behind what it read of the old one."""
         if _is_open(journal):
             path = self._path(journal.sequence)
@@ -353,7 +353,7 @@ class JournalWriter:
         try:
             journal = self._journal
             if journal is not None and self._size > ROTATE_AT:
-                self._journal = self._opened(journal.sequence + 1, journal)
+                self._journal = self._open_journal(journal.sequence + 1, journal)
                 self._journals_are_full()
         except OSError as error:
             log.warning(
@@ -365,7 +365,7 @@ class JournalWriter:
         finally:
             self._changing.release()
 
-    def _opened(self, sequence: int, former: _Journal | None) -> _Journal:
+    def _open_journal(self, sequence: int, former: _OpenJournal | None) -> _OpenJournal:
         """A new journal, with its header, under the descriptor number of *former*."""
         path = self._path(sequence)
         descriptor = owned.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
@@ -383,45 +383,45 @@ class JournalWriter:
             os.dup2(descriptor, former.descriptor, inheritable=False)
             os.close(descriptor)
             descriptor = former.descriptor
-        self._size, self._torn = size, False
+        self._size, self._is_torn = size, False
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        return _Journal(descriptor, sequence, (found.st_dev, found.st_ino), flags)
+        return _OpenJournal(descriptor, sequence, (found.st_dev, found.st_ino), flags)
 
-    def _keep_aside(self, line: bytes, error: Exception) -> None:
-        self._aside.append(line)
-        while len(self._aside) > KEPT_ASIDE:
-            self._lose(self._aside.popleft())
-        self.say_unwritable(error)
+    def _buffer(self, line: bytes, error: Exception) -> None:
+        self._buffered.append(line)
+        while len(self._buffered) > MAX_BUFFERED:
+            self._count_lost(self._buffered.popleft())
+        self.log_unwritable(error)
 
-    def say_unwritable(self, error: Exception) -> None:
+    def log_unwritable(self, error: Exception) -> None:
         """Log that nothing can be written, once until it can."""
-        if not self._failing:
-            self._failing = True
+        if not self._is_failing:
+            self._is_failing = True
             log.error(
                 "t23_middleware can't write plays down; they are kept in memory (at most %d): %s",
-                KEPT_ASIDE,
+                MAX_BUFFERED,
                 error,
                 extra={"t23_event": "journal_unwritable", "t23_reason": str(error)},
             )
 
-    def _lose(self, line: bytes) -> None:
+    def _count_lost(self, line: bytes) -> None:
         """Count the play. An open line that falls out is no loss: the close line has all that it said."""
         if _CLOSE not in line[:_CLOSE_WITHIN]:
             return
         transfer = decode(line.rstrip(b"\n"))
-        if isinstance(transfer, Transfer) and transfer.sent > PROBE:
+        if isinstance(transfer, Transfer) and transfer.sent > PROBE_BYTES:
             with self._counting:
                 self._counts.update({"capture_lost": 1, "capture_lost_bytes": transfer.sent})
 
-    def _went_well(self) -> None:
-        self._failing = False
+    def _log_writable(self) -> None:
+        self._is_failing = False
         log.warning("plays can be written down again", extra={"t23_event": "journal_writable"})
 
     def _new_name(self) -> str:
         return f"{self._prefix}{os.getpid()}-{os.urandom(8).hex()}"
 
 
-def _has_flags(journal: _Journal) -> bool:
+def _has_flags(journal: _OpenJournal) -> bool:
     """Whether the number may still be the journal's, asked before each line; :func:`_is_open` is sure of it."""
     try:
         return fcntl.fcntl(journal.descriptor, fcntl.F_GETFL) == journal.flags
@@ -429,7 +429,7 @@ def _has_flags(journal: _Journal) -> bool:
         return False
 
 
-def _is_open(journal: _Journal) -> bool:
+def _is_open(journal: _OpenJournal) -> bool:
     """Whether the number is still the journal's, and not closed by the app, or the app's own by now."""
     try:
         found = os.fstat(journal.descriptor)

@@ -32,10 +32,10 @@ class T23Middleware:
     """
 
     def __init__(self, app: WSGIApplication, settings: Settings | None = None, **arguments: Any) -> None:
-        settled = _settled(settings, arguments)
-        self._capture = Capture(settled, VERSION) if settled else None
-        self.app = _WithPages(app, settled) if settled and settled.status_token else app
-        self._told_of_two = False
+        found = _read_settings(settings, arguments)
+        self._capture = Capture(found, VERSION) if found else None
+        self.app = _WithPages(app, found) if found and found.status_token else app
+        self._warned_twice_wrapped = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         capture = self._capture
@@ -60,8 +60,8 @@ class T23Middleware:
         outer = environ.setdefault(SEEN, self)
         if outer is self:
             return bool(environ.get(CALLING))  # else the app is called again with the same environ
-        if not self._told_of_two:
-            self._told_of_two = True
+        if not self._warned_twice_wrapped:
+            self._warned_twice_wrapped = True
             log.warning(
                 "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away",
                 extra={"t23_event": "wrapped_twice"},
@@ -98,7 +98,7 @@ class _WithPages:
         return self._pages
 
 
-def _settled(settings: Settings | None, arguments: dict[str, Any]) -> Settings | None:
+def _read_settings(settings: Settings | None, arguments: dict[str, Any]) -> Settings | None:
     """The settings, or ``None`` where nothing is counted."""
     try:
         if settings is None:

@@ -24,7 +24,7 @@ STARTED_BY_WORKER = "_T23_STARTED_BY_WORKER"
 #: Set by ``t23-middleware run``: the app that its command named, which then is in ``T23_APP`` too.
 NAMED_BY_RUN = "_T23_NAMED_BY_RUN"
 #: Smallest ``T23_MAX_BYTES``: what the outbox takes with nothing in it.
-LEAST_BOUND = 65536
+MIN_MAX_BYTES = 65536
 #: Set by tests: the point at which the relay dies, see ``relay/crash.py``.
 CRASH_AT = "_T23_CRASH_AT"
 
@@ -102,7 +102,7 @@ def _bytes(text: str) -> int:
 
 
 def _bound(text: str) -> int:
-    if _bytes(text) < LEAST_BOUND:
+    if _bytes(text) < MIN_MAX_BYTES:
         raise ValueError(f"{text!r} is less than an empty outbox takes; write for example 268435456")
     return _bytes(text)
 
@@ -437,8 +437,8 @@ class Settings:
     def __init__(self, *, environ: Mapping[str, str] | None = None, **arguments: Any) -> None:
         environ = os.environ if environ is None else environ
         reader = _Reader(environ, arguments)
-        values = {item.name: reader.value_of(item) for item in declared()}
-        problems = reader.problems + _contradictions(values, reader.problems) + _not_yet(environ)
+        values = {item.name: reader.value_of(item) for item in setting_fields()}
+        problems = reader.problems + _contradictions(values, reader.problems) + _unsupported(environ)
         if problems:
             raise ConfigurationError([*problems, *_unknown_variables(environ)])
         for name, value in values.items():
@@ -524,14 +524,16 @@ class Settings:
         """
         release = os.path.realpath(Path(__file__).parent)
         told = release + repr(
-            [(item.name, getattr(self, item.name)) for item in declared() if item.metadata["relay"]]
+            [(item.name, getattr(self, item.name)) for item in setting_fields() if item.metadata["relay"]]
         )
         return f"{zlib.crc32(told.encode()):08x}"
 
     def relay_environment(self, state: Path) -> dict[str, str]:
         """The environment for a relay with these settings on the folder *state*; capture's secrets stay out."""
         ours = {
-            variable(item): as_text(getattr(self, item.name)) for item in declared() if item.metadata["relay"]
+            variable(item): as_text(getattr(self, item.name))
+            for item in setting_fields()
+            if item.metadata["relay"]
         }
         inherited = {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
         told = {name: text for name, text in ours.items() if text != ""}
@@ -548,7 +550,7 @@ class _Reader:
         self.environ = environ
         self.arguments = dict(arguments)
         self.sources: dict[str, str] = {}
-        known = {item.name for item in declared()}
+        known = {item.name for item in setting_fields()}
         self.problems = [
             f"{name} is not a setting; see 't23-middleware config'" for name in arguments if name not in known
         ]
@@ -590,7 +592,7 @@ def _contradictions(values: Mapping[str, Any], found: list[str]) -> list[str]:
     return problems
 
 
-def declared() -> list[Field[Any]]:
+def setting_fields() -> list[Field[Any]]:
     """The settings in the order of the README's table."""
     return [item for item in fields(Settings) if "read" in item.metadata]
 
@@ -619,7 +621,7 @@ def process_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def _not_yet(environ: Mapping[str, str]) -> list[str]:
+def _unsupported(environ: Mapping[str, str]) -> list[str]:
     """Who asks for a shared outbox would lose reports with one per host, so that is no mere warning."""
     if not environ.get("T23_OUTBOX", "").strip():
         return []
@@ -627,7 +629,7 @@ def _not_yet(environ: Mapping[str, str]) -> list[str]:
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
-    known = [variable(item) for item in declared()]
+    known = [variable(item) for item in setting_fields()]
     unknown = sorted(
         name for name in environ if name.startswith(PREFIX) and name not in (*known, "T23_OUTBOX")
     )

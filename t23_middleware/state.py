@@ -21,10 +21,10 @@ from .errors import StateError
 from .transfer import FORMAT
 
 #: Seconds for which it matters that a worker ended: far more than one waits.
-LEAVING_MOST = 600.0
+MAX_LEAVING_AGE = 600.0
 
 
-class Holder(NamedTuple):
+class LockHolder(NamedTuple):
     """What a relay says of itself in the file of its lock."""
 
     pid: int
@@ -51,7 +51,7 @@ class StateFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path = owned.own_place(path)
+        self.path = path = owned.resolve_mount(path)
         #: One journal file per writer and rotation, and one lock file per writer.
         self.journals = path / owned.JOURNALS
         self.relay_lock = path / "relay.lock"
@@ -85,24 +85,24 @@ class StateFolder:
         if not os.access(self.journals, os.W_OK | os.X_OK):
             raise StateError(self._remedy("it can't be written"))
 
-    def refuse_if_foreign(self) -> None:
+    def check_ownership(self) -> None:
         """Raise :class:`~t23_middleware.errors.StateError` where the folder is there and not ours; makes nothing."""
         try:
-            with owned.entered(self.path):
+            with owned.open_folder(self.path):
                 pass
         except owned.NotOwned as error:
             raise StateError(self._remedy(error.strerror or str(error))) from error
         except OSError:
             pass  # missing, or closed to us: whoever uses it says so
 
-    def relay_holder(self) -> Holder | None:
+    def relay_holder(self) -> LockHolder | None:
         """What the relay that holds the lock, or the last that did, says of itself."""
         try:
-            return Holder(**json.loads(owned.read(self.relay_lock)))
+            return LockHolder(**json.loads(owned.read(self.relay_lock)))
         except (OSError, ValueError, TypeError):
             return None
 
-    def say_leaving(self) -> None:
+    def record_leaving(self) -> None:
         """This worker ends, and waits for its reports. Raises :class:`OSError`."""
         descriptor = owned.open_file(self.leaving, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
@@ -118,10 +118,10 @@ class StateFolder:
             return {}
         return {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
 
-    def forget_leaving(self) -> None:
+    def remove_old_leaving(self) -> None:
         """Remove what workers said that are gone for long."""
         try:
-            if time.time() - owned.look_at(self.leaving).st_mtime > LEAVING_MOST:
+            if time.time() - owned.lstat(self.leaving).st_mtime > MAX_LEAVING_AGE:
                 owned.remove(self.leaving)
         except OSError:
             pass  # there is none
@@ -133,7 +133,7 @@ class StateFolder:
             f" that user {user} may write, or make this one with: install -d -m 0700 -o {user} -g {group} {self.path}"
         )
 
-    def holds_work(self) -> bool:
+    def has_work(self) -> bool:
         """Whether something waits here for a relay of this version."""
         try:
             return owned.check_file(self.unfinished) or any(self.readable_journals())
@@ -157,7 +157,7 @@ class StateFolder:
             return {}
         return {name: number for number, _, name in lines}
 
-    def keep_foreign_journals(self, formats: Mapping[str, str]) -> None:
+    def write_foreign_journals(self, formats: Mapping[str, str]) -> None:
         """Write down what :meth:`foreign_journals` tells. Raises :class:`OSError`."""
         text = "".join(f"{number} {name}\n" for name, number in formats.items())
         owned.replace(self.foreign, text.encode("utf-8", "surrogateescape"))
@@ -233,7 +233,7 @@ def _namespace(kind: str) -> int:
 
 def _is_still(path: Path, descriptor: int) -> bool:
     try:
-        there = owned.look_at(path)
+        there = owned.lstat(path)
     except FileNotFoundError:
         return False
     mine = os.fstat(descriptor)

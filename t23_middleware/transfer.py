@@ -164,7 +164,7 @@ class Counts(NamedTuple):
     counts: dict[str, int]
 
 
-Line: TypeAlias = Writer | Opening | Progress | Transfer | Acknowledged | Counts
+JournalLine: TypeAlias = Writer | Opening | Progress | Transfer | Acknowledged | Counts
 
 
 class NotALine(ValueError):
@@ -179,7 +179,7 @@ class ForeignLine(NotALine):
     """The line is whole, but not one that this version knows."""
 
 
-def encode(line: Line) -> bytes:
+def encode(line: JournalLine) -> bytes:
     """The bytes of one journal line, its newline included."""
     if isinstance(line, Opening):
         return open_line(opening_text(line))
@@ -244,7 +244,7 @@ def _number(value: int | None) -> str:
     return "null" if value is None else str(value)
 
 
-def decode(line: bytes) -> Line:
+def decode(line: bytes) -> JournalLine:
     """The line in *line* (without its newline).
 
     Raises :class:`TornLine` where the checksum does not fit, :class:`ForeignLine` where the content is unknown.
@@ -328,7 +328,7 @@ def _writer(fields: list[Any]) -> Writer:
 
 _read_writer = _plain(Writer, str, int, str, str, int, str, int)
 
-_READERS: dict[str, Callable[[list[Any]], Line]] = {
+_READERS: dict[str, Callable[[list[Any]], JournalLine]] = {
     "writer": _writer,
     "open": _opening,
     "progress": _progress,

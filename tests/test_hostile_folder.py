@@ -188,7 +188,7 @@ def test_locks_and_marks_never_hang(folder: StateFolder, victim: Path, kind: str
     assert folder.relay_holder() is None
     assert folder.leaving_workers() == {}
     assert folder.foreign_journals() == {}
-    assert not folder.holds_work()
+    assert not folder.has_work()
     assert victim.read_text() == "DEBUG = False\n"
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t23_middleware import ConfigurationError, Settings
-from t23_middleware.settings import as_text, declared, variable
+from t23_middleware.settings import as_text, setting_fields, variable
 
 URL = "https://video.example.com"
 
@@ -273,7 +273,7 @@ def test_secrets_are_not_in_the_representation() -> None:
         session_secret="key-a,key-b", flask_secret_key="key-c", status_token="key-d-of-the-operator"
     )
     assert "key-" not in repr(read)
-    assert [item.name for item in declared() if item.metadata["secret"]] == [
+    assert [item.name for item in setting_fields() if item.metadata["secret"]] == [
         "session_secret",
         "flask_secret_key",
         "status_token",
@@ -420,7 +420,7 @@ def test_the_digest_stays_with_what_only_capture_does(change: dict[str, Any]) ->
 
 
 def test_every_default_reads_as_itself() -> None:
-    for item in declared():
+    for item in setting_fields():
         if item.default is not None:
             assert item.metadata["read"](as_text(item.default)) == item.default or item.default == ()
         assert variable(item) == "T23_" + item.name.upper()

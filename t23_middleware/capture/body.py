@@ -15,15 +15,15 @@ from typing import Any, Protocol
 _NEVER = object()
 
 
-class Ending(Protocol):
+class BodyListener(Protocol):
     """What a counted body reports of itself. Nothing of it raises."""
 
     @property
-    def mark(self) -> int:
+    def progress_at(self) -> int:
         """The count at which :meth:`progress` is called first."""
 
-    def progress(self, counted: int, held: int = 0) -> int:
-        """The server has taken *counted* bytes, of which it holds *held*; returns the count of the next call."""
+    def progress(self, counted: int, unsent: int = 0) -> int:
+        """The server has taken *counted* bytes, of which it holds *unsent*; returns the count of the next call."""
 
     def end(self, counted: int, offered: int) -> None:
         """The body is over: the server has written at least *counted* bytes of it, and was given *offered*."""
@@ -39,12 +39,12 @@ class CountedIterable:
     chunk, or by being dropped. The app's own ``close()`` runs as often as it would without this object.
     """
 
-    def __init__(self, body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int]) -> None:
+    def __init__(self, body: Iterable[bytes], listener: BodyListener, size_of: Callable[[Any], int]) -> None:
         self._body = body
         self._size_of = size_of
-        self._ending: Ending | None = ending
+        self._listener: BodyListener | None = listener
         self._chunks: Callable[[], object] | None = None
-        self._sizes: Callable[[], tuple[int, int]] = _nothing
+        self._sizes: Callable[[], tuple[int, int]] = _no_sizes
 
     def __iter__(self) -> Iterator[bytes]:
         iterator = iter(self._body)
@@ -62,24 +62,28 @@ class CountedIterable:
         # An outer middleware may have had a look at the first chunks.
         _, taken = self._sizes()
         chunk: Any = b""
-        ending, mark, size_of = self._ending, 0 if self._ending is None else self._ending.mark, self._size_of
+        listener, progress_at, size_of = (
+            self._listener,
+            0 if self._listener is None else self._listener.progress_at,
+            self._size_of,
+        )
         self._sizes = lambda: (taken, taken + size_of(chunk))
         try:
-            for chunk in _once(iterator):
+            for chunk in _loop_over(iterator):
                 yield chunk
                 taken += len(chunk) if type(chunk) is bytes else size_of(chunk)
-                if taken >= mark and ending is not None:
-                    mark = ending.progress(taken)
+                if taken >= progress_at and listener is not None:
+                    progress_at = listener.progress(taken)
         except GeneratorExit:
             raise
         except BaseException:
             # The app failed after the last one was sent. Its exception holds this frame, and nothing in it shall live on.
             chunk = b""
-            self._finish()
-            del self, iterator, ending
+            self._end()
+            del self, iterator, listener
             raise
         chunk = b""
-        self._finish()
+        self._end()
 
     def close(self) -> None:
         """End the count, and close the app's body as the server would have."""
@@ -91,17 +95,17 @@ class CountedIterable:
             if close is not None:
                 close()
         finally:
-            self._finish()
+            self._end()
 
     def __del__(self) -> None:
-        ending, self._ending = self._ending, None
-        if ending is not None:
-            ending.drop(*self._sizes())
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.drop(*self._sizes())
 
-    def _finish(self) -> None:
-        ending, self._ending = self._ending, None
-        if ending is not None:
-            ending.end(*self._sizes())
+    def _end(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.end(*self._sizes())
 
 
 class _Chunks(chain[bytes]):
@@ -143,17 +147,17 @@ def size_of_bytes(chunk: Any) -> int:
 
 
 def counted_iterable(
-    body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int] = size_of
+    body: Iterable[bytes], listener: BodyListener, size_of: Callable[[Any], int] = size_of
 ) -> CountedIterable:
     """The counted form of *body*; *size_of* says how many bytes the server sends of a chunk."""
-    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending, size_of)
+    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, listener, size_of)
 
 
-def _nothing() -> tuple[int, int]:
+def _no_sizes() -> tuple[int, int]:
     return 0, 0
 
 
-def _once(iterator: Iterator[Any]) -> Iterator[Any]:
+def _loop_over(iterator: Iterator[Any]) -> Iterator[Any]:
     """For a loop, *iterator* whose ``__iter__`` was called: a class in Python may have none, or one that does something."""
     kind = type(iterator)
     if type(getattr(kind, "__iter__", None)) is WrapperDescriptorType:

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .body import Ending, counted_iterable, is_iterable, size_of, size_of_bytes
+from .body import BodyListener, counted_iterable, is_iterable, size_of, size_of_bytes
 from .connection import uwsgi_server
-from .files import FileWay, counted_file
-from .held import HeldEnding, Holder
-from .recorder import NamedRecording, Recording
+from .files import FileOptions, counted_file
+from .held import BufferedListener, ServerBuffer
+from .recorder import ProxiedRecording, Recording
 from .span import Count, Span
 
 if TYPE_CHECKING:
@@ -31,70 +31,81 @@ PROGRESS_PAUSE = 0.5
 class BodyCounter:
     """The count of one response that is a play. Nothing of it raises but what the server's ``write()`` raised.
 
-    *span* is its span of the connection, where the kernel can be asked; *holder* the server's end of the connection,
+    *span* is its span of the connection, where the kernel can be asked; *buffer* the server's end of the connection,
     where that runs ahead of the client.
     """
 
-    __slots__ = ("_given", "_holder", "_is_void", "_quiet_until", "_recording", "_span", "_written", "mark")
+    __slots__ = (
+        "_buffer",
+        "_given",
+        "_is_void",
+        "_no_progress_before",
+        "_recording",
+        "_span",
+        "_written",
+        "progress_at",
+    )
 
-    def __init__(self, recording: Recording, span: Span | None = None, holder: Holder | None = None) -> None:
+    def __init__(
+        self, recording: Recording, span: Span | None = None, buffer: ServerBuffer | None = None
+    ) -> None:
         self._recording = recording
         self._span = span
-        self._holder = holder
+        self._buffer = buffer
         self._is_void = False
         #: Bytes that ``write()`` was given, and those that it sent.
         self._given = 0
         self._written = 0
-        self._quiet_until = 0.0
+        self._no_progress_before = 0.0
         #: The count at which :meth:`progress` is called next.
-        self.mark = PROGRESS_EVERY if span is None else MEASURE_FROM
+        self.progress_at = PROGRESS_EVERY if span is None else MEASURE_FROM
 
     @property
     def play_id(self) -> str | None:
         """What names the play to the proxy, where that counts."""
-        return self._recording.play_id if isinstance(self._recording, NamedRecording) else None
+        return self._recording.play_id if isinstance(self._recording, ProxiedRecording) else None
 
     @property
     def has_link(self) -> bool:
         """Whether the kernel can be asked how far the connection is."""
         return self._span is not None
 
-    def body(self, body: Any, environ: WSGIEnvironment, way: FileWay) -> Any:
+    def body(self, body: Any, environ: WSGIEnvironment, options: FileOptions) -> Any:
         """The body for the server in place of *body*, which the app returned."""
         server = uwsgi_server()
         if isinstance(body, bytes) and (server is not None or "bjoern" in sys.modules):
-            self.end_unseen(len(body))  # these two send it as it is, and have nothing to close
+            self.end_before_sent(len(body))  # these two send it as it is, and have nothing to close
             return body
         if type(body) is list and environ.get("SERVER_SOFTWARE") == "Granian":
             # It joins a list, sends it from Rust, and never closes it (granian/wsgi.py:59).
             size = sum(map(size_of, body))
             self.end(size, size)
             return body
-        body, ends_itself = counted_file(body, environ, self._recording.opening, self, way)
+        body, ends_itself = counted_file(body, environ, self._recording.opening, self, options)
         if ends_itself:
             return body
         if not is_iterable(body):
             self.end(0, 0)  # for the server to judge
             return body
-        ending: Ending = self if self._holder is None else HeldEnding(self, self._holder)
+        listener: BodyListener = self if self._buffer is None else BufferedListener(self, self._buffer)
         sends_all = server is None or server.takes_buffers
-        return counted_iterable(body, ending, size_of if sends_all else size_of_bytes)
+        return counted_iterable(body, listener, size_of if sends_all else size_of_bytes)
 
     def write(self, write: Callable[[bytes], object], data: bytes) -> object:
         """Hand *data* to the server's *write*, and count it."""
-        may_arrive = self._holder is None or self._holder.sends()
+        may_arrive = self._buffer is None or self._buffer.can_reach_client()
         size = size_of(data) if may_arrive else 0
         self._given += size
         answer = write(data)
         self._written += size
-        if self._written >= self.mark:
+        if self._written >= self.progress_at:
             self.progress(0)
         return answer
 
     def void(self) -> None:
         """What was opened is not what goes out, so that nothing has to wait for its end."""
         self._is_void = True
-        if isinstance(self._recording, NamedRecording):
+        if isinstance(self._recording, ProxiedRecording):
             self._recording.void()
         self.end(0, 0)
 
@@ -102,24 +113,24 @@ class BodyCounter:
         """The app raised: what ``write()`` sent before is all there was."""
         if not self._given:
             self.void()
-        if self._holder is not None:
-            self._holder.finish(0, self)
+        if self._buffer is not None:
+            self._buffer.end_when_sent(0, self)
         else:
             self.end(0, 0)
 
-    # What a body reports, see :class:`.body.Ending` and :class:`.files.FileEnding`.
+    # What a body reports, see :class:`.body.BodyListener` and :class:`.files.FileListener`.
 
-    def progress(self, counted: int, held: int = 0) -> int:
-        """The server has taken *counted* bytes of the body and holds *held* of them; returns the next mark."""
+    def progress(self, counted: int, unsent: int = 0) -> int:
+        """The server has taken *counted* bytes of the body and holds *unsent* of them; returns the next progress_at."""
         counted += self._written
         position = None if self._span is None else self._span.measure(counted)
         if counted >= PROGRESS_EVERY:
-            self._record_progress(counted - held, position)
-            self.mark = counted + PROGRESS_EVERY
+            self._record_progress(counted - unsent, position)
+            self.progress_at = counted + PROGRESS_EVERY
         else:
             # The first two measures give the head and the framing.
-            self.mark = counted + 1 if self.mark == MEASURE_FROM else PROGRESS_EVERY
-        return self.mark - self._written
+            self.progress_at = counted + 1 if self.progress_at == MEASURE_FROM else PROGRESS_EVERY
+        return self.progress_at - self._written
 
     def end(self, counted: int, offered: int) -> None:
         """The body is over: the server has written at least *counted* bytes of it, and was given *offered*."""
@@ -135,14 +146,14 @@ class BodyCounter:
 
     def end_file(self, counted: int, offered: int) -> None:
         """As :meth:`end`, of a file that the server sends itself."""
-        if self._holder is not None:
-            self._holder.is_at_end()
+        if self._buffer is not None:
+            self._buffer.file_ended()
         self.end(counted, offered)
 
-    def end_unseen(self, offered: int) -> None:
+    def end_before_sent(self, offered: int) -> None:
         """The server drops the body now and sends up to *offered* bytes afterwards."""
         offered += self._written
-        self._record_end(Count(offered) if self._span is None else self._span.end_unseen(offered))
+        self._record_end(Count(offered) if self._span is None else self._span.end_before_sent(offered))
 
     def end_declared(self, length: int) -> None:
         """*length* bytes are believed to be sent."""
@@ -150,36 +161,36 @@ class BodyCounter:
 
     def _record_progress(self, counted: int, position: int | None) -> None:
         now = time.monotonic()
-        if self._is_void or now < self._quiet_until:
+        if self._is_void or now < self._no_progress_before:
             return
-        self._quiet_until = now + PROGRESS_PAUSE
+        self._no_progress_before = now + PROGRESS_PAUSE
         try:
             self._recording.progress(counted, position)
         except Exception:
-            say_not_recorded()
+            log_not_recorded()
 
     def _record_end(self, count: Count, declared: int = 0) -> None:
         try:
             self._recording.end(0 if self._is_void else count.sent, declared, count.position)
         except Exception:
-            say_not_recorded()
+            log_not_recorded()
 
 
-class LateEnding:
-    """The ending of a body whose app has not called ``start_response`` yet: *counter* gives it once it has.
+class LateListener:
+    """The listener of a body whose app has not called ``start_response`` yet: *counter* gives it once it has.
 
     *over* is called when the body ends without that.
     """
 
-    mark = 1
+    progress_at = 1
 
     def __init__(self, counter: Callable[[], BodyCounter | None], over: Callable[[], object]) -> None:
         self._counter = counter
         self._over = over
 
-    def progress(self, counted: int, held: int = 0) -> int:
+    def progress(self, counted: int, unsent: int = 0) -> int:
         counter = self._counter()
-        return counted + PROGRESS_EVERY if counter is None else counter.progress(counted, held)
+        return counted + PROGRESS_EVERY if counter is None else counter.progress(counted, unsent)
 
     def end(self, counted: int, offered: int) -> None:
         if (counter := self._counter()) is not None:
@@ -194,7 +205,7 @@ class LateEnding:
             self._over()
 
 
-def say_not_recorded() -> None:
+def log_not_recorded() -> None:
     """With the traceback of the error of ours that is being handled."""
     log.exception(
         "a response could not be recorded; the app's answer is not touched",

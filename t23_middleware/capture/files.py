@@ -34,30 +34,30 @@ _NO_FILES = (list, tuple, GeneratorType)
 _WRAPPERS = ("gunicorn.http.wsgi", "wsgiref.util", "werkzeug.wsgi")
 
 
-class FileEnding(Protocol):
+class FileListener(Protocol):
     """What a file reports at its end. Nothing of it raises."""
 
     @property
-    def mark(self) -> int:
+    def progress_at(self) -> int:
         """The count at which :meth:`progress` is called first."""
 
     @property
     def has_link(self) -> bool:
         """Whether the kernel can be asked how far the connection is."""
 
-    def progress(self, counted: int, held: int = 0) -> int: ...
+    def progress(self, counted: int, unsent: int = 0) -> int: ...
 
     def end_file(self, counted: int, offered: int) -> None:
         """The server has sent at least *counted* bytes, and was given *offered*."""
 
-    def end_unseen(self, offered: int) -> None:
+    def end_before_sent(self, offered: int) -> None:
         """The server drops the file now and sends up to *offered* bytes afterwards."""
 
     def end_declared(self, length: int) -> None:
         """*length* bytes are believed to be sent."""
 
 
-class FileWay(NamedTuple):
+class FileOptions(NamedTuple):
     """How files leave, as the operator chose."""
 
     #: ``T23_FAST_FILES``.
@@ -67,26 +67,26 @@ class FileWay(NamedTuple):
 
 
 def counted_file(
-    body: Any, environ: WSGIEnvironment, opening: Opening, ending: FileEnding, way: FileWay
+    body: Any, environ: WSGIEnvironment, opening: Opening, listener: FileListener, options: FileOptions
 ) -> tuple[Any, bool]:
     """The body for the server in place of *body*, and whether it reports its own end; if not, it is an iterable."""
     if type(body) in _NO_FILES:
         return body, False
     wrapper: Any = environ.get("wsgi.file_wrapper")
     if isinstance(wrapper, type) and _is_in_python(wrapper):
-        ranged = _wrapper_in_range(body, opening) if way.fast and opening.status == 206 else None
+        ranged = _wrapper_in_range(body, opening) if options.fast and opening.status == 206 else None
         if isinstance(ranged, wrapper):
-            if _count_inside(ranged, opening, ending, way, in_range=True):
+            if _count_inside(ranged, opening, listener, options, in_range=True):
                 return ranged, True
-            _let_range_seek(body, ranged)
-        elif isinstance(body, wrapper) and _count_inside(body, opening, ending, way):
+            _make_range_seekable(body, ranged)
+        elif isinstance(body, wrapper) and _count_inside(body, opening, listener, options):
             return body, True
     elif wrapper is not None:
         if (server := uwsgi_server()) is not None and hasattr(body, "read"):
-            return _counted_by_uwsgi(body, server, opening, ending, way)
+            return _counted_by_uwsgi(body, server, opening, listener, options)
         if isinstance(wrapper, type) and isinstance(body, wrapper):
-            return _counted_in_c(body, opening, ending, way)
-    _read_larger_blocks(body, opening, way)
+            return _counted_in_c(body, opening, listener, options)
+    _read_larger_blocks(body, opening, options)
     return body, False
 
 
@@ -102,18 +102,18 @@ class PositionedFile:
     """
 
     def __init__(
-        self, file: Any, ending: FileEnding, offered: int | None, stop: int | None, *, seeks_back: bool
+        self, file: Any, listener: FileListener, offered: int | None, stop: int | None, *, seeks_back: bool
     ) -> None:
         self._file = file
-        self._ending: FileEnding | None = ending
+        self._listener: FileListener | None = listener
         self._offered = offered
         self._stop = stop
         #: waitress reads a piece, seeks back, and reads again as much as it sent.
         self._seeks_back = seeks_back
-        self._start = self._position = _place(file)
+        self._start = self._position = _position_of(file)
         #: Where the file stood when the server read the last time: all before that has been sent.
         self._taken: int | None = None
-        self._mark = ending.mark
+        self._progress_at = listener.progress_at
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -124,8 +124,8 @@ class PositionedFile:
     def read(self, *size: int) -> Any:
         if not self._seeks_back:
             self._taken = self._position
-            if self._ending is not None and self._position - self._start >= self._mark:
-                self._mark = self._ending.progress(self._position - self._start)
+            if self._listener is not None and self._position - self._start >= self._progress_at:
+                self._progress_at = self._listener.progress(self._position - self._start)
         data = self._file.read(*size) if self._stop is None else self._read_in_range(*size)
         # These servers refuse text.
         self._position += 0 if isinstance(data, str) else size_of(data)
@@ -147,7 +147,7 @@ class PositionedFile:
             self._position = place[0]
         answer = self._file.seek(*place) if hasattr(self._file, "seek") else self._position
         if len(place) > 1:
-            self._position = _place(self._file)
+            self._position = _position_of(self._file)
         return answer
 
     def close(self) -> None:
@@ -160,23 +160,23 @@ class PositionedFile:
             self.finish()
 
     def __del__(self) -> None:
-        if getattr(self, "_ending", None) is not None:
+        if getattr(self, "_listener", None) is not None:
             self._offered = None  # dropped without a close(): what it was not asked for was not sent
             self.finish()
 
     def finish(self) -> None:
         """End the count, once."""
-        ending, self._ending = self._ending, None
-        if ending is None:
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
         moved = max(self._position - self._start, 0)
-        if self._taken is not None and ending.has_link:
+        if self._taken is not None and listener.has_link:
             # Of the last block only the kernel knows how much left.
-            ending.end_file(self._taken - self._start, moved)
+            listener.end_file(self._taken - self._start, moved)
         elif self._taken is not None:
-            ending.end_file(moved, moved)
+            listener.end_file(moved, moved)
         else:
-            ending.end_file(moved, max(self._offered or moved, moved))
+            listener.end_file(moved, max(self._offered or moved, moved))
 
 
 @lru_cache(maxsize=16)
@@ -187,7 +187,7 @@ def _is_in_python(wrapper: type) -> bool:
 
 
 def _count_inside(
-    body: Any, opening: Opening, ending: FileEnding, way: FileWay, *, in_range: bool = False
+    body: Any, opening: Opening, listener: FileListener, options: FileOptions, *, in_range: bool = False
 ) -> bool:
     """Exchange the file inside the server's wrapper *body*; whether it could be done."""
     stop = None
@@ -202,12 +202,12 @@ def _count_inside(
         if in_range:
             first, length = opening.part.first or 0, opening.length or 0
             stop = first + length
-            if not _stand_at(file, first):
+            if not _seek_to(file, first):
                 return False
-        offered = _left_on_disk(file) if opening.length is None else opening.length
+        offered = _bytes_left(file) if opening.length is None else opening.length
         own = vars(body).get("close")
         has_close = hasattr(body, "close")
-        counted = PositionedFile(file, ending, offered, stop, seeks_back=seeks_back)
+        counted = PositionedFile(file, listener, offered, stop, seeks_back=seeks_back)
         setattr(body, name, counted)
         # gunicorn's and wsgiref's wrapper take over the file's close when they are made, and may have none.
         if own is not None and own != getattr(file, "close", None):
@@ -216,7 +216,7 @@ def _count_inside(
             body.close = counted.close
     except Exception:  # a file of the app's own that fails where the server would not have asked
         return False
-    _read_larger_blocks(body, opening, way)
+    _read_larger_blocks(body, opening, options)
     return True
 
 
@@ -224,7 +224,7 @@ def _wrapper_in_range(body: Any, opening: Opening) -> Any:
     """What werkzeug's Range *body* wraps, if nobody has read it and it sends just the bytes of *opening*; else ``None``.
 
     Players always send a Range, and werkzeug then reads 8 KiB blocks in Python, whatever the server could do. Its
-    class is private (werkzeug/wsgi.py, ``_RangeWrapper``): one that has changed goes the app's own way.
+    class is private (werkzeug/wsgi.py, ``_RangeWrapper``): one that has changed goes the app's own options.
     """
     kind = getattr(sys.modules.get("werkzeug.wsgi"), "_RangeWrapper", None)
     if kind is None or type(body) is not kind:
@@ -246,7 +246,7 @@ class _Sequence:
 _SEQUENCE_ITERATOR = type(iter(_Sequence()))
 
 
-def _stand_at(file: Any, start: int) -> bool:
+def _seek_to(file: Any, start: int) -> bool:
     """Stand at *start*; whether it could be done.
 
     Only a plain file on disk of which nothing was read: a GzipFile's descriptor is the compressed file's, and after a
@@ -264,7 +264,7 @@ def _stand_at(file: Any, start: int) -> bool:
     return True
 
 
-def _let_range_seek(body: Any, inner: Any) -> None:
+def _make_range_seekable(body: Any, inner: Any) -> None:
     """Without ``seekable`` on the server's wrapper, werkzeug's Range reads and drops all that lies before its start.
 
     It seeks from the file's start, and what it drops begins where the file stands, so only a file at 0 is sought.
@@ -279,12 +279,12 @@ def _let_range_seek(body: Any, inner: Any) -> None:
         return
 
 
-def _read_larger_blocks(body: Any, opening: Opening, way: FileWay) -> None:
+def _read_larger_blocks(body: Any, opening: Opening, options: FileOptions) -> None:
     """Have a wrapper of gunicorn's, wsgiref's or werkzeug's, or werkzeug's Range round one, read larger blocks.
 
     Not of what can't be sought: it may be a live pipe, of which a large block would wait for more than the app does.
     """
-    if not way.fast or opening.length is None:
+    if not options.fast or opening.length is None:
         return
     try:
         for wrapper in (body, getattr(body, "iterable", None)):
@@ -299,7 +299,7 @@ def _read_larger_blocks(body: Any, opening: Opening, way: FileWay) -> None:
         return
 
 
-def _place(file: Any) -> int:
+def _position_of(file: Any) -> int:
     """Where the file stands; what cannot tell (a pipe) is counted from 0."""
     try:
         return int(file.tell())
@@ -311,7 +311,7 @@ def _place(file: Any) -> int:
         return 0
 
 
-def _left_on_disk(file: Any) -> int | None:
+def _bytes_left(file: Any) -> int | None:
     """Bytes between the file's position and its end; ``None`` for what is no file."""
     try:
         return max(int(os.fstat(file.fileno()).st_size - file.tell()), 0)
@@ -324,21 +324,21 @@ def _left_on_disk(file: Any) -> int | None:
 
 
 def _counted_by_uwsgi(
-    file: Any, server: UwsgiServer, opening: Opening, ending: FileEnding, way: FileWay
+    file: Any, server: UwsgiServer, opening: Opening, listener: FileListener, options: FileOptions
 ) -> tuple[Any, bool]:
     offered = _size_on_disk(file) if opening.length is None else opening.length
     if not server.sends_in_this_thread:
-        if ending.has_link and offered is not None:
-            ending.end_unseen(offered)
+        if listener.has_link and offered is not None:
+            listener.end_before_sent(offered)
             return file, True
-        return _counted_in_c(file, opening, ending, way)
-    meter = None if ending.has_link else _meter()
-    if meter is None and not ending.has_link:
-        return _counted_in_c(file, opening, ending, way)
+        return _counted_in_c(file, opening, listener, options)
+    meter = None if listener.has_link else _meter()
+    if meter is None and not listener.has_link:
+        return _counted_in_c(file, opening, listener, options)
 
     def end() -> None:
         taken = 0 if meter is None else meter.read_since()
-        ending.end_file(taken, taken if meter is not None else max(offered or 0, taken))
+        listener.end_file(taken, taken if meter is not None else max(offered or 0, taken))
 
     return file, _after_close(file, end)
 
@@ -409,20 +409,22 @@ def _size_on_disk(file: Any) -> int | None:
 # Servers that send a file from C and say nothing: bjoern, mod_wsgi, uWSGI where it sends in another thread.
 
 
-def _counted_in_c(body: Any, opening: Opening, ending: FileEnding, way: FileWay) -> tuple[Any, bool]:
-    """The server's own way with the length that the app declared (``T23_COUNT=declared``), or an iterable of blocks.
+def _counted_in_c(
+    body: Any, opening: Opening, listener: FileListener, options: FileOptions
+) -> tuple[Any, bool]:
+    """The server's own options with the length that the app declared (``T23_COUNT=declared``), or an iterable of blocks.
 
     mod_wsgi gives the file's length where the app does not, but only of its own wrapper (wsgi_adapter.c:1236); bjoern
-    cuts such a file off. Both keep their own way without a Content-Length.
+    cuts such a file off. Both keep their own options without a Content-Length.
     """
     file = _file_in_c(body)
-    if opening.length is not None and not way.declared:
+    if opening.length is not None and not options.declared:
         return (body if file is None else Blocks(file, body)), False
-    length = _left_on_disk(file) if opening.length is None else opening.length
+    length = _bytes_left(file) if opening.length is None else opening.length
     if length is None:
         return body, False
-    if not _after_close(file, lambda: ending.end_declared(length)):
-        ending.end_declared(length)
+    if not _after_close(file, lambda: listener.end_declared(length)):
+        listener.end_declared(length)
     return body, True
 
 

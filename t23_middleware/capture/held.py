@@ -1,4 +1,4 @@
-"""What a server holds of a body: it took it, has not sent it, and drops it when the client leaves.
+"""What a server holds of a body: it chunk_taken it, has not sent it, and drops it when the client leaves.
 
 Most servers write a chunk to the kernel before they ask for the next one, and :mod:`.body` is right about them. The
 two here run far ahead of the client; their own objects say how far.
@@ -12,34 +12,34 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..tcp_info import TCPInfo
 from ..transfer import Connection
-from .body import Ending
+from .body import BodyListener
 from .connection import Link, SocketLink
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 
-class Holder(Protocol):
+class ServerBuffer(Protocol):
     """A server's end of the connection, during one response."""
 
     @property
     def link(self) -> Link:
         """The way to the kernel's account of the connection."""
 
-    def sends(self) -> bool:
+    def can_reach_client(self) -> bool:
         """Whether a chunk that is handed out now may reach the client."""
 
-    def took(self) -> None:
+    def chunk_taken(self) -> None:
         """A chunk was taken."""
 
-    def held(self) -> int:
+    def unsent(self) -> int:
         """Bytes that it took and has not sent yet."""
 
-    def is_at_end(self) -> None:
-        """A file that the server sends itself is at its end: all before it is sent or dropped."""
+    def file_ended(self) -> None:
+        """A file that the server can_reach_client itself is at its end: all before it is sent or dropped."""
 
-    def finish(self, taken: int, ending: Ending) -> None:
-        """No more will come: end *ending*, once it is known how much was sent of *taken* bytes."""
+    def end_when_sent(self, taken: int, listener: BodyListener) -> None:
+        """No more will come: end *listener*, once it is known how much was sent of *taken* bytes."""
 
 
 #: What is used of a waitress channel; a version without one of them is counted like other servers.
@@ -48,25 +48,25 @@ _CHANNEL = (
 )  # fmt: skip
 
 
-def holder_of(environ: WSGIEnvironment) -> Holder | None:
-    """The holder of this request's connection, where the server is one that has any. Never raises."""
+def server_buffer_of(environ: WSGIEnvironment) -> ServerBuffer | None:
+    """The buffer of this request's connection, where the server is one that has any. Never raises."""
     try:
-        return _holder_in(environ)
+        return _find_server_buffer(environ)
     except Exception:  # an attribute of an object that the app has put there
         return None
 
 
-def _holder_in(environ: WSGIEnvironment) -> Holder | None:
+def _find_server_buffer(environ: WSGIEnvironment) -> ServerBuffer | None:
     asks = environ.get("waitress.client_disconnected")
     if isinstance(asks, MethodType) and all(hasattr(asks.__self__, name) for name in _CHANNEL):
-        return WaitressQueue(asks.__self__)
+        return WaitressBuffer(asks.__self__)
     receives = getattr(environ.get("wsgi.input"), "receive", None)
     if isinstance(receives, MethodType) and hasattr(receives.__self__, "disconnected"):
-        return UvicornCycle(receives.__self__)
+        return UvicornBuffer(receives.__self__)
     return None
 
 
-def hides_leaving(start_response: object) -> bool:
+def hides_disconnect(start_response: object) -> bool:
     """Whether the server tells the app nothing of a client that left, and takes the whole body all the same.
 
     hypercorn's ``send`` says nothing, and its ``start_response`` is all that it lets the app know of itself
@@ -75,7 +75,7 @@ def hides_leaving(start_response: object) -> bool:
     return getattr(start_response, "__module__", None) == "hypercorn.app_wrappers"
 
 
-class WaitressQueue:
+class WaitressBuffer:
     """waitress holds up to 16 MB (``outbuf_high_watermark``), and all that is left when the app is done.
 
     A mark in its queue of buffers is closed when all before it is sent, or when the queue is thrown away: waitress
@@ -84,31 +84,33 @@ class WaitressQueue:
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
-        self._mark: _Mark | None = None
+        self._mark: _QueueMark | None = None
         self.link: WaitressLink = WaitressLink(channel)
 
-    def sends(self) -> bool:
+    def can_reach_client(self) -> bool:
         return True  # it raises into the app's thread else
 
-    def took(self) -> None:
+    def chunk_taken(self) -> None:
         """See to it that a mark stands in the queue while something does."""
         if self._channel.total_outbufs_len and (self._mark is None or self._mark.is_passed):
             with self._channel.outbuf_lock:
-                self._mark = _Mark(self._channel, self.link)
+                self._mark = _QueueMark(self._channel, self.link)
 
-    def held(self) -> int:
+    def unsent(self) -> int:
         return self._channel.total_outbufs_len  # type: ignore[no-any-return]
 
-    def is_at_end(self) -> None:
+    def file_ended(self) -> None:
         self.link.keep()
 
-    def finish(self, taken: int, ending: Ending) -> None:
+    def end_when_sent(self, taken: int, listener: BodyListener) -> None:
         with self._channel.outbuf_lock:
             if self._channel.connected and self._channel.total_outbufs_len:
-                _Mark(self._channel, self.link, lambda unsent: ending.end(taken - unsent, taken - unsent))
+                _QueueMark(
+                    self._channel, self.link, lambda unsent: listener.end(taken - unsent, taken - unsent)
+                )
                 return
         lost = 0 if self._mark is None else self._mark.lost
-        ending.end(taken - lost, taken - lost)
+        listener.end(taken - lost, taken - lost)
 
 
 class WaitressLink:
@@ -140,13 +142,15 @@ class WaitressLink:
         return self._socket.name(position)
 
 
-class _Mark:
+class _QueueMark:
     """An empty buffer at the end of a channel's queue; made while its ``outbuf_lock`` is held."""
 
-    def __init__(self, channel: Any, link: WaitressLink, told: Callable[[int], object] | None = None) -> None:
+    def __init__(
+        self, channel: Any, link: WaitressLink, on_passed: Callable[[int], object] | None = None
+    ) -> None:
         self._channel = channel
         self._link = link
-        self._told = told
+        self._on_passed = on_passed
         self.is_passed = False
         #: Bytes of the queue that were thrown away.
         self.lost = 0
@@ -159,38 +163,38 @@ class _Mark:
 
     def close(self) -> None:
         """waitress takes a buffer that was sent out of its queue first, and else closes all of them from the front."""
-        queue, told, self._told = self._channel.outbufs, self._told, None
+        queue, on_passed, self._on_passed = self._channel.outbufs, self._on_passed, None
         self.is_passed = self not in queue
         if not self.is_passed:
             self.lost = self._channel.total_outbufs_len
-        if told is not None or self.lost:
+        if on_passed is not None or self.lost:
             self._link.keep()
-        if told is not None:
+        if on_passed is not None:
             # What stands behind the last mark of a response is not its body.
-            told(self.lost - sum(map(len, queue[queue.index(self) :])) if self.lost else 0)
+            on_passed(self.lost - sum(map(len, queue[queue.index(self) :])) if self.lost else 0)
 
 
-class UvicornCycle:
+class UvicornBuffer:
     """uvicorn's ``send`` returns without a word once the client left, so a2wsgi drains the app (h11_impl.py:459)."""
 
     def __init__(self, cycle: Any) -> None:
         self._cycle = cycle
         self.link: UvicornLink = UvicornLink(getattr(cycle, "transport", None))
 
-    def sends(self) -> bool:
+    def can_reach_client(self) -> bool:
         return not self._cycle.disconnected
 
-    def took(self) -> None:
+    def chunk_taken(self) -> None:
         pass
 
-    def held(self) -> int:
+    def unsent(self) -> int:
         return 0
 
-    def is_at_end(self) -> None:
+    def file_ended(self) -> None:
         pass
 
-    def finish(self, taken: int, ending: Ending) -> None:
-        ending.end(taken, taken)
+    def end_when_sent(self, taken: int, listener: BodyListener) -> None:
+        listener.end(taken, taken)
 
 
 class UvicornLink:
@@ -212,34 +216,34 @@ class UvicornLink:
         return self._socket.name(position)
 
 
-class HeldEnding:
-    """Between a counted body and *ending*, for a server that holds what it took: looks at the server after each chunk."""
+class BufferedListener:
+    """Between a counted body and *listener*, for a server that holds what it chunk_taken: looks at the server after each chunk."""
 
-    def __init__(self, ending: Ending, holder: Holder) -> None:
-        self._ending = ending
-        self._holder = holder
+    def __init__(self, listener: BodyListener, buffer: ServerBuffer) -> None:
+        self._listener = listener
+        self._buffer = buffer
         self._counted = 0
-        self._next = ending.mark
+        self._next = listener.progress_at
         #: After each chunk.
-        self.mark = 1
-        self._may_arrive = True
+        self.progress_at = 1
+        self._reaches_client = True
         #: Bytes that were taken when nothing could arrive any more.
-        self._in_vain = 0
+        self._undeliverable = 0
 
-    def progress(self, counted: int, held: int = 0) -> int:
-        if not self._may_arrive:
-            self._in_vain += counted - self._counted
+    def progress(self, counted: int, unsent: int = 0) -> int:
+        if not self._reaches_client:
+            self._undeliverable += counted - self._counted
         self._counted = counted
-        self._holder.took()
+        self._buffer.chunk_taken()
         # Asked before the next chunk: a client may leave with the last chunk of a whole answer in its hands.
-        self._may_arrive = self._holder.sends()
+        self._reaches_client = self._buffer.can_reach_client()
         if counted >= self._next:
-            self._next = self._ending.progress(counted - self._in_vain, self._holder.held())
+            self._next = self._listener.progress(counted - self._undeliverable, self._buffer.unsent())
         return counted + 1
 
     def end(self, counted: int, offered: int) -> None:
-        self._holder.finish(counted - self._in_vain, self._ending)
+        self._buffer.end_when_sent(counted - self._undeliverable, self._listener)
 
     def drop(self, counted: int, offered: int) -> None:
         """An outer middleware that stops early has handed on the last chunk, unless the client has left."""
-        self.end(offered if self._holder.sends() else counted, offered)
+        self.end(offered if self._buffer.can_reach_client() else counted, offered)

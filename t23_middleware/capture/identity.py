@@ -32,7 +32,7 @@ class NotCounted(Exception):
     """The request names no play that can be reported; the argument is the name of the counter."""
 
 
-class _Asked:
+class _Request:
     """All of a request that may have a say in who plays what.
 
     *session*, *photo* and *skip* are the app's own words in the environ, ``None`` where it has said nothing.
@@ -49,7 +49,7 @@ class _Asked:
         photo: str | None,
         skip: str | None,
     ) -> None:
-        self._query = parse_qs(_as_frameworks_read(query), keep_blank_values=True)
+        self._query = parse_qs(_decoded_query(query), keep_blank_values=True)
         self._cookie = cookie
         self.path = path
         self.host = host
@@ -104,7 +104,7 @@ class Identifier:
         """
         query = environ.get("QUERY_STRING", "")
         if not query.isascii():
-            query = _as_frameworks_read(query)
+            query = _decoded_query(query)
         if "%" in query:
             query = unquote_plus(query)  # TwentyThree's own pages write photo%5fid
         cookie = environ.get("HTTP_COOKIE", "")
@@ -142,8 +142,8 @@ class Identifier:
         )
 
     def _identify(self, *words: Any) -> Play:
-        asked = _Asked(*words)
-        first = asked.first if self._settings.trust_url else _nothing
+        asked = _Request(*words)
+        first = asked.first if self._settings.trust_url else _ignored
         return Play(
             session_id=self._session(asked),
             photo_id=self._photo(asked),
@@ -151,12 +151,12 @@ class Identifier:
             skip=_skip(first("skip") if asked.skip is None else asked.skip),
             player_type=_player(first("user_player_type"))
             or self._settings.player_type
-            or _element(asked.destination),
+            or _browser_player(asked.destination),
             player_version=_player(first("user_player_version")),
             player_resolution=_player(first("user_player_resolution")),
         )
 
-    def _session(self, asked: _Asked) -> str:
+    def _session(self, asked: _Request) -> str:
         """The app's word, else the first session with a valid signature, else an unsigned one where those will do."""
         if asked.session is not None:
             return _printable_session(asked.session)
@@ -170,21 +170,21 @@ class Identifier:
             return _printable_session(unsigned)
         return _printable_session(signed)
 
-    def _unsigned(self, asked: _Asked) -> str:
-        return next(filter(None, self._named(asked)), "")
+    def _unsigned(self, asked: _Request) -> str:
+        return next(filter(None, self._candidates(asked)), "")
 
-    def _named(self, asked: _Asked) -> Iterator[str | None]:
+    def _candidates(self, asked: _Request) -> Iterator[str | None]:
         """What the query and the cookies name, in order."""
         for name in self._session_names:
             yield asked.only(name, "bad_session")
         for name in self._settings.session_cookie:
             yield asked.cookies.get(name)
 
-    def _signed(self, asked: _Asked) -> str:
+    def _signed(self, asked: _Request) -> str:
         """The first session whose signature is valid, for any photo or for the one that the request names."""
         named: list[str] = []
         if self._unsign is not None:
-            named = [session for session in self._named(asked) if session]
+            named = [session for session in self._candidates(asked) if session]
         for session in named:
             found = self._unsign(session)
             if found is None:
@@ -199,7 +199,7 @@ class Identifier:
                 raise
         raise NotCounted("bad_signature" if named else "no_session")
 
-    def _photo(self, asked: _Asked) -> str:
+    def _photo(self, asked: _Request) -> str:
         named = asked.photo
         if named is None:
             in_query = (asked.only(name, "bad_photo") for name in self._photo_names)
@@ -313,7 +313,7 @@ def _printable_session(session: str) -> str:
     return session
 
 
-def _as_frameworks_read(query: str) -> str:
+def _decoded_query(query: str) -> str:
     """Django takes bytes that are no UTF-8 for Latin-1; Flask refuses them."""
     if query.isascii():
         return query
@@ -335,7 +335,7 @@ def _any_in(names: tuple[str, ...], text: str) -> bool:
     return False
 
 
-def _nothing(name: str) -> None:
+def _ignored(name: str) -> None:
     """What a URL says that is not trusted."""
 
 
@@ -344,7 +344,7 @@ def _skip(said: str | None) -> int | None:
     return int(said) if said in ("0", "1") else None
 
 
-def _element(destination: str | None) -> str | None:
+def _browser_player(destination: str | None) -> str | None:
     """What browsers say of a media element's request (Fetch Metadata): it is of an HTML5 player."""
     return "html5" if destination in ("video", "audio") else None
 

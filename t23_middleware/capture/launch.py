@@ -26,11 +26,11 @@ from ..version import VERSION
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks at the relay's lock.
-LOOK_EVERY = 1.0
-#: Longest wait between two starts that fail, in seconds; the first is LOOK_EVERY, then each doubles.
+CHECK_EVERY = 1.0
+#: Longest wait between two starts that fail, in seconds; the first is CHECK_EVERY, then each doubles.
 LONGEST_BACKOFF = 60.0
 #: Starts that fail before the log says so: a busy machine may need more than a second for one.
-FAILURES_UNTOLD = 2
+UNREPORTED_FAILURES = 2
 #: Size in bytes past which the relay's log is set aside.
 LOG_LIMIT = 1 << 20
 #: Seconds that a request waits at most for the process that starts the relay, which takes about 0.02 s; what takes longer
@@ -74,47 +74,47 @@ sys.exit(main(["relay"]))
 class RelayLauncher:
     """Looks whether a relay runs on the folder, and starts one. Never raises.
 
-    *say_refused* is called with the reason where the folder is another user's.
+    *on_refused* is called with the reason where the folder is another user's.
     """
 
     def __init__(
         self,
         settings: Settings,
         folder: StateFolder,
-        say_refused: Callable[[Exception], None] = lambda error: None,
+        on_refused: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._settings = settings
         self._folder = folder
-        self._say_refused = say_refused
-        self._next_look = 0.0
-        self._has_begun = False
-        self._made_s = time.time()
-        self._told = False
+        self._on_refused = on_refused
+        self._next_check = 0.0
+        self._has_started = False
+        self._created_s = time.time()
+        self._has_logged = False
         #: Whether a relay was started that waits for one with other settings to leave.
         self._has_successor = False
         #: Processes that were started, and may have to be reaped here.
         self._started: list[int] = []
         #: Whether something was written of which no relay was seen to take care; unknown before the first request.
-        self._owed: bool | None = None
+        self._needs_relay: bool | None = None
         self._written_ns = 0
         self._pid = os.getpid()
 
-    def begun(self) -> None:
+    def response_started(self) -> None:
         """A counted response starts: this process's first one brings the relay up before its server can be killed."""
-        if not self._has_begun:
-            self._has_begun, self._owed, self._next_look = True, True, 0.0
-            self._look()
+        if not self._has_started:
+            self._has_started, self._needs_relay, self._next_check = True, True, 0.0
+            self._check_relay()
 
-    def written(self) -> None:
+    def line_written(self) -> None:
         """A close line was written: see that a relay takes care of it."""
-        self._owed = True
+        self._needs_relay = True
         if (
-            not self._has_begun
+            not self._has_started
         ):  # a count without a play: the look of this request has found nothing to do yet
-            self._has_begun, self._next_look = True, 0.0
+            self._has_started, self._next_check = True, 0.0
         if self._settings.ephemeral:
             self._wait_at_exit()
-        self._look()
+        self._check_relay()
 
     def _wait_at_exit(self) -> None:
         if self._written_ns == 0:
@@ -130,14 +130,14 @@ class RelayLauncher:
             return
         deadline = time.monotonic() + self._settings.exit_seconds
         with contextlib.suppress(OSError):  # what drains then takes its time
-            self._folder.say_leaving()
+            self._folder.record_leaving()
         self._written_ns = time.time_ns()
         while time.monotonic() < deadline and not self._is_delivered():
             time.sleep(0.02)
 
     def _is_delivered(self) -> bool:
         try:
-            return owned.look_at(self._folder.delivered).st_mtime_ns > self._written_ns
+            return owned.lstat(self._folder.delivered).st_mtime_ns > self._written_ns
         except OSError:
             return False
 
@@ -145,44 +145,44 @@ class RelayLauncher:
         """A request of any kind came: what was left here, or what a relay that died did not take, gets one."""
         if self._started:
             self._started = [process for process in self._started if _is_our_child(process)]
-        if self._settings.relay != "auto" or time.monotonic() < self._next_look:
+        if self._settings.relay != "auto" or time.monotonic() < self._next_check:
             return
-        if self._owed is None:
-            self._owed = self._is_left_work()
-        self._look()
+        if self._needs_relay is None:
+            self._needs_relay = self._has_left_work()
+        self._check_relay()
 
-    def _is_left_work(self) -> bool:
+    def _has_left_work(self) -> bool:
         try:
-            self._folder.refuse_if_foreign()
+            self._folder.check_ownership()
         except StateError as error:
-            self._say_refused(error)
+            self._on_refused(error)
             return False
-        return self._folder.holds_work()
+        return self._folder.has_work()
 
-    def _look(self) -> None:
+    def _check_relay(self) -> None:
         """Start a relay unless the right one runs; does nothing when it looked less than a second ago."""
         now = time.monotonic()
-        if now < self._next_look or self._settings.relay != "auto":
+        if now < self._next_check or self._settings.relay != "auto":
             return
-        self._next_look = now + LOOK_EVERY
+        self._next_check = now + CHECK_EVERY
         try:
             if lock_is_held(self._folder.relay_lock):
-                self._owed = not self._is_ours()
-                if self._owed and not self._has_successor and self._will_leave_for_us():
+                self._needs_relay = not self._has_our_settings()
+                if self._needs_relay and not self._has_successor and self._will_leave_for_us():
                     self._has_successor = True
                     self._start()
-            elif self._owed or (self._died() and self._is_left_work()):
+            elif self._needs_relay or (self._died() and self._has_left_work()):
                 self._start()
         except Exception as error:
-            self._say_once(error)
+            self._log_once(error)
 
-    def _is_ours(self) -> bool:
+    def _has_our_settings(self) -> bool:
         holder = self._folder.relay_holder()
         return holder is not None and holder.digest == self._settings.relay_digest()
 
     def _will_leave_for_us(self) -> bool:
         """Whether the relay, with other settings than ours, began before us: then its successor waits for it."""
-        return self._has_begun and owned.look_at(self._folder.relay_lock).st_mtime < self._made_s
+        return self._has_started and owned.lstat(self._folder.relay_lock).st_mtime < self._created_s
 
     def _died(self) -> bool:
         """Whether the last relay ended before it had done all that it could."""
@@ -190,13 +190,13 @@ class RelayLauncher:
         return holder is not None and not holder.left
 
     def _start(self) -> None:
-        tries = self._counted_try()
-        if tries > FAILURES_UNTOLD:
-            self._say_once(f"it ended {tries - 1} times")
+        tries = self._next_try()
+        if tries > UNREPORTED_FAILURES:
+            self._log_once(f"it ended {tries - 1} times")
         if tries:
             self._started.append(start_relay(self._settings, self._folder))
 
-    def _counted_try(self) -> int:
+    def _next_try(self) -> int:
         """The number of this try among those of all workers, 0 where it is too early for one.
 
         The relay removes the file once it works. A try for another relay, of a new release, has nothing to wait for.
@@ -205,12 +205,12 @@ class RelayLauncher:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             tries, at_s, wanted = _last_try(os.pread(descriptor, 4096, 0))
-            tries = tries if wanted == self._wanted() else min(tries, 1)
-            wait = min(LOOK_EVERY * 2 ** min(tries - 1, 10), LONGEST_BACKOFF)
+            tries = tries if wanted == self._wanted_relay() else min(tries, 1)
+            wait = min(CHECK_EVERY * 2 ** min(tries - 1, 10), LONGEST_BACKOFF)
             if tries and 0 <= time.time() - at_s < wait:
                 return 0
-            tries = tries + 1 if wanted == self._wanted() else 1
-            text = f"{tries} {time.time()} {self._wanted()}".encode()
+            tries = tries + 1 if wanted == self._wanted_relay() else 1
+            text = f"{tries} {time.time()} {self._wanted_relay()}".encode()
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
             return tries
@@ -219,7 +219,7 @@ class RelayLauncher:
         finally:
             os.close(descriptor)
 
-    def _wanted(self) -> str:
+    def _wanted_relay(self) -> str:
         """What tells one relay from another: its settings, and the code that is there now."""
         try:
             code = Path(__file__).stat().st_mtime_ns
@@ -227,9 +227,9 @@ class RelayLauncher:
             code = 0
         return f"{VERSION} {self._settings.relay_digest()} {code} {python()}"
 
-    def _say_once(self, why: object) -> None:
-        if not self._told:
-            self._told = True
+    def _log_once(self, why: object) -> None:
+        if not self._has_logged:
+            self._has_logged = True
             log.error(
                 "the relay can't be started (%s): reports wait in %s. See relay.log there, or run it yourself:"
                 " T23_STATE_DIR=%s t23-middleware relay",
@@ -249,7 +249,7 @@ def start_relay(settings: Settings, folder: StateFolder) -> int:
 
     Raises :class:`OSError`.
     """
-    if owned.check_file(folder.relay_log) and owned.look_at(folder.relay_log).st_size > LOG_LIMIT:
+    if owned.check_file(folder.relay_log) and owned.lstat(folder.relay_log).st_size > LOG_LIMIT:
         owned.rename(folder.relay_log, folder.relay_log.with_suffix(".log.1"))
     output = owned.open_file(folder.relay_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     # Isolated and without site: no sitecustomize, no .pth file, and nothing in front of the standard library.
@@ -258,7 +258,7 @@ def start_relay(settings: Settings, folder: StateFolder) -> int:
         # Not fork, which runs the app's own handlers, nor subprocess, which is 1.7 MB and gevent's in some apps.
         process = os.posix_spawn(
             command[0],
-            [*command, "relay", str(_package_folder()), *dict.fromkeys(_places())],
+            [*command, "relay", str(_package_folder()), *dict.fromkeys(_import_paths())],
             settings.relay_environment(folder.path),
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, output, 1),
@@ -288,7 +288,7 @@ def _reap(process: int) -> bool:
 
 
 def _last_try(text: bytes) -> tuple[int, float, str]:
-    """What :meth:`RelayLauncher._counted_try` wrote: number, time and relay of the last try."""
+    """What :meth:`RelayLauncher._next_try` wrote: number, time and relay of the last try."""
     try:
         tries, at_s, wanted = text.decode().split(" ", 2)
         return int(tries), float(at_s), wanted
@@ -300,7 +300,7 @@ def _package_folder() -> Path:
     return Path(__file__).parents[2]
 
 
-def _places() -> Iterator[str]:
+def _import_paths() -> Iterator[str]:
     """Where this process imports from, but for its working directory, and what else holds a package that is needed.
 
     The latter are the places of import hooks: the packages of an editable installation are in no folder of the path.

@@ -19,14 +19,14 @@ def part_of(status: int, length: int | None, content_range: str | None, asked: s
     """
     if status != 206:
         return Part(0, None if length is None else length - 1, length)
-    return _believed(_said_part(content_range) or _asked_part(asked))
+    return _plausible(_content_range_part(content_range) or _range_part(asked))
 
 
 def asked_part(asked: str | None) -> tuple[Part, int]:
     """The part that the request's Range *asked* for, and the status that an answer with it has."""
     if asked is None:
         return Part(0, None, None), 200
-    return _believed(_asked_part(asked)), 206
+    return _plausible(_range_part(asked)), 206
 
 
 def asked_first(status: int, length: int | None, asked: str | None) -> int | None:
@@ -51,18 +51,18 @@ def asks_several(asked: str | None) -> bool:
     return wanted is not None and len(wanted.ranges) > 1
 
 
-def _believed(part: Part) -> Part:
+def _plausible(part: Part) -> Part:
     return UNKNOWN if any(number is not None and number > LONGEST for number in part) else part
 
 
-def _said_part(content_range: str | None) -> Part | None:
-    said = parse_content_range_header(content_range)
-    if said is None or (said.units or "").lower() != "bytes" or said.start is None or said.stop is None:
+def _content_range_part(content_range: str | None) -> Part | None:
+    found = parse_content_range_header(content_range)
+    if found is None or (found.units or "").lower() != "bytes" or found.start is None or found.stop is None:
         return None
-    return Part(said.start, said.stop - 1, said.length)
+    return Part(found.start, found.stop - 1, found.length)
 
 
-def _asked_part(asked: str | None) -> Part:
+def _range_part(asked: str | None) -> Part:
     wanted = parse_range_header(asked)
     if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
         return UNKNOWN

@@ -59,9 +59,9 @@ class _Process:
     def __init__(self, settings: Settings, version: str) -> None:
         folder = StateFolder(settings.state_path())
         self.journal = JournalWriter(folder, version, settings.relay_digest(), settings.max_bytes)
-        self.launcher = RelayLauncher(settings, folder, self.journal.say_unwritable)
+        self.launcher = RelayLauncher(settings, folder, self.journal.log_unwritable)
         self._numbers = count(1)
-        self._seen: set[str] = set()
+        self._counted_once: set[str] = set()
 
     def begin(
         self,
@@ -89,21 +89,21 @@ class _Process:
         )
         text = opening_text(opening)
         if self.journal.append(open_line(text)):
-            self.launcher.begun()
-        kind = Recording if counted_by == APP else NamedRecording
+            self.launcher.response_started()
+        kind = Recording if counted_by == APP else ProxiedRecording
         return kind(self, opening, text)
 
-    def see(self, name: str) -> None:
+    def count_once(self, name: str) -> None:
         """What a counted response came through: counted once per process, with the next line."""
-        if name not in self._seen:
-            self._seen.add(name)
+        if name not in self._counted_once:
+            self._counted_once.add(name)
             self.journal.count(name)
 
-    def tell(self, name: str) -> None:
+    def count_now(self, name: str) -> None:
         """Count an event that no line may ever follow."""
         self.journal.count(name)
         if self.journal.write_counts():
-            self.launcher.written()
+            self.launcher.line_written()
 
 
 class Recording:
@@ -134,11 +134,11 @@ class Recording:
         sent = counted if length is None else min(counted, length)
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
         line = close_line(self._text, now_ns, now_ms, sent, declared, position)
-        if process.journal.write(line) or process.journal.waits_for_relay:
-            process.launcher.written()
+        if process.journal.write(line) or process.journal.relay_must_free_room:
+            process.launcher.line_written()
 
 
-class NamedRecording(Recording):
+class ProxiedRecording(Recording):
     """The same of a response that is named to the proxy, which counts it."""
 
     __slots__ = ("_writer",)

@@ -12,9 +12,9 @@ from ..settings import Settings
 from ..transfer import APP, OFFLOADED, PLAY_HEADER, PROXY
 from .body import CountedIterable, counted_iterable, is_iterable
 from .connection import has_own_connection, link_of
-from .counter import BodyCounter, LateEnding, say_not_recorded
-from .files import FileWay
-from .held import HeldEnding, Holder, hides_leaving, holder_of
+from .counter import BodyCounter, LateListener, log_not_recorded
+from .files import FileOptions
+from .held import BufferedListener, ServerBuffer, hides_disconnect, server_buffer_of
 from .identity import Identifier, NotCounted
 from .ranges import asked_first, asked_part, asks_several, part_of
 from .recorder import Recorder
@@ -41,7 +41,7 @@ class Capture:
     def __init__(self, settings: Settings, version: str) -> None:
         self.identifier = Identifier(settings)
         self.recorder = Recorder(settings, version)
-        self.file_way = FileWay(fast=settings.fast_files, declared=settings.count == "declared")
+        self.file_options = FileOptions(fast=settings.fast_files, declared=settings.count == "declared")
         self.counts_type = MediaTypes(settings.media_types).counts
         #: Whether a proxy's log says what was sent, so that it must be told the play's name.
         self.has_proxy_log = bool(settings.proxy_log)
@@ -74,7 +74,7 @@ class Response:
         "_environ",
         "_fields",
         "_headers",
-        "_holder",
+        "_buffer",
         "_is_decided",
         "_is_late",
         "_path",
@@ -99,7 +99,7 @@ class Response:
         self._is_late = False
         self._counter: BodyCounter | None = None
         #: The server's end of the connection, where a body needs it before the app calls ``start_response``.
-        self._holder: Holder | None = None
+        self._buffer: ServerBuffer | None = None
 
     # What happens while the app runs.
 
@@ -112,10 +112,10 @@ class Response:
         if type(headers) is list:
             readable: Iterable[Any] = headers
         else:
-            headers, readable = _twice(headers)
+            headers, readable = _read_twice(headers)
         try:
             if self._capture.has_proxy_log:
-                write = self._start_named(status, headers, readable, exc_info)
+                write = self._start_with_play_id(status, headers, readable, exc_info)
             else:
                 write = (
                     self._start(status, headers)
@@ -124,7 +124,7 @@ class Response:
                 )
                 self._status = status if type(status) is str else _text_status(status)
                 self._headers = readable
-                self._counted_by = self._who_counts()
+                self._counted_by = self._decide_counter()
         finally:
             exc_info = headers = None  # the traceback of an error in them may hold this frame
         if self._counted_by is None:
@@ -137,13 +137,13 @@ class Response:
         # Some servers have no write() (bjoern, granian, hypercorn); then the app shall see that too.
         return write if write is None else self._counting(write)
 
-    def _start_named(
+    def _start_with_play_id(
         self, status: str, headers: Any, readable: Iterable[Any], exc_info: OptExcInfo | None
     ) -> Callable[[bytes], object]:
         """The same with the play's name for the proxy: so it is decided before the server has the headers."""
         former = self._status, self._headers, self._counted_by
         self._status, self._headers = _text_status(status), readable
-        self._counted_by = self._who_counts()
+        self._counted_by = self._decide_counter()
         fails = type(headers) is GeneratorType  # made by _failing(); the server may meet another fault first
         counter = None if fails or self._counted_by is None else self._begin()
         if counter is not None and counter.play_id is not None:
@@ -177,7 +177,7 @@ class Response:
         try:
             return self._counted(body)
         except Exception:  # a body that fails where it is asked for an attribute; for the server to judge
-            say_not_recorded()
+            log_not_recorded()
             if self._counter is not None:
                 self._counter.end(0, 0)
             return body
@@ -194,15 +194,17 @@ class Response:
         if self._counted_by == OFFLOADED:
             counter.end(0, 0)  # the file is the proxy's to send, and to count
             return body
-        return counter.body(body, self._environ, self._capture.file_way)
+        return counter.body(body, self._environ, self._capture.file_options)
 
     def _counted_late(self, body: Iterable[bytes]) -> CountedIterable:
         self._environ[CALLING] = True
-        ending = LateEnding(lambda: self._counter, self._is_over_unsaid)
-        self._holder = holder_of(self._environ)
-        return counted_iterable(body, ending if self._holder is None else HeldEnding(ending, self._holder))
+        ending = LateListener(lambda: self._counter, self._ended_without_start)
+        self._buffer = server_buffer_of(self._environ)
+        return counted_iterable(
+            body, ending if self._buffer is None else BufferedListener(ending, self._buffer)
+        )
 
-    def _is_over_unsaid(self) -> None:
+    def _ended_without_start(self) -> None:
         """The body ended before ``start_response``: if ``close()`` calls it, there is nothing left to count."""
         self._environ.pop(CALLING, None)
         self._is_decided = True
@@ -216,7 +218,7 @@ class Response:
             try:
                 self._counter = self._record(self._status)
             except Exception:
-                say_not_recorded()
+                log_not_recorded()
         return self._counter
 
     def _missing(self) -> str | None:
@@ -242,33 +244,33 @@ class Response:
         asked = environ.get("HTTP_RANGE")
         if counted_by == OFFLOADED:
             if not capture.has_proxy_log:
-                process.tell("offloaded")
+                process.count_now("offloaded")
                 return None
             part, status = asked_part(asked)
             return BodyCounter(process.begin(play, part, status, None, OFFLOADED))
         if "HTTP_X_FORWARDED_FOR" in environ or "HTTP_VIA" in environ:
-            process.see("behind_proxy")
-        if hides_leaving(self._start):
-            process.see("leaving_unseen")
+            process.count_once("behind_proxy")
+        if hides_disconnect(self._start):
+            process.count_once("leaving_unseen")
         status = int(said[:3])
         fields = self._fields or _fields(self._headers)
         length = _whole_number(fields.get("content-length"))
         content_range = fields.get("content-range")
         part = part_of(status, length, content_range, asked)
         wanted = asked_first(status, length, asked)
-        holder = self._holder or holder_of(environ)
-        span = self._span(said, fields, length, holder) if capture.asks_kernel else None
+        buffer = self._buffer or server_buffer_of(environ)
+        span = self._span(said, fields, length, buffer) if capture.asks_kernel else None
         connection = None if span is None else span.connection
         recording = process.begin(play, part, status, length, counted_by, wanted, connection)
-        return BodyCounter(recording, span, holder)
+        return BodyCounter(recording, span, buffer)
 
     def _span(
-        self, status: str, fields: Mapping[str, str], length: int | None, holder: Holder | None
+        self, status: str, fields: Mapping[str, str], length: int | None, buffer: ServerBuffer | None
     ) -> Span | None:
         """The response's span of its connection, where the kernel can be asked about it."""
         if not has_own_connection(self._environ):
             return None
-        link = link_of(self._environ, self._start) if holder is None else holder.link
+        link = link_of(self._environ, self._start) if buffer is None else buffer.link
         info = None if link is None else link.ask()
         if link is None or info is None:
             return None
@@ -279,7 +281,7 @@ class Response:
             return None
         return Span(link, info.position, connection, is_framed=length is None)
 
-    def _who_counts(self) -> str | None:
+    def _decide_counter(self) -> str | None:
         """Who counts this response; ``None`` where nothing does, since it is no media."""
         if self._missing() is None:
             self._fields = _fields(self._headers)
@@ -301,7 +303,7 @@ class Response:
         return not self._path.endswith(SEGMENT_ENDINGS)
 
 
-def _twice(headers: Any) -> tuple[Any, Iterable[Any]]:
+def _read_twice(headers: Any) -> tuple[Any, Iterable[Any]]:
     """*headers* for the server, and once more for us: servers take any iterable, which may be read only once."""
     if type(headers) is tuple:
         return headers, headers

@@ -28,7 +28,7 @@ class Span:
     body, as far as the app's headers tell it. *is_framed* says that more than the body's own bytes is written: TLS records, or chunks (RFC 9112, 7.1).
     """
 
-    __slots__ = ("_before", "_first", "_is_framed", "_link", "_share", "_start", "connection")
+    __slots__ = ("_before", "_body_share", "_first", "_is_framed", "_link", "_start", "connection")
 
     def __init__(self, link: Link, before: int, connection: Connection, *, is_framed: bool) -> None:
         self._link = link
@@ -36,7 +36,7 @@ class Span:
         self.connection = connection
         self._start = connection.position
         is_encrypted = link.is_encrypted
-        self._share = TLS_SHARE if is_encrypted else 1.0
+        self._body_share = TLS_SHARE if is_encrypted else 1.0
         self._is_framed = is_framed or is_encrypted
         self._first: tuple[int, int] | None = None
 
@@ -51,8 +51,8 @@ class Span:
         if self._first is None:
             self._first = (counted, info.position)
         elif self._is_framed and info.position > self._first[1]:
-            self._share = min((counted - self._first[0]) / (info.position - self._first[1]), 1.0)
-        self._begin_before(*self._first)
+            self._body_share = min((counted - self._first[0]) / (info.position - self._first[1]), 1.0)
+        self._move_start(*self._first)
         return info.position
 
     def end(self, counted: int, offered: int) -> Count:
@@ -62,7 +62,7 @@ class Span:
             # The server has closed its socket, or holds bytes of its own: the relay knows more from the kernel.
             handed, position = counted, self._position_after(counted)
         else:
-            handed, position = self._handed(info.position, counted, offered)
+            handed, position = self._handed_over(info.position, counted, offered)
         if info is None:
             return Count(handed, position)
         if info.acked >= position:
@@ -71,11 +71,11 @@ class Span:
             return Count(min(max(self._body_bytes(info.acked), 0), handed))
         return Count(handed, position)
 
-    def end_unseen(self, offered: int) -> Count:
+    def end_before_sent(self, offered: int) -> Count:
         """The server goes on to write *offered* bytes after it has dropped the body: the relay finds out how many."""
         return Count(offered, self._position_after(offered))
 
-    def _handed(self, position: int, counted: int, offered: int) -> tuple[int, int]:
+    def _handed_over(self, position: int, counted: int, offered: int) -> tuple[int, int]:
         """Body bytes that were written when the connection stood at *position*, and the position after them."""
         written = self._body_bytes(position)
         if written > offered + HEAD_DOUBT:
@@ -84,15 +84,15 @@ class Span:
             return min(max(written, counted), offered), position
         # The head is at least as long as the app gave it, so *written* is too high by what the server added.
         handed = min(written, offered) if written - counted > HEAD_DOUBT or written >= offered else counted
-        self._begin_before(handed, position)
+        self._move_start(handed, position)
         return handed, position
 
     def _body_bytes(self, position: int) -> int:
-        return round((position - self._start) * self._share)
+        return round((position - self._start) * self._body_share)
 
     def _position_after(self, sent: int) -> int:
-        return self._start + round(sent / self._share)
+        return self._start + round(sent / self._body_share)
 
-    def _begin_before(self, sent: int, position: int) -> None:
+    def _move_start(self, sent: int, position: int) -> None:
         """*sent* bytes of the body were written when the connection stood at *position*."""
-        self._start = max(position - round(sent / self._share), self._before)
+        self._start = max(position - round(sent / self._body_share), self._before)

@@ -657,7 +657,7 @@ def test_a_rotation_that_fails_goes_on_in_the_old_journal(
 
 def _with_reserve(state: Path, monkeypatch: pytest.MonkeyPatch, free: int = 1 << 30) -> tuple[Path, Path]:
     """A relay's reserve and its mark in *state*, on a disk that says that *free* bytes are free."""
-    monkeypatch.setattr("t23_middleware.journal.ASK_ROOM_EVERY", 0.0)
+    monkeypatch.setattr("t23_middleware.journal.CHECK_ROOM_EVERY", 0.0)
     monkeypatch.setattr(
         "t23_middleware.journal.os.statvfs",
         lambda path: SimpleNamespace(f_bavail=free, f_frsize=1),
@@ -812,7 +812,7 @@ def test_journals_that_no_relay_reads_are_bounded(state: Path) -> None:
         """
 from t23_middleware import journal as module
 from t23_middleware.transfer import Counts, decode
-module.ROTATE_AT, module.RETRY_FULL, module.KEPT_ASIDE = 20_000, 0.0, 100
+module.ROTATE_AT, module.RETRY_FULL, module.MAX_BUFFERED = 20_000, 0.0, 100
 site = T23Middleware(media(b"film"), api_url="http://127.0.0.1:9", state_dir=str(state), relay="off", max_bytes="65536")
 folder = state / "journals"
 
