@@ -423,7 +423,7 @@ def test_wrapped_twice_it_counts_once_and_says_so_once(
         assert ask(site).body == b"film"
     assert journals.sent() == [4, 4, 4]
     assert [record.message for record in caplog.records] == [
-        "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away"
+        "T23Middleware wraps the app twice; only the outer one counts. Remove the inner one"
     ]
 
 
