@@ -1,7 +1,7 @@
-"""The hand-over: this process's own journal, written with one ``os.write`` a line.
+"""Writes this process's journal, one ``os.write`` per line.
 
-Nothing here starts a thread or has anything to flush at exit, and no lock is held while a line is written. What
-the kernel has taken survives the death of the process.
+This module starts no thread, needs no flush at exit, and takes no thread lock to write a line. What ``write(2)`` has
+accepted survives the death of the process.
 """
 
 from __future__ import annotations
@@ -24,61 +24,64 @@ from .transfer import FORMAT, Counts, Transfer, Writer, decode, encode
 
 log = logging.getLogger(__name__)
 
-#: A journal is followed by the next one past this size, in bytes, so that the relay can remove what it has read.
+#: Size in bytes at which a journal is rotated, so that the relay can remove the files that it has read.
 ROTATE_AT = 1 << 20
-#: The same where the process may write no larger file, if its journal has so many bytes.
+#: Smallest size in bytes at which a journal is rotated because the process may not write larger files.
 MIN_ROTATED = 1 << 16
-#: Lines that are kept for a better time when the disk takes none; what falls out is counted.
+#: Lines buffered in memory while the disk refuses writes.
 MAX_BUFFERED = 1000
-#: Seconds between two tries to begin, while the folder can't be used.
+#: Seconds between two tries to open the first journal, while the folder can't be used.
 RETRY_BEGIN = 1.0
-#: Seconds between two looks whether the journals are still full.
+#: Seconds between two checks whether the journals are still full.
 RETRY_FULL = 1.0
-#: Bytes that a disk says are free, where a write that failed met a quota: more than a relay needs for a reserve.
+#: If a write fails with so many bytes free on the disk, a quota is full; more than a relay needs for its reserve.
 MIN_FREE_BYTES = 65 << 20
-#: Bytes that all journals may take, where no relay reads them.
+#: Most bytes of all journals together, if no relay reads them.
 MAX_JOURNALS_BYTES = 256 << 20
-#: Seconds between two looks whether a quota's last room is the relay's: what is written meanwhile is little of it.
+#: Seconds between two checks whether a quota's last space is reserved for the relay; little is written meanwhile.
 CHECK_ROOM_EVERY = 0.1
-#: Seconds between two looks whether the journal is still where it was made.
+#: Seconds between two checks whether the journal is still at its path.
 CHECK_EVERY = 1.0
-#: Seconds between two lines of what was counted aside, where no play's line takes the figures along.
+#: Seconds between two lines of event counts, if no play's line is written.
 COUNTS_EVERY = 1.0
-#: Bytes up to which a response is no play, so that its line is no loss.
+#: A response of at most so many bytes is not a play, so a lost line of it does not count.
 PROBE_BYTES = 2
 
-#: What a full disk says, or a full quota.
+#: Errors of a full disk or a full quota.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _ROOM_IS_RESERVED = (
-    "the quota of the state folder is full, and its last room is left to the relay; raise it, or make room"
+    "the quota of the state folder is full, its last space is reserved for the relay; raise it or free space"
 )
 
-#: How a close line begins, after its checksum.
+#: Start of a close line, after its checksum.
 _CLOSE = b'["close"'
 _CLOSE_WITHIN = len("01234567 ") + len(_CLOSE)
 
 
 class _OpenJournal(NamedTuple):
-    """The journal that is written now."""
+    """The journal file that is open now."""
 
     descriptor: int
     sequence: int
-    #: The file itself: the app may have closed our descriptor, and have something else behind its number.
+    #: Device and inode: the app may have closed our descriptor and reused its number.
     file: tuple[int, int]
-    #: Its status flags, as ``F_GETFL`` gives them: what else the app opens has others, and asking costs a third of ``fstat``.
+    #: Its status flags (``F_GETFL``): other files of the app have different ones, and reading them costs a third of
+    #: ``fstat``.
     flags: int
 
 
 class JournalWriter:
-    """Writes the lines of one process; after a fork the child makes its own.
+    """Writes the lines of one process; a forked child creates its own writer.
 
-    Its lock file is locked before the first line and never closed while the process lives: that is how the relay
-    knows that the writer does. *prefix* begins its name. Never raises: what the disk refuses is kept aside, tried
-    again, and at last counted.
+    Its lock file is locked before the first line and stays locked while the process lives, so that the relay knows that
+    the writer is alive. *version* and *digest* go to the journal's first line, see
+    :class:`~t23_middleware.transfer.Writer`; *max_bytes* is the most bytes of all journals in *folder* together;
+    *prefix* is the start of the writer's name. Never raises: lines that the disk refuses are buffered
+    and retried; beyond ``MAX_BUFFERED`` the oldest are dropped and counted.
 
-    All journals of a writer have one descriptor number, one after the other. A thread may be put to sleep between
-    reading that number and ``write(2)``, and a number that was closed meanwhile may be the app's own file or socket.
+    All journals of a writer use the same descriptor number, one after the other. A thread may be suspended between
+    reading that number and ``write(2)``; if the number were closed meanwhile, it could be the app's own file or socket.
     """
 
     def __init__(
@@ -91,7 +94,10 @@ class JournalWriter:
         prefix: str = "",
     ) -> None:
         self._folder = folder
-        self._reserve, self._reserved = str(folder.reserve), str(folder.reserved)  # looked at for each line
+        self._reserve, self._reserved = (
+            str(folder.reserve),
+            str(folder.reserved),
+        )  # as text: they are checked often
         self._max_bytes = max_bytes
         self._pid = os.getpid()
         self._prefix = prefix
@@ -100,12 +106,12 @@ class JournalWriter:
         self._header = Writer(self.name, FORMAT, version, boot_id(), started_ms, digest, network_namespace())
         self._journal: _OpenJournal | None = None
         self._lock_file: int | None = None
-        #: The journal that was abandoned, whose number the next one takes.
+        #: The journal that was abandoned; the next one takes over its descriptor number.
         self._abandoned: _OpenJournal | None = None
         self._check_place_at = 0.0
         self._size = 0
         self._check_full_at = 0.0
-        #: Whether lines are kept aside until a relay has made room.
+        #: Whether lines are buffered until a relay has freed space.
         self.relay_must_free_room = False
         self._check_room_at = 0.0
         self._full_reason = ""
@@ -120,7 +126,7 @@ class JournalWriter:
         self._counts_due = 0.0
 
     def flush(self) -> None:
-        """Write what is kept aside, where no line follows that would take it along."""
+        """Write the buffered lines now instead of before the next line."""
         if not self._buffered:
             return
         try:
@@ -131,7 +137,7 @@ class JournalWriter:
             self._log_writable()
 
     def close(self) -> None:
-        """Give up the lock: nothing more is written. A worker never does; its death is what the relay waits for."""
+        """Close the journal and release the lock. Workers never call this: the relay waits for their death."""
         journals = (self._journal, self._abandoned)
         lock_file, self._lock_file, self._journal, self._abandoned = self._lock_file, None, None, None
         for journal in journals:
@@ -141,10 +147,10 @@ class JournalWriter:
             os.close(lock_file)
 
     def count(self, name: str) -> None:
-        """Count an event that is no transfer.
+        """Count an event that is not a transfer.
 
-        The figure rides with the next line that is written. Once a second it is one by itself, so that a worker which
-        has no more plays tells why; before the first play there is no journal.
+        The counts are written after the next line, or once a second without one, so that they are visible also if no
+        more plays come. Before the first play there is no journal.
         """
         with self._counting:
             self._counts[name] += 1
@@ -152,14 +158,14 @@ class JournalWriter:
             self.write_counts()
 
     def write(self, line: bytes) -> bool:
-        """Append the encoded *line*; whether the disk has it.
+        """Append the encoded *line*; returns whether it is written.
 
-        A response that a forked child ends is still its parent's, and is not written here.
+        Writes nothing in a forked child: a response that started before the fork belongs to the parent.
         """
         return os.getpid() == self._pid and self.append(line)
 
     def append(self, line: bytes) -> bool:
-        """The same for those who know that this is the writer's process."""
+        """As :meth:`write`, for callers that know that this is the writer's process."""
         try:
             if self._full_reason:
                 self._raise_while_full()
@@ -179,40 +185,41 @@ class JournalWriter:
         return True
 
     def _raise_while_full(self) -> None:
-        """Raise :class:`StateError` for a while after the journals were found full."""
+        """Raise :class:`StateError` while the journals are full; checks again every ``RETRY_FULL`` seconds."""
         if time.monotonic() < self._check_full_at or self._journals_are_full():
             raise StateError(self._full_reason)
         self._full_reason = ""
 
     def _handle_write_error(self, error: OSError | StateError) -> None:
-        """After a failed write: a file of its greatest size ends, and a quota's last room is left to the relay."""
+        """After a failed write: rotate a file that may not grow, or leave a quota's last space to a relay."""
         code = error.errno if isinstance(error, OSError) else None
         if code == errno.EFBIG and self._size > MIN_ROTATED:
             self._size = ROTATE_AT + 1
             self._rotate()
         elif code in _FULL:
-            with suppress(OSError):  # a relay gave it up
+            with suppress(OSError):  # a relay removed the reserve
                 if self._disk_has_room():
                     self._folder.reserve.unlink()
                     self._check_room_at = 0.0
 
     def _check_room(self) -> None:
-        """Look whether a quota is full, so that what room there is must stay for acknowledgements: they make more.
+        """Check whether a quota is full: its last space must stay free for the relay, which then frees more.
 
-        A relay without it can't even keep its database open. No reserve was made where the disk itself has little.
+        Without that space the relay can't even keep its database open. On a disk that itself has little space there is
+        no reserve.
         """
-        given_up = not os.access(self._reserve, os.F_OK) and os.access(self._reserved, os.F_OK)
-        self.relay_must_free_room = given_up and self._disk_has_room()
+        is_reserve_freed = not os.access(self._reserve, os.F_OK) and os.access(self._reserved, os.F_OK)
+        self.relay_must_free_room = is_reserve_freed and self._disk_has_room()
 
     def _disk_has_room(self) -> bool:
-        """Whether the disk itself says so; where it is full, a relay finds room within its own file."""
+        """Whether the disk has space, so that a quota is full; on a full disk a relay uses space in its own file."""
         disk = os.statvfs(self._folder.path)
         return disk.f_bavail * disk.f_frsize >= MIN_FREE_BYTES
 
     def _journals_are_full(self) -> bool:
         total = 0
         for path in self._folder.journals.glob("*.journal"):
-            with suppress(FileNotFoundError):  # a relay took it in
+            with suppress(FileNotFoundError):  # a relay has read and removed it
                 total += path.stat().st_size
         if total <= self._max_bytes:
             return False
@@ -224,7 +231,7 @@ class JournalWriter:
         return True
 
     def _write(self, line: bytes) -> None:
-        """One ``write(2)``; a short one leaves a torn line, which a newline before the next keeps apart."""
+        """One ``write(2)``. A short one leaves an incomplete line, which a newline before the next line ends."""
         now = time.monotonic()
         if now >= self._check_room_at:
             self._check_room_at = now + CHECK_ROOM_EVERY
@@ -243,10 +250,10 @@ class JournalWriter:
         self._size += written
         self._is_torn = written < len(line)
         if self._is_torn:
-            raise OSError(errno.ENOSPC, "the disk took only a part of the line")
+            raise OSError(errno.ENOSPC, "the disk accepted only a part of the line")
 
     def _write_buffered(self) -> None:
-        """Write what is kept aside; each line is taken out first, so that two threads never write the same."""
+        """Write the buffered lines; each is removed first, so that two threads never write the same one."""
         while True:
             try:
                 line = self._buffered.popleft()
@@ -259,14 +266,14 @@ class JournalWriter:
                 raise
 
     def write_counts(self) -> bool:
-        """Write what was counted now, not only with the next line; whether the disk has it."""
+        """Write the event counts now; returns whether they are written."""
         if os.getpid() != self._pid:
             return False
         with self._counting:
             self._counts_due = time.monotonic() + COUNTS_EVERY
             counts, self._counts = self._counts, Counter()
         if not counts:
-            return True  # another thread took them
+            return True  # another thread wrote them
         try:
             self._write(encode(Counts(dict(counts))))
         except (OSError, StateError):
@@ -294,18 +301,18 @@ class JournalWriter:
             return self._journal
 
     def _take_lock(self) -> int:
-        """The writer's lock, without which it would count as dead and lose what it writes.
+        """Take the writer's lock; without it the relay would treat the writer as dead and remove its journals.
 
-        A relay that tidies up may have the file for the moment in which it removes it.
+        Retries, because a relay that removes old lock files locks each for a moment.
         """
         for _ in range(1000):
             descriptor = hold_lock(self._folder.journals / f"{self.name}.lock")
             if descriptor is not None:
                 return descriptor
-        raise StateError(f"the lock of {self.name} is held by another process")
+        raise StateError(f"another process has the lock of {self.name}")
 
     def _check_place(self) -> None:
-        """Begin anew where somebody removed or moved what is being written: nobody would ever read it."""
+        """Start a new journal if the current file was removed or moved: the relay would not read it."""
         if not self._changing.acquire(blocking=False):
             return
         try:
@@ -327,18 +334,18 @@ class JournalWriter:
         return (there.st_dev, there.st_ino) == journal.file
 
     def _abandon(self, journal: _OpenJournal) -> None:
-        """Under a new name, or a relay would go on behind what it read of the old one."""
+        """Drop the journal and rename the writer: under the old name a relay would continue at its old offset."""
         if _is_open(journal):
             path = self._path(journal.sequence)
             log.error(
-                "%s was removed or moved while the app runs: plays that no relay had read are lost; a new one begins."
-                " Leave the state folder alone while app or relay run",
+                "%s was removed or moved while the app runs: plays that no relay had read are lost, and a new journal"
+                " starts. Don't change the state folder while the app or a relay runs",
                 path,
                 extra={"t23_event": "journal_removed", "t23_path": str(path)},
             )
             if self._lock_file is not None:
                 os.close(self._lock_file)
-        # Or the app closed all descriptors, as those do that become daemons: the lock's number may be the app's own now.
+        # Or the app closed all descriptors, as daemons do at start: the lock's number may be the app's own file now.
         self._abandoned, self._journal, self._lock_file = journal, None, None
         self.name = self._new_name()
         self._header = self._header._replace(name=self.name)
@@ -347,7 +354,7 @@ class JournalWriter:
         return self._folder.journals / f"{self.name}.{sequence:06d}.journal"
 
     def _rotate(self) -> None:
-        """Go on in a new file; whoever finds another thread at it just goes on in the old one."""
+        """Open the next journal; does nothing while another thread does so."""
         if not self._changing.acquire(blocking=False):
             return
         try:
@@ -357,7 +364,7 @@ class JournalWriter:
                 self._journals_are_full()
         except OSError as error:
             log.warning(
-                "the journal can't be rotated and grows on, until that is mended: %s",
+                "the journal can't be rotated and keeps growing until that is fixed: %s",
                 error,
                 extra={"t23_event": "journal_not_rotated", "t23_reason": str(error)},
             )
@@ -373,7 +380,7 @@ class JournalWriter:
         try:
             size = os.write(descriptor, header)
             if size < len(header):
-                raise OSError(errno.ENOSPC, "the disk took only a part of the journal's first line")
+                raise OSError(errno.ENOSPC, "the disk accepted only a part of the journal's first line")
         except OSError:
             os.close(descriptor)
             owned.remove(path)
@@ -394,18 +401,18 @@ class JournalWriter:
         self.log_unwritable(error)
 
     def log_unwritable(self, error: Exception) -> None:
-        """Log that nothing can be written, once until it can."""
+        """Log that nothing can be written; once per outage."""
         if not self._is_failing:
             self._is_failing = True
             log.error(
-                "t23_middleware can't write plays down; they are kept in memory (at most %d): %s",
+                "t23_middleware can't write plays to its journal; they are buffered in memory (at most %d lines): %s",
                 MAX_BUFFERED,
                 error,
                 extra={"t23_event": "journal_unwritable", "t23_reason": str(error)},
             )
 
     def _count_lost(self, line: bytes) -> None:
-        """Count the play. An open line that falls out is no loss: the close line has all that it said."""
+        """Count a dropped close line as a lost play. A dropped open line is no loss: the close line repeats it."""
         if _CLOSE not in line[:_CLOSE_WITHIN]:
             return
         transfer = decode(line.rstrip(b"\n"))
@@ -415,14 +422,14 @@ class JournalWriter:
 
     def _log_writable(self) -> None:
         self._is_failing = False
-        log.warning("plays can be written down again", extra={"t23_event": "journal_writable"})
+        log.warning("plays can be written to the journal again", extra={"t23_event": "journal_writable"})
 
     def _new_name(self) -> str:
         return f"{self._prefix}{os.getpid()}-{os.urandom(8).hex()}"
 
 
 def _has_flags(journal: _OpenJournal) -> bool:
-    """Whether the number may still be the journal's, asked before each line; :func:`_is_open` is sure of it."""
+    """Cheap check before each line whether the descriptor may still be the journal's; :func:`_is_open` is exact."""
     try:
         return fcntl.fcntl(journal.descriptor, fcntl.F_GETFL) == journal.flags
     except OSError:
@@ -430,7 +437,7 @@ def _has_flags(journal: _OpenJournal) -> bool:
 
 
 def _is_open(journal: _OpenJournal) -> bool:
-    """Whether the number is still the journal's, and not closed by the app, or the app's own by now."""
+    """Whether the descriptor is still the journal's: the app may have closed it and reused its number."""
     try:
         found = os.fstat(journal.descriptor)
     except OSError:

@@ -491,7 +491,7 @@ def test_an_unusable_folder_is_one_error_and_the_plays_are_written_when_it_is_me
     assert sorted(transfer.opening.number for transfer in journals.closed()) == [1, 2, 3, 4, 5]
     assert len(journals.opened()) == 5
     assert len(errors(caplog)) == 1
-    assert "plays can be written down again" in caplog.text
+    assert "plays can be written to the journal again" in caplog.text
 
 
 @pytest.fixture
@@ -647,7 +647,7 @@ def test_a_rotation_that_fails_goes_on_in_the_old_journal(
     for _ in range(30):
         ask(app)
     assert len(journals.files()) == 1
-    assert "can't be rotated and grows on" in caplog.text
+    assert "can't be rotated and keeps growing" in caplog.text
     disk.takes = len
     for _ in range(30):
         ask(app)
@@ -704,7 +704,7 @@ def test_quota_met_by_another_process(
     ask(late)
     assert len(journals.closed()) == 1
     assert len(journals.files()) == 1
-    assert caplog.text.count("its last room is left to the relay") == 2
+    assert caplog.text.count("its last space is reserved for the relay") == 2
     reserve.write_bytes(bytes(1000))
     ask(app), ask(late)
     assert len(journals.closed()) == 5
