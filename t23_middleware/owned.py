@@ -194,7 +194,7 @@ def _is_our_file(found: os.stat_result) -> bool:
 
 
 def _not_our_folder(path: Path) -> NotOwned:
-    why = "it or a folder above it is a file, a link, or belongs to another user"
+    why = "it is a file, a link or another user's folder, or is in such a folder"
     return NotOwned(errno.EPERM, why, str(path))
 
 
