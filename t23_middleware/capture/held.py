@@ -1,7 +1,7 @@
-"""What a server holds of a body: it chunk_taken it, has not sent it, and drops it when the client leaves.
+"""Bytes that a server has accepted but not yet sent, and discards if the client disconnects.
 
-Most servers write a chunk to the kernel before they ask for the next one, and :mod:`.body` is right about them. The
-two here run far ahead of the client; their own objects say how far.
+Most servers write a chunk to the kernel before they request the next one; :mod:`.body` counts them exactly. The two
+servers in this module accept chunks far ahead of the client; their private attributes give the unsent bytes.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ if TYPE_CHECKING:
 
 
 class ServerBuffer(Protocol):
-    """A server's end of the connection, during one response."""
+    """A server's buffer for one connection, during one response."""
 
     @property
     def link(self) -> Link:
-        """The way to the kernel's account of the connection."""
+        """Reads the kernel's counters of the connection."""
 
     def can_reach_client(self) -> bool:
-        """Whether a chunk that is handed out now may reach the client."""
+        """Whether a chunk that the server gets now can still reach the client."""
 
     def chunk_taken(self) -> None:
-        """A chunk was taken."""
+        """The server has accepted a chunk."""
 
     def unsent(self) -> int:
-        """Bytes that it took and has not sent yet."""
+        """Bytes that the server has accepted and not sent yet."""
 
     def file_ended(self) -> None:
-        """A file that the server can_reach_client itself is at its end: all before it is sent or dropped."""
+        """A file that the server sends itself has ended: all bytes before it are sent or dropped."""
 
     def end_when_sent(self, taken: int, listener: BodyListener) -> None:
-        """No more will come: end *listener*, once it is known how much was sent of *taken* bytes."""
+        """The body has ended: call ``listener.end()`` when it is known how many of *taken* bytes were sent."""
 
 
-#: What is used of a waitress channel; a version without one of them is counted like other servers.
+#: Attributes of a waitress channel used here; a version without one of them is counted like other servers.
 _CHANNEL = (
     "adj", "connected", "current_outbuf_count", "outbuf_lock", "outbufs", "socket", "total_outbufs_len",
 )  # fmt: skip
 
 
 def server_buffer_of(environ: WSGIEnvironment) -> ServerBuffer | None:
-    """The buffer of this request's connection, where the server is one that has any. Never raises."""
+    """The buffer of this request's connection; ``None`` for a server without one. Never raises."""
     try:
         return _find_server_buffer(environ)
-    except Exception:  # an attribute of an object that the app has put there
+    except Exception:  # the app may have replaced an object in the environ
         return None
 
 
@@ -67,19 +67,19 @@ def _find_server_buffer(environ: WSGIEnvironment) -> ServerBuffer | None:
 
 
 def hides_disconnect(start_response: object) -> bool:
-    """Whether the server tells the app nothing of a client that left, and takes the whole body all the same.
+    """Whether the server accepts the whole body also after the client has disconnected, without an error.
 
-    hypercorn's ``send`` says nothing, and its ``start_response`` is all that it lets the app know of itself
+    hypercorn's ``send`` raises nothing. Its ``start_response`` is the only object by which the app can recognise it
     (hypercorn/app_wrappers.py, ``run_app``).
     """
     return getattr(start_response, "__module__", None) == "hypercorn.app_wrappers"
 
 
 class WaitressBuffer:
-    """waitress holds up to 16 MB (``outbuf_high_watermark``), and all that is left when the app is done.
+    """waitress buffers up to 16 MB (``outbuf_high_watermark``), and the rest of the body when the app has finished.
 
-    A mark in its queue of buffers is closed when all before it is sent, or when the queue is thrown away: waitress
-    does the same with a file that it was handed (waitress/channel.py, ``write_soon``, ``handle_close``).
+    A mark in its queue of buffers is closed when all before it is sent, or when waitress discards the queue. waitress
+    does the same with a file that the app returned (waitress/channel.py, ``write_soon``, ``handle_close``).
     """
 
     def __init__(self, channel: Any) -> None:
@@ -88,10 +88,10 @@ class WaitressBuffer:
         self.link: WaitressLink = WaitressLink(channel)
 
     def can_reach_client(self) -> bool:
-        return True  # it raises into the app's thread else
+        return True  # after a disconnect waitress raises in the app's thread
 
     def chunk_taken(self) -> None:
-        """See to it that a mark stands in the queue while something does."""
+        """Add a mark to the queue if the queue is not empty and has none of ours."""
         if self._channel.total_outbufs_len and (self._mark is None or self._mark.is_passed):
             with self._channel.outbuf_lock:
                 self._mark = _QueueMark(self._channel, self.link)
@@ -100,7 +100,7 @@ class WaitressBuffer:
         return self._channel.total_outbufs_len  # type: ignore[no-any-return]
 
     def file_ended(self) -> None:
-        self.link.keep()
+        self.link.store_info()
 
     def end_when_sent(self, taken: int, listener: BodyListener) -> None:
         with self._channel.outbuf_lock:
@@ -114,36 +114,39 @@ class WaitressBuffer:
 
 
 class WaitressLink:
-    """The socket of a waitress channel, with what stands in the channel's queue before it.
+    """The socket of a waitress channel, plus the bytes in the channel's queue.
 
-    waitress closes the socket before the app's ``close()`` runs, so the last account is kept that a mark saw.
+    waitress closes the socket before the app's ``close()`` runs, so the counters are stored when a mark is closed.
     """
 
     runs_ahead = False
-    is_encrypted = False  # waitress speaks no TLS
+    is_encrypted = False  # waitress has no TLS
 
     def __init__(self, channel: Any) -> None:
         self._channel = channel
         self._socket = SocketLink(channel.socket)
         self._last: TCPInfo | None = None
 
-    def ask(self) -> TCPInfo | None:
+    def read_info(self) -> TCPInfo | None:
         if self._last is not None:
             return self._last
         with self._channel.outbuf_lock:
-            info = self._socket.ask()
+            info = self._socket.read_info()
             return info and info._replace(position=info.position + self._channel.total_outbufs_len)
 
-    def keep(self) -> None:
-        """Keep what the socket says now, without what stands in the queue."""
-        self._last = self._socket.ask()
+    def store_info(self) -> None:
+        """Store the socket's counters of now, without the bytes in the queue."""
+        self._last = self._socket.read_info()
 
-    def name(self, position: int) -> Connection | None:
-        return self._socket.name(position)
+    def connection_at(self, position: int) -> Connection | None:
+        return self._socket.connection_at(position)
 
 
 class _QueueMark:
-    """An empty buffer at the end of a channel's queue; made while its ``outbuf_lock`` is held."""
+    """An empty buffer at the end of a channel's queue; created while the channel's ``outbuf_lock`` is locked.
+
+    *on_passed* is called with the lost bytes of the response, once.
+    """
 
     def __init__(
         self, channel: Any, link: WaitressLink, on_passed: Callable[[int], object] | None = None
@@ -152,7 +155,7 @@ class _QueueMark:
         self._link = link
         self._on_passed = on_passed
         self.is_passed = False
-        #: Bytes of the queue that were thrown away.
+        #: Bytes of the queue that were discarded.
         self.lost = 0
         # The last buffer in the queue must be one that waitress can append to.
         channel.outbufs += [self, type(channel.outbufs[-1])(channel.adj.outbuf_overflow)]
@@ -162,20 +165,20 @@ class _QueueMark:
         return 0
 
     def close(self) -> None:
-        """waitress takes a buffer that was sent out of its queue first, and else closes all of them from the front."""
+        """Called by waitress: after it removed the sent mark from the queue, or when it discards the queue."""
         queue, on_passed, self._on_passed = self._channel.outbufs, self._on_passed, None
         self.is_passed = self not in queue
         if not self.is_passed:
             self.lost = self._channel.total_outbufs_len
         if on_passed is not None or self.lost:
-            self._link.keep()
+            self._link.store_info()
         if on_passed is not None:
-            # What stands behind the last mark of a response is not its body.
+            # Buffers behind the last mark of a response are not its body.
             on_passed(self.lost - sum(map(len, queue[queue.index(self) :])) if self.lost else 0)
 
 
 class UvicornBuffer:
-    """uvicorn's ``send`` returns without a word once the client left, so a2wsgi drains the app (h11_impl.py:459)."""
+    """uvicorn's ``send`` raises nothing after a disconnect, so a2wsgi reads the whole body (h11_impl.py:459)."""
 
     def __init__(self, cycle: Any) -> None:
         self._cycle = cycle
@@ -198,26 +201,26 @@ class UvicornBuffer:
 
 
 class UvicornLink:
-    """The socket of a uvicorn connection; between it and the app are a2wsgi's queue and the transport's buffer."""
+    """The socket of a uvicorn connection; a2wsgi's queue and the transport's buffer are between it and the app."""
 
     runs_ahead = True
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
-        ask = getattr(transport, "get_extra_info", lambda name: None)
-        self._socket = SocketLink(ask("socket"))
-        self.is_encrypted = ask("ssl_object") is not None
+        get = getattr(transport, "get_extra_info", lambda name: None)
+        self._socket = SocketLink(get("socket"))
+        self.is_encrypted = get("ssl_object") is not None
 
-    def ask(self) -> TCPInfo | None:
-        info = self._socket.ask()
+    def read_info(self) -> TCPInfo | None:
+        info = self._socket.read_info()
         return info and info._replace(position=info.position + self._transport.get_write_buffer_size())
 
-    def name(self, position: int) -> Connection | None:
-        return self._socket.name(position)
+    def connection_at(self, position: int) -> Connection | None:
+        return self._socket.connection_at(position)
 
 
 class BufferedListener:
-    """Between a counted body and *listener*, for a server that holds what it chunk_taken: looks at the server after each chunk."""
+    """Between a counted body and *listener*, for a server with a buffer: checks the buffer after each chunk."""
 
     def __init__(self, listener: BodyListener, buffer: ServerBuffer) -> None:
         self._listener = listener
@@ -227,7 +230,7 @@ class BufferedListener:
         #: After each chunk.
         self.progress_at = 1
         self._reaches_client = True
-        #: Bytes that were taken when nothing could arrive any more.
+        #: Bytes that the server accepted when nothing could reach the client any more.
         self._undeliverable = 0
 
     def progress(self, counted: int, unsent: int = 0) -> int:
@@ -235,7 +238,7 @@ class BufferedListener:
             self._undeliverable += counted - self._counted
         self._counted = counted
         self._buffer.chunk_taken()
-        # Asked before the next chunk: a client may leave with the last chunk of a whole answer in its hands.
+        # Checked before the next chunk: a client may disconnect after it got the last chunk of a complete response.
         self._reaches_client = self._buffer.can_reach_client()
         if counted >= self._next:
             self._next = self._listener.progress(counted - self._undeliverable, self._buffer.unsent())
@@ -245,5 +248,5 @@ class BufferedListener:
         self._buffer.end_when_sent(counted - self._undeliverable, self._listener)
 
     def drop(self, counted: int, offered: int) -> None:
-        """An outer middleware that stops early has handed on the last chunk, unless the client has left."""
+        """An outer middleware that stops early has passed on the last chunk, unless the client has disconnected."""
         self.end(offered if self._buffer.can_reach_client() else counted, offered)

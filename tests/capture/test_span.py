@@ -21,10 +21,10 @@ class FakeLink:
         self.is_encrypted = is_encrypted
         self.info: TCPInfo | None = None
 
-    def ask(self) -> TCPInfo | None:
+    def read_info(self) -> TCPInfo | None:
         return self.info
 
-    def name(self, position: int) -> Connection | None:
+    def connection_at(self, position: int) -> Connection | None:
         return Connection(7, 8000, 2, position)
 
     def at(self, written: int, acked: int | None = None, state: int = ESTABLISHED) -> None:
