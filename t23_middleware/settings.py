@@ -409,7 +409,7 @@ class Settings:
         relay=True,
     )
     exit_seconds: float = _setting(
-        2.0, _seconds, "seconds that a relay has at its stop to finish what is in flight", relay=True
+        2.0, _seconds, "seconds in which a stopping relay finishes the sends in flight", relay=True
     )
     proxy_log: tuple[str, ...] = _setting(
         (),

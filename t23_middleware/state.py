@@ -125,7 +125,7 @@ class StateFolder:
             if time.time() - owned.lstat(self.leaving).st_mtime > MAX_LEAVING_AGE:
                 owned.remove(self.leaving)
         except OSError:
-            pass  # there is none
+            pass  # no such file
 
     def _remedy(self, why: str) -> str:
         user, group = os.geteuid(), os.getegid()

@@ -13,7 +13,7 @@ from .connection import uwsgi_server
 from .files import FileOptions, counted_file
 from .held import BufferedListener, ServerBuffer
 from .recorder import ProxiedRecording, Recording
-from .span import Count, Span
+from .span import SentCount, Span
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -136,7 +136,7 @@ class BodyCounter:
         """The body has ended: the server has written at least *counted* bytes of it and was given *offered*."""
         counted, offered = max(self._written + counted, 0), max(self._given + offered, 0)
         if self._span is None or self._is_void:
-            self._record_end(Count(counted))
+            self._record_end(SentCount(counted))
         else:
             self._record_end(self._span.end(counted, offered))
 
@@ -153,11 +153,11 @@ class BodyCounter:
     def end_before_sent(self, offered: int) -> None:
         """The server releases the body now and sends up to *offered* bytes afterwards."""
         offered += self._written
-        self._record_end(Count(offered) if self._span is None else self._span.end_before_sent(offered))
+        self._record_end(SentCount(offered) if self._span is None else self._span.end_before_sent(offered))
 
     def end_declared(self, length: int) -> None:
         """*length* bytes are assumed to be sent (``T23_COUNT=declared``)."""
-        self._record_end(Count(self._written + length), declared=1)
+        self._record_end(SentCount(self._written + length), declared=1)
 
     def _record_progress(self, counted: int, position: int | None) -> None:
         now = time.monotonic()
@@ -169,7 +169,7 @@ class BodyCounter:
         except Exception:
             log_not_recorded()
 
-    def _record_end(self, count: Count, declared: int = 0) -> None:
+    def _record_end(self, count: SentCount, declared: int = 0) -> None:
         try:
             self._recording.end(0 if self._is_void else count.sent, declared, count.position)
         except Exception:

@@ -12,7 +12,7 @@ from .connection import Link
 TLS_SHARE = 16384 / 16406
 
 
-class Count(NamedTuple):
+class SentCount(NamedTuple):
     """The known bytes of a body that were sent."""
 
     #: Body bytes that the client's kernel acknowledged; or that the server handed over, if *position* is given.
@@ -56,7 +56,7 @@ class Span:
         self._move_start(*self._first)
         return info.position
 
-    def end(self, counted: int, offered: int) -> Count:
+    def end(self, counted: int, offered: int) -> SentCount:
         """The response has ended: the server has written at least *counted* bytes of its body, at most *offered*."""
         info = self._link.read_info()
         if info is None or self._link.runs_ahead:
@@ -65,16 +65,16 @@ class Span:
         else:
             handed, position = self._handed_over(info.position, counted, offered)
         if info is None:
-            return Count(handed, position)
+            return SentCount(handed, position)
         if info.acked >= position:
-            return Count(handed)
+            return SentCount(handed)
         if info.is_closed:
-            return Count(min(max(self._body_bytes(info.acked), 0), handed))
-        return Count(handed, position)
+            return SentCount(min(max(self._body_bytes(info.acked), 0), handed))
+        return SentCount(handed, position)
 
-    def end_before_sent(self, offered: int) -> Count:
+    def end_before_sent(self, offered: int) -> SentCount:
         """The server writes up to *offered* bytes after it released the body; the relay reads the final count."""
-        return Count(offered, self._position_after(offered))
+        return SentCount(offered, self._position_after(offered))
 
     def _handed_over(self, position: int, counted: int, offered: int) -> tuple[int, int]:
         """Body bytes written when the connection was at *position*, and the position after them."""
