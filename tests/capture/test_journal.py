@@ -481,7 +481,7 @@ def test_an_unusable_folder_is_one_error_and_the_plays_are_written_when_it_is_me
         answer = ask(app)
         assert (answer.body, answer.error) == (PLAYS, None)
     (told,) = errors(caplog)
-    assert "can't write plays down" in told
+    assert "can't write plays to its journal" in told
     assert "set T23_STATE_DIR to a folder" in told
     state.unlink()
     ask(app)
