@@ -47,7 +47,7 @@ class DeliveryError(T23Error):
 class RetryLater(DeliveryError):
     """The API does not answer; the same report can be sent again."""
 
-    #: Seconds that the API asked us to wait (``Retry-After``, RFC 9110 section 10.2.3), if it did.
+    #: Seconds to wait from the API's ``Retry-After`` (RFC 9110, section 10.2.3); ``None`` without one.
     retry_after: float | None = None
 
 
@@ -81,7 +81,7 @@ class Refused(DeliveryError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}" if message else code)
-        #: The API's own error code, or ``http_<status>`` where it gave none.
+        #: The API's own error code, or ``http_<status>`` if it gave none.
         self.code = code
 
 

@@ -149,7 +149,7 @@ class Writer(NamedTuple):
     format: int
     #: Version of the package.
     version: str
-    #: The kernel's boot id: CLOCK_MONOTONIC compares only within one boot.
+    #: The kernel's boot id: CLOCK_MONOTONIC can be compared only within one boot.
     boot: str
     #: Wall clock in ms when the writer started; the relay uses the settings of the live writer that started last.
     started_ms: int

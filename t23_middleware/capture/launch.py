@@ -37,7 +37,7 @@ LOG_LIMIT = 1 << 20
 #: longer is reaped at a later request.
 START_SECONDS = 1.0
 
-#: Packages that the relay needs beside this one.
+#: Packages that the relay imports, with their dependencies.
 NEEDED = (
     "requests",
     "urllib3",
