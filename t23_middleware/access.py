@@ -1,4 +1,4 @@
-"""Whether a request carries the operator's token."""
+"""Checks the operator's token in a request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import hmac
 
 
 def is_allowed(authorization: str, token: bytes) -> bool:
-    """Whether the header carries *token*, as Basic's password (RFC 7617) or Bearer (RFC 6750); in constant time."""
+    """Whether the Authorization header carries *token*: as the password of Basic (RFC 7617) or as Bearer (RFC 6750).
+
+    Compares in constant time. An empty *token* never matches.
+    """
     scheme, _, credentials = authorization.strip().partition(" ")
     given = credentials.strip().encode("latin-1", "replace")
     if scheme.lower() == "basic":

@@ -1,7 +1,7 @@
-"""Finds the WSGI app that a string such as ``video:app`` or ``video:create_app()`` names.
+"""Loads the WSGI app that a string such as ``video:app`` or ``video:create_app()`` names.
 
-The forms are those that gunicorn (``gunicorn/util.py``, ``import_app``), waitress (``pkgutil.resolve_name``), uWSGI
-(``wsgi-file``) and Flask (``flask/cli.py``, ``locate_app``) take, so that what a server was given can be handed on.
+The forms are those of gunicorn (``gunicorn/util.py``, ``import_app``), waitress (``pkgutil.resolve_name``), uWSGI
+(``wsgi-file``) and Flask (``flask/cli.py``, ``locate_app``), so that a server's own argument can be used.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 FORMS = "write for example T23_APP=video:app, T23_APP='video:create_app()' or T23_APP=site/video.py:app"
-#: The same for who wrote it behind ``t23-middleware run``.
-_FORMS_OF_RUN = "write for example video:app, 'video:create_app()' or site/video.py:app"
+#: The same for an app in a command of ``t23-middleware run``.
+_RUN_FORMS = "write for example video:app, 'video:create_app()' or site/video.py:app"
 
-#: Where the app is, then what it is there; a path may hold colons and parentheses before its ``.py``.
+#: Module or file, then the object in it; a path may contain colons and parentheses before its ``.py``.
 _TARGET = re.compile(r"(?P<where>[^:(]*/.*?\.py|[^:(]+)(?::(?P<what>.+))?", re.DOTALL)
 
-#: Names that a module's app goes by where none is given: PEP 3333's servers first, then Flask's.
+#: Default names of a module's app: that of WSGI servers first, then that of Flask.
 _USUAL_NAMES = ("application", "app")
 _FACTORY_NAMES = ("create_app", "make_app")
 
 
 def find(target: str) -> WSGIApplication:
-    """The app that *target* names; imports its module, and calls a factory.
+    """Return the app that *target* names: import its module, and call it if it is a factory.
 
-    Raises :class:`~t23_middleware.errors.ConfigurationError` where nothing callable is found; what the app's own
-    module raises comes through as it is.
+    Raises :class:`~t23_middleware.errors.ConfigurationError` if there is no callable. Exceptions of the app's own module
+    pass through.
     """
     where, what = _split(target)
-    if _flask_command_is_asking():
-        return _as_flask_finds_it(where, what)
+    if _runs_in_flask_command():
+        return _locate_with_flask(where, what)
     place = _load_file(where, target) if _is_file(where) else _import(where, what, target)
-    found = _usual(place, target) if what is None else _Expression(what, target).value_in(place)
+    found = _default_app(place, target) if what is None else _Expression(what, target).value_in(place)
     if not callable(found):
         _refuse(
             target,
             f"is {type(found).__name__!r} and can't be called",
-            "name a WSGI application or call its factory",
+            "write a WSGI application, or a call of its factory",
         )
     return cast("WSGIApplication", found)
 
@@ -64,22 +64,22 @@ def _split(target: str) -> tuple[str, str | None]:
         _refuse(
             target,
             "names t23_middleware.wsgi itself",
-            "write the app that it should wrap, for example video:app",
+            "write the app to wrap, for example video:app",
         )
     return where, what
 
 
 def _refuse(target: str, wrong: str, remedy: str) -> NoReturn:
-    # A factory's arguments may hold a password.
+    # A factory's arguments may contain a password.
     shown = re.sub(r"\(.+", "(…)", target, flags=re.DOTALL)
     if target == Settings.named_by_run():
-        remedy = _FORMS_OF_RUN if remedy == FORMS else remedy.replace("T23_APP=", "")
+        remedy = _RUN_FORMS if remedy == FORMS else remedy.replace("T23_APP=", "")
         raise ConfigurationError([f"the app {shown} {wrong}; {remedy}"]) from None
     raise ConfigurationError([f"T23_APP={shown} {wrong}; {remedy}"]) from None
 
 
-def _flask_command_is_asking() -> bool:
-    """Whether this runs inside ``flask run`` or another of Flask's commands, which take nothing but a Flask app."""
+def _runs_in_flask_command() -> bool:
+    """Whether this runs in ``flask run`` or another of Flask's commands, which accept only a Flask app."""
     click, cli = sys.modules.get("click"), sys.modules.get("flask.cli")
     if click is None or cli is None:
         return False
@@ -87,21 +87,21 @@ def _flask_command_is_asking() -> bool:
     return context is not None and context.find_object(cli.ScriptInfo) is not None
 
 
-def _as_flask_finds_it(where: str, what: str | None) -> WSGIApplication:
+def _locate_with_flask(where: str, what: str | None) -> WSGIApplication:
     from flask import cli
 
     return cli.locate_app(cli.prepare_import(where), what)
 
 
 def _import(name: str, what: str | None, target: str) -> Any:
-    """The module *name*; or, where nothing stands behind it, what ``video.app`` leads to (as waitress takes it)."""
+    """The module *name*; or, without a part after a colon, the object of ``video.app`` (waitress accepts this form)."""
     if not all(name.split(".")):  # '.video', 'video..app'
         _refuse(target, "names no module", FORMS)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # something that the app's own module imports is missing
+            raise  # an import of the app's own module failed
         missing = error.name
     module, _, attribute = missing.rpartition(".")
     if what is None and hasattr(sys.modules.get(module), attribute):
@@ -116,7 +116,7 @@ def _is_file(where: str) -> bool:
 
 
 def _load_file(where: str, target: str) -> ModuleType:
-    """The module in the file *where*, imported by its name with its folder on the search path, as Flask does it."""
+    """The module in the file *where*, imported by its name with its folder on the search path, as in Flask."""
     path = _existing(Path(where), target)
     folder, name = _folder_and_name(path)
     if str(folder) not in sys.path:
@@ -147,7 +147,7 @@ def _folder_and_name(path: Path) -> tuple[Path, str]:
 
 
 def _leads_to(name: str, path: Path) -> bool:
-    """Whether importing *name* would load *path*, and not for example the standard library's ``code``."""
+    """Whether importing *name* loads *path*, and not for example the standard library's ``code``."""
     if not all(word.isidentifier() for word in name.split(".")):
         return False
     top = importlib.util.find_spec(name.partition(".")[0])
@@ -161,9 +161,7 @@ def _same_file(file: str | None, path: Path) -> bool:
 def _load_as(name: str, path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
-    loader = SourceFileLoader(
-        name, str(path)
-    )  # whatever the suffix: mod_wsgi's and uWSGI's files end in .wsgi
+    loader = SourceFileLoader(name, str(path))  # for any suffix: mod_wsgi's and uWSGI's files end in .wsgi
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -175,8 +173,8 @@ def _load_as(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _usual(place: Any, target: str) -> object:
-    """The app of a module for which no attribute was named."""
+def _default_app(place: Any, target: str) -> object:
+    """The app of a module without a named attribute."""
     if not isinstance(place, ModuleType):
         return place
     for name in _USUAL_NAMES:
@@ -186,9 +184,9 @@ def _usual(place: Any, target: str) -> object:
 
 
 def _flask_app_of(module: ModuleType, target: str) -> object:
-    """The only Flask app in *module*, or what its ``create_app`` makes."""
+    """The only Flask app in *module*, or the result of its ``create_app``."""
     wrong, remedy = (
-        "names a module without 'application' or 'app'",
+        "names a module that has no 'application' and no 'app'",
         f"add the attribute: T23_APP={target}:NAME",
     )
     if "flask" not in sys.modules and not any(hasattr(module, name) for name in _FACTORY_NAMES):
@@ -204,7 +202,7 @@ def _flask_app_of(module: ModuleType, target: str) -> object:
 
 
 class _Expression:
-    """What stands behind the colon: a dotted name, or a call of one with literal arguments."""
+    """The part after the colon: a dotted name, or a call of one with literal arguments."""
 
     def __init__(self, text: str, target: str) -> None:
         self._target = target
@@ -214,15 +212,15 @@ class _Expression:
             self._names = _dotted(body.func if isinstance(body, ast.Call) else body)
             self._args, self._kwargs = _literals(body) if isinstance(body, ast.Call) else ([], {})
         except (SyntaxError, ValueError):
-            _refuse(target, "is no attribute and no call with literal arguments", FORMS)
+            _refuse(target, "is not an attribute, and not a call with literal arguments", FORMS)
 
     def value_in(self, place: Any) -> object:
-        """The object, looked up in *place* and called if it is a factory."""
+        """The object in *place*, called if it is a factory."""
         found = place
         for name in self._names:
             found = self._attribute(found, name)
         if self._is_call or _is_factory(found):
-            return self._made_by(found)
+            return self._call(found)
         return found
 
     def _attribute(self, place: object, name: str) -> Any:
@@ -232,7 +230,7 @@ class _Expression:
             where = getattr(place, "__name__", type(place).__name__)
             _refuse(self._target, f"can't be found: {where!r} has no attribute {name!r}", "correct the name")
 
-    def _made_by(self, factory: Any) -> object:
+    def _call(self, factory: Any) -> object:
         if not callable(factory):
             _refuse(
                 self._target,
@@ -240,7 +238,7 @@ class _Expression:
                 "leave out the parentheses",
             )
         if not _takes(factory, *self._args, **self._kwargs):
-            _refuse(self._target, "gives the factory arguments that it does not take", "correct them")
+            _refuse(self._target, "passes arguments that the factory does not accept", "correct them")
         return factory(*self._args, **self._kwargs)
 
 
@@ -260,7 +258,7 @@ def _literals(call: ast.Call) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _is_factory(found: object) -> bool:
-    """Whether a function makes an app and is none: ``video:create_app``, as ``flask --app`` takes it."""
+    """Whether *found* is a function that returns an app: ``video:create_app``, a form of ``flask --app``."""
     if not inspect.isfunction(found) or not _takes(found):
         return False
     return found.__name__ in _FACTORY_NAMES or not _takes(found, {}, None)

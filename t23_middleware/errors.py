@@ -1,17 +1,17 @@
-"""The package's errors; each branch of the tree is a decision.
+"""The package's errors; each branch of the tree asks for a different reaction.
 
 T23Error
-├── ConfigurationError      told at start, all problems at once
-├── UsageError              a command was used wrongly, or can't place what it was given
+├── ConfigurationError      a setting is missing or wrong: reported at start, all problems at once
+├── UsageError              a command got wrong arguments or input
 ├── StateError              the state folder can't be used
-└── DeliveryError           a report did not get through
-    ├── RetryLater          the API is not answering: try again, nobody's attempts are used up
+└── DeliveryError           a report was not delivered
+    ├── RetryLater          the API does not answer: retry; does not count against the report's attempts
     │   ├── Unreachable     the report was not sent
-    │   ├── NoAnswer        the report was sent and its answer lost: it may have been recorded
-    │   └── Busy            the API, or what stands before it, said "not now"
-    ├── NotAccepted         every report would meet the same: pause until the site is mended
-    └── Refused             this report will never be taken: give it up
-        └── Unexplained     an answer that nobody documents: a few tries, then give it up
+    │   ├── NoAnswer        the report was sent but its answer was lost: it may have been recorded
+    │   └── Busy            the API, or a proxy in front of it, asked to try later
+    ├── NotAccepted         every report would get this answer: pause until the site is fixed
+    └── Refused             the API will never accept this report: drop it
+        └── Unexplained     an undocumented answer: retry a few times, then drop the report
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class T23Error(Exception):
 
 
 class ConfigurationError(T23Error):
-    """Settings are missing or wrong; says all of it at once, each problem with its remedy."""
+    """Settings are missing or wrong; lists all problems at once, each with its remedy."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
@@ -33,7 +33,7 @@ class ConfigurationError(T23Error):
 
 
 class UsageError(T23Error):
-    """A command was used wrongly, or was given something that it can't place."""
+    """A command got wrong arguments, or input that it can't use."""
 
 
 class StateError(T23Error):
@@ -41,13 +41,13 @@ class StateError(T23Error):
 
 
 class DeliveryError(T23Error):
-    """A report did not get through."""
+    """A report was not delivered."""
 
 
 class RetryLater(DeliveryError):
-    """The API is not answering; the same report is worth sending again."""
+    """The API does not answer; the same report can be sent again."""
 
-    #: Seconds that the API asked us to wait (``Retry-After``, RFC 9110 section 10.2.3), if it did.
+    #: Seconds to wait from the API's ``Retry-After`` (RFC 9110, section 10.2.3); ``None`` without one.
     retry_after: float | None = None
 
 
@@ -60,12 +60,12 @@ class NoAnswer(RetryLater):
 
     def __init__(self, message: str, *, answered: bool = False) -> None:
         super().__init__(message)
-        #: Whether something answered, but not as the API does: that seldom passes by itself.
+        #: Whether something answered that is not the API; this rarely ends without a change by the operator.
         self.answered = answered
 
 
 class Busy(RetryLater):
-    """The API, or a server before it, answered that it can't take the report now."""
+    """The API, or a server in front of it, answered that it can't accept the report now."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -73,15 +73,15 @@ class Busy(RetryLater):
 
 
 class NotAccepted(DeliveryError):
-    """The API takes no report from this server: not whitelisted yet, or the path is wrong."""
+    """The API accepts no report from this server: it is not whitelisted, or the path is wrong."""
 
 
 class Refused(DeliveryError):
-    """The API will never take this report."""
+    """The API will never accept this report."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}" if message else code)
-        #: The API's own error code, or ``http_<status>`` where it gave none.
+        #: The API's own error code, or ``http_<status>`` if it gave none.
         self.code = code
 
 

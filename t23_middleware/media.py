@@ -1,19 +1,19 @@
-"""Which content types are media that is counted: told alike by the app's side and by what a proxy's log says."""
+"""Which content types are counted as media; app and proxy log use the same rules."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from mimetypes import guess_type
 
-#: Parts of HLS and DASH: a viewing is hundreds of them, and what they would report is not settled.
+#: Segments and playlists of HLS and DASH: a viewing has hundreds, and how to report them is not decided yet.
 SEGMENT_TYPES = frozenset(
     ("video/mp2t", "video/iso.segment", "audio/iso.segment", "application/dash+xml")
     + ("application/vnd.apple.mpegurl", "application/x-mpegurl", "audio/mpegurl", "audio/x-mpegurl")
 )
 SEGMENT_ENDINGS = (".ts", ".m4s", ".m3u8", ".mpd")
-#: The type of an answer with several ranges of a file; the file's own type stands in the body (RFC 9110, section 14.6).
+#: The type of a response with several ranges of a file; the file's own type is in the body (RFC 9110, section 14.6).
 BYTERANGES = "multipart/byteranges"
-#: Content types whose verdict is remembered; an app that makes them up can't fill the memory.
+#: How many content types are cached, so that an app which generates new ones can't fill the memory.
 REMEMBERED_TYPES = 1000
 
 
@@ -27,8 +27,8 @@ class MediaTypes:
     def counts(self, content_type: str, path: str = "") -> bool:
         """Whether a response of *content_type* is media that is counted.
 
-        *path* is the request's, ``""`` where it is not known. It decides for :data:`BYTERANGES`: they are counted unless
-        its ending names a type that is not, since who asks for several ranges of a play asks for media.
+        *path* is the request's path, ``""`` if unknown. :data:`BYTERANGES` is counted unless the ending of *path* means
+        a type that is not counted: a client that requests several ranges usually requests media.
         """
         if path.endswith(SEGMENT_ENDINGS):
             return False

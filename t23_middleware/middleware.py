@@ -18,24 +18,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: In the environ of a request that passed through us: a second middleware round the same app leaves it alone.
+#: Environ key of a request that passed through a middleware: a second one around the same app does not count it.
 SEEN = "t23.seen"
-#: The operator's pages, as they follow ``T23_STATUS_PATH``; what else is under it is the app's.
+#: Paths of the operator's pages, relative to ``T23_STATUS_PATH``; all other paths below it belong to the app.
 PAGES = frozenset(("", "/", ".json", "/status.json", "/metrics"))
 
 
 class T23Middleware:
-    """Reports what *app* streams.
+    """Counts the media that *app* streams and reports it.
 
-    *settings*, or keyword arguments named as the fields of :class:`~t23_middleware.settings.Settings`, beat the
-    environment. Never raises: with settings that are wrong the app runs on bare, and one ERROR says why.
+    *settings*, or keyword arguments with the names of the fields of :class:`~t23_middleware.settings.Settings`,
+    override the environment. Never raises: if the settings are invalid, the app runs without the middleware, and one
+    ERROR explains why.
     """
 
     def __init__(self, app: WSGIApplication, settings: Settings | None = None, **arguments: Any) -> None:
-        settled = _settled(settings, arguments)
-        self._capture = Capture(settled, VERSION) if settled else None
-        self.app = _WithPages(app, settled) if settled and settled.status_token else app
-        self._told_of_two = False
+        found = _read_settings(settings, arguments)
+        self._capture = Capture(found, VERSION) if found else None
+        self.app = _WithPages(app, found) if found and found.status_token else app
+        self._warned_twice_wrapped = False
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         capture = self._capture
@@ -59,20 +60,20 @@ class T23Middleware:
     def _is_inner(self, environ: WSGIEnvironment) -> bool:
         outer = environ.setdefault(SEEN, self)
         if outer is self:
-            return bool(environ.get(CALLING))  # else the app is called again with the same environ
-        if not self._told_of_two:
-            self._told_of_two = True
+            return bool(environ.get(CALLING))  # if false, the app is called again with the same environ
+        if not self._warned_twice_wrapped:
+            self._warned_twice_wrapped = True
             log.warning(
-                "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away",
+                "T23Middleware wraps the app twice; only the outer one counts. Remove the inner one",
                 extra={"t23_event": "wrapped_twice"},
             )
         return True
 
 
 class _WithPages:
-    """The app with the operator's pages beside it; they are loaded by the first request for one.
+    """The app plus the operator's pages, which are imported at the first request for one of them.
 
-    The app never sees the operator's token: whoever sends it with a request to the app has sent it too far.
+    The operator's token is removed from requests that go to the app.
     """
 
     def __init__(self, app: WSGIApplication, settings: Settings) -> None:
@@ -93,25 +94,27 @@ class _WithPages:
 
     def _loaded(self) -> WSGIApplication:
         if self._pages is None:
-            # By name: the pages read the relay's database, and an app whose pages nobody opens never loads that.
+            # Imported late: the pages import sqlite3, which an app without page views does not need.
             self._pages = importlib.import_module("t23_middleware.ops.page").Pages(self._settings)
         return self._pages
 
 
-def _settled(settings: Settings | None, arguments: dict[str, Any]) -> Settings | None:
-    """The settings, or ``None`` where nothing is counted."""
+def _read_settings(settings: Settings | None, arguments: dict[str, Any]) -> Settings | None:
+    """The settings, or ``None`` if the middleware is off."""
     try:
         if settings is None:
             settings = Settings(**arguments)
         elif arguments:
             raise ConfigurationError(
-                ["T23Middleware takes either settings or arguments; put the arguments into Settings"]
+                [
+                    "T23Middleware accepts settings or keyword arguments, not both; pass the arguments to Settings"
+                ]
             )
     except ConfigurationError as error:
         if settings is None and _is_off(arguments):
             return None
         log.error(
-            "t23_middleware counts nothing, the app runs on bare: %s",
+            "t23_middleware is off because its settings are invalid (the app runs without it): %s",
             "; ".join(error.problems),
             extra={"t23_event": "runs_bare", "t23_count": len(error.problems)},
         )
@@ -122,6 +125,6 @@ def _settled(settings: Settings | None, arguments: dict[str, Any]) -> Settings |
 
 
 def _is_off(arguments: dict[str, Any]) -> bool:
-    """Whether it is switched off; what else is wrong is then nobody's business."""
-    said = arguments.get("enabled")
-    return not Settings.is_enabled(None if said is None else {"T23_ENABLED": as_text(said)})
+    """Whether ``T23_ENABLED`` is off; other invalid settings then don't matter."""
+    enabled = arguments.get("enabled")
+    return not Settings.is_enabled(None if enabled is None else {"T23_ENABLED": as_text(enabled)})

@@ -1,9 +1,9 @@
-"""The one door to the state folder: what is in it is opened only where the folder is this user's own.
+"""Opens files in the state folder, and only if this user owns the folder.
 
-Another local user may have made the folder first, with links, FIFOs and folders in every place. So each function here
-checks the folder's type and owner, opens what is in it relative to that folder, follows no link, waits for nobody
-(``O_NONBLOCK``), and takes regular files alone. Paths are those of the folder itself, of its ``journals``, or of a file
-in one of the two. All raise :class:`OSError`: :class:`NotOwned` where something is not ours.
+Another local user may have created the folder first, with links, FIFOs and folders in it. So each function here checks
+the folder's type and owner, opens files relative to that folder, follows no link, does not block (``O_NONBLOCK``), and
+accepts only regular files. A path is the folder itself, its ``journals``, or a file in one of the two. All functions
+raise :class:`OSError`, and :class:`NotOwned` if something is not ours.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ from pathlib import Path
 
 #: The folder of journals in a state folder.
 JOURNALS = "journals"
-#: The folder of ours in a mount that is root's.
-IN_A_MOUNT = "t23-middleware"
-#: Seconds for which the way to a folder counts as checked; the folder itself is checked each time.
-WAY_KNOWN = 1.0
+#: Our subfolder in a mount that belongs to root.
+MOUNT_SUBFOLDER = "t23-middleware"
+#: Seconds for which the parents of a folder count as checked; the folder itself is checked each time.
+PARENTS_CHECKED_FOR = 1.0
 
-#: Folder and user -> until when the way to it counts as checked.
-_known_ways: dict[tuple[Path, int], float] = {}
+#: Folder and user -> until when the folder's parents count as checked.
+_checked_parents: dict[tuple[Path, int], float] = {}
 
 
 class NotOwned(OSError):
-    """What is there is another user's, a link, or of the wrong type."""
+    """A file or folder belongs to another user, is a link, or has the wrong type."""
 
 
 def make_folder(path: Path) -> None:
-    """As ``mkdir -p``, with mode 0700 for each whatever the umask; each folder's parents are checked before it is made."""
+    """As ``mkdir -p`` with mode 0700, regardless of the umask; checks each folder's parents before it is created."""
     for folder in reversed((path, *path.parents)):
         if not os.path.lexists(folder):
-            _refuse_foreign_way(folder)
+            _refuse_foreign_parents(folder)
             try:
                 folder.mkdir(mode=0o700)
             except FileExistsError:
-                pass  # another process was faster: its folder is checked with the next one
-    _known_ways.clear()
-    with entered(path) as descriptor:
+                pass  # another process created it first: it is checked with the next folder
+    _checked_parents.clear()
+    with open_folder(path) as descriptor:
         if os.fstat(descriptor).st_mode & 0o077:
             os.fchmod(descriptor, 0o700)
 
 
-def own_place(path: Path) -> Path:
-    """*path*, or the folder of ours in it where it is root's: the mount of a volume that our group may write.
+def resolve_mount(path: Path) -> Path:
+    """*path*, or our subfolder in it if *path* belongs to root: the mount of a volume in which our group may write.
 
-    Root finds the same folder there, once it is made.
+    Root gets the same subfolder once it exists.
     """
-    inner = path / IN_A_MOUNT
+    inner = path / MOUNT_SUBFOLDER
     try:
         if path.stat().st_uid == 0 and (inner.is_dir() if os.geteuid() == 0 else _can_make(inner)):
             return inner
     except OSError:
-        pass  # missing, or closed to us: what is made or opened there says so
+        pass  # missing or not readable: the code that creates or opens it reports that
     return path
 
 
@@ -65,17 +65,17 @@ def _can_make(inner: Path) -> bool:
 
 
 @contextmanager
-def entered(path: Path) -> Iterator[int]:
-    """Descriptor of the folder *path*, which is ours."""
+def open_folder(path: Path) -> Iterator[int]:
+    """Descriptor of the folder *path*, after the checks."""
     top = path.parent if path.name == JOURNALS else path
     now = time.monotonic()
-    if _known_ways.get((top, os.geteuid()), 0.0) <= now:
-        _refuse_foreign_way(top)
-        _known_ways[top, os.geteuid()] = now + WAY_KNOWN
-    descriptor = _own_folder(str(top), None)
+    if _checked_parents.get((top, os.geteuid()), 0.0) <= now:
+        _refuse_foreign_parents(top)
+        _checked_parents[top, os.geteuid()] = now + PARENTS_CHECKED_FOR
+    descriptor = _open_own_folder(str(top), None)
     if top is not path:
         try:
-            inner = _own_folder(path.name, descriptor)
+            inner = _open_own_folder(path.name, descriptor)
         finally:
             os.close(descriptor)
         descriptor = inner
@@ -86,42 +86,42 @@ def entered(path: Path) -> Iterator[int]:
 
 
 def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
-    """As :func:`os.open` for a regular file of ours."""
+    """As :func:`os.open`, for a regular file that this user or root owns."""
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with entered(path.parent) as folder:
+    with open_folder(path.parent) as folder:
         try:
             descriptor = os.open(path.name, flags, mode, dir_fd=folder)
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-                raise _not_a_file_of_ours(path) from None
+                raise _not_our_file(path) from None
             raise
-    if not _is_file_of_ours(os.fstat(descriptor)):
+    if not _is_our_file(os.fstat(descriptor)):
         os.close(descriptor)
-        raise _not_a_file_of_ours(path)
+        raise _not_our_file(path)
     return descriptor
 
 
 def check_file(path: Path) -> bool:
-    """Whether *path* is there; for those who open it by its path. Raises :class:`NotOwned` for what is no file of ours."""
+    """Whether the file *path* exists; for code that opens it by path. Raises :class:`NotOwned` if it is not ours."""
     try:
-        found = look_at(path)
+        found = lstat(path)
     except FileNotFoundError:
         return False
-    if not _is_file_of_ours(found):
-        raise _not_a_file_of_ours(path)
+    if not _is_our_file(found):
+        raise _not_our_file(path)
     return True
 
 
-def look_at(path: Path) -> os.stat_result:
-    """As ``lstat`` for what is in a folder of ours."""
-    with entered(path.parent) as folder:
+def lstat(path: Path) -> os.stat_result:
+    """As :func:`os.lstat`, for a file in a folder of ours."""
+    with open_folder(path.parent) as folder:
         return os.stat(path.name, dir_fd=folder, follow_symlinks=False)
 
 
 def names(path: Path, suffix: str) -> list[str]:
-    """Sorted names in the folder *path* that end with *suffix*; none where the folder is missing."""
+    """Sorted names in the folder *path* that end with *suffix*; empty if the folder is missing."""
     try:
-        with entered(path) as folder:
+        with open_folder(path) as folder:
             return sorted(name for name in os.listdir(folder) if name.endswith(suffix))  # noqa: PTH208  # a descriptor
     except FileNotFoundError:
         return []
@@ -134,7 +134,7 @@ def read(path: Path) -> bytes:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file whole, or leave the former one."""
+    """Replace a file's content in one step; on an error the former content stays."""
     new = path.with_name(f"{path.name}.new")
     with os.fdopen(open_file(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
         file.write(data)
@@ -143,12 +143,12 @@ def replace(path: Path, data: bytes) -> None:
 
 def rename(path: Path, new: Path) -> None:
     """As :meth:`pathlib.Path.replace` within one folder."""
-    with entered(path.parent) as folder:
+    with open_folder(path.parent) as folder:
         os.replace(path.name, new.name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def touch(path: Path, at_ns: int | None = None) -> None:
-    """Make a file where it is missing, and give it the time *at_ns*, in ns since the epoch; ``None`` is now."""
+    """Create a file if it is missing, and set its times to *at_ns*, in ns since the epoch; ``None`` is now."""
     descriptor = open_file(path, os.O_WRONLY | os.O_CREAT)
     try:
         now_ns = time.time_ns() if at_ns is None else at_ns
@@ -158,45 +158,45 @@ def touch(path: Path, at_ns: int | None = None) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Unlink a file; whether it was there."""
+    """Unlink a file; returns whether it existed."""
     try:
-        with entered(path.parent) as folder:
+        with open_folder(path.parent) as folder:
             os.unlink(path.name, dir_fd=folder)
     except FileNotFoundError:
         return False
     return True
 
 
-def _refuse_foreign_way(path: Path) -> None:
-    """Refuse where somebody else made a folder or a link on the way to *path*, where anybody may: in ``/var/tmp``."""
+def _refuse_foreign_parents(path: Path) -> None:
+    """Raise if a parent of *path* in a world-writable folder (``/var/tmp``) is a link or belongs to another user."""
     open_to_all = (folder for folder in path.parents if folder.parent.stat().st_mode & stat.S_IWOTH)
     for folder in open_to_all:
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid not in (0, os.geteuid()):
-            raise _not_a_folder_of_ours(path)
+            raise _not_our_folder(path)
 
 
-def _own_folder(name: str, parent: int | None) -> int:
+def _open_own_folder(name: str, parent: int | None) -> int:
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
-            raise _not_a_folder_of_ours(Path(name)) from None
+            raise _not_our_folder(Path(name)) from None
         raise
     if os.fstat(descriptor).st_uid != os.geteuid():
         os.close(descriptor)
-        raise _not_a_folder_of_ours(Path(name))
+        raise _not_our_folder(Path(name))
     return descriptor
 
 
-def _is_file_of_ours(found: os.stat_result) -> bool:
+def _is_our_file(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid in (0, os.geteuid())
 
 
-def _not_a_folder_of_ours(path: Path) -> NotOwned:
-    why = "it is a file, a link or another user's, or lies in such a folder"
+def _not_our_folder(path: Path) -> NotOwned:
+    why = "it is a file, a link or another user's folder, or is in such a folder"
     return NotOwned(errno.EPERM, why, str(path))
 
 
-def _not_a_file_of_ours(path: Path) -> NotOwned:
-    return NotOwned(errno.EPERM, "it is no regular file of this user's", str(path))
+def _not_our_file(path: Path) -> NotOwned:
+    return NotOwned(errno.EPERM, "it is not a regular file of this user", str(path))

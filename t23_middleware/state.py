@@ -1,7 +1,7 @@
-"""The state folder: what lies where in it, who may use it, and the locks that say who is alive.
+"""The state folder: its files, its ownership, and the locks that show which processes are alive.
 
-Locks are POSIX record locks (``fcntl(2)``): they go with the process that took them, whatever it forked. With
-``flock`` a helper that the holder forked would keep the lock after the holder's death.
+Locks are POSIX record locks (``fcntl(2)``): the kernel releases them when the process that took them ends. A ``flock``
+lock would live on in a child that this process forked.
 """
 
 from __future__ import annotations
@@ -20,62 +20,63 @@ from . import owned
 from .errors import StateError
 from .transfer import FORMAT
 
-#: Seconds for which it matters that a worker ended: far more than one waits.
-LEAVING_MOST = 600.0
+#: Seconds after which the file of ending workers is removed: far longer than a worker waits.
+MAX_LEAVING_AGE = 600.0
 
 
-class Holder(NamedTuple):
-    """What a relay says of itself in the file of its lock."""
+class LockHolder(NamedTuple):
+    """What a relay writes about itself to its lock file."""
 
     pid: int
     version: str
     #: :meth:`~t23_middleware.settings.Settings.relay_digest` of its settings.
     digest: str
-    #: Started by a worker, so that it leaves when nothing is to be done.
+    #: Started by a worker: it exits when it has nothing to do.
     automatic: bool
-    #: Whether it left because nothing was left that it could do.
+    #: Whether it exited because it had nothing more to do.
     left: bool = False
-    #: Inode of the PID namespace in which it has that process id; 0 where that is not known.
+    #: Inode of the PID namespace of *pid*; 0 if unknown.
     pid_namespace: int = 0
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether its process id means nothing here: it runs in another container, or we do."""
+        """Whether it runs in another PID namespace (container), so that its process id has no meaning here."""
         return 0 not in (self.pid_namespace, pid_namespace()) and self.pid_namespace != pid_namespace()
 
 
 class StateFolder:
-    """The folder that app and relay share; mode 0700, on a local disk, owned by the user of both.
+    """The folder that app and relay share: mode 0700, on a local disk, owned by the user of both.
 
-    Where *path* is root's and this user may write in it (a Kubernetes volume), it is a folder of this user's own there.
+    If *path* belongs to root and this user may write in it (a Kubernetes volume), the state is in a subfolder that this
+    user owns.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path = owned.own_place(path)
+        self.path = path = owned.resolve_mount(path)
         #: One journal file per writer and rotation, and one lock file per writer.
         self.journals = path / owned.JOURNALS
         self.relay_lock = path / "relay.lock"
-        #: Touched by a worker that starts a relay, so that its siblings don't start one each.
+        #: Written by a worker that starts a relay, so that the other workers don't start one each.
         self.relay_start = path / "relay.start"
         self.relay_log = path / "relay.log"
         self.outbox = path / "outbox.db"
-        #: Its time: all that was written down before then is delivered (kept with ``T23_EPHEMERAL``).
+        #: Its modification time: all that was written before it is delivered (with ``T23_EPHEMERAL``).
         self.delivered = path / "delivered"
-        #: Workers that wait for that at their end: a line with process id and time in ns for each.
+        #: Ending workers that wait for their delivery: a line with process id and time in ns for each.
         self.leaving = path / "leaving"
-        #: Exists while the outbox may hold something to deliver: a look that needs no SQL.
+        #: Exists while the outbox may have reports to deliver, so that a worker needs no SQL to check.
         self.unfinished = path / "unfinished"
-        #: The journals that are another version's: a line with format and name for each.
+        #: The journals that another version wrote: a line with format and name for each.
         self.foreign = path / "foreign"
-        #: Room that is given up when the disk is full, so that what was sent can be ticked off.
+        #: Disk space that is freed when the disk is full, so that the outbox can record what was sent.
         self.reserve = path / "reserve"
-        #: Exists once there was a reserve: where that is missing then, it was given up.
+        #: Exists from the first reserve on: if the reserve is missing then, its space was freed.
         self.reserved = path / "reserved"
 
     def create(self) -> None:
-        """Make the folder where it is missing.
+        """Create the folder if it is missing.
 
-        Raises :class:`~t23_middleware.errors.StateError` where it can't be made, is another user's, or a link.
+        Raises :class:`~t23_middleware.errors.StateError` if it can't be created, belongs to another user, or is a link.
         """
         try:
             owned.make_folder(self.path)
@@ -85,25 +86,25 @@ class StateFolder:
         if not os.access(self.journals, os.W_OK | os.X_OK):
             raise StateError(self._remedy("it can't be written"))
 
-    def refuse_if_foreign(self) -> None:
-        """Raise :class:`~t23_middleware.errors.StateError` where the folder is there and not ours; makes nothing."""
+    def check_ownership(self) -> None:
+        """Raise :class:`~t23_middleware.errors.StateError` if the folder exists and is not ours; creates nothing."""
         try:
-            with owned.entered(self.path):
+            with owned.open_folder(self.path):
                 pass
         except owned.NotOwned as error:
             raise StateError(self._remedy(error.strerror or str(error))) from error
         except OSError:
-            pass  # missing, or closed to us: whoever uses it says so
+            pass  # missing or not readable: the code that uses it reports that
 
-    def relay_holder(self) -> Holder | None:
-        """What the relay that holds the lock, or the last that did, says of itself."""
+    def relay_holder(self) -> LockHolder | None:
+        """The relay that has the lock, or the last one that had it; ``None`` if unknown."""
         try:
-            return Holder(**json.loads(owned.read(self.relay_lock)))
+            return LockHolder(**json.loads(owned.read(self.relay_lock)))
         except (OSError, ValueError, TypeError):
             return None
 
-    def say_leaving(self) -> None:
-        """This worker ends, and waits for its reports. Raises :class:`OSError`."""
+    def record_leaving(self) -> None:
+        """Record that this worker ends and waits for its reports. Raises :class:`OSError`."""
         descriptor = owned.open_file(self.leaving, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             os.write(descriptor, f"{os.getpid()} {time.time_ns()}\n".encode())
@@ -111,20 +112,20 @@ class StateFolder:
             os.close(descriptor)
 
     def leaving_workers(self) -> dict[str, int]:
-        """Process id -> time in ns since the epoch at which that worker said that it ends."""
+        """Process id of each ending worker -> time in ns since the epoch at which it started to end."""
         try:
             lines = [line.split() for line in owned.read(self.leaving).decode(errors="replace").splitlines()]
         except OSError:
             return {}
         return {words[0]: int(words[1]) for words in lines if len(words) == 2 and words[1].isdecimal()}
 
-    def forget_leaving(self) -> None:
-        """Remove what workers said that are gone for long."""
+    def remove_old_leaving(self) -> None:
+        """Remove the file of ending workers when it is old."""
         try:
-            if time.time() - owned.look_at(self.leaving).st_mtime > LEAVING_MOST:
+            if time.time() - owned.lstat(self.leaving).st_mtime > MAX_LEAVING_AGE:
                 owned.remove(self.leaving)
         except OSError:
-            pass  # there is none
+            pass  # no such file
 
     def _remedy(self, why: str) -> str:
         user, group = os.geteuid(), os.getegid()
@@ -133,22 +134,22 @@ class StateFolder:
             f" that user {user} may write, or make this one with: install -d -m 0700 -o {user} -g {group} {self.path}"
         )
 
-    def holds_work(self) -> bool:
-        """Whether something waits here for a relay of this version."""
+    def has_work(self) -> bool:
+        """Whether something in the folder waits for a relay of this version."""
         try:
             return owned.check_file(self.unfinished) or any(self.readable_journals())
         except OSError:
             return False
 
     def readable_journals(self) -> Iterator[Path]:
-        """The journals, but for those of which a relay has found that only another version can read them."""
+        """The journals, without those that a relay listed in :meth:`foreign_journals`."""
         names = owned.names(self.journals, ".journal")
         foreign = self.foreign_journals() if names else {}
         ours = (None, str(FORMAT))
         yield from (self.journals / name for name in names if foreign.get(name) in ours)
 
     def foreign_journals(self) -> dict[str, str]:
-        """Name -> format of the journals that a relay could not read."""
+        """Name -> format of the journals that only a relay of another version can read."""
         try:
             lines = [
                 line.partition(" ") for line in owned.read(self.foreign).decode(errors="replace").splitlines()
@@ -157,17 +158,17 @@ class StateFolder:
             return {}
         return {name: number for number, _, name in lines}
 
-    def keep_foreign_journals(self, formats: Mapping[str, str]) -> None:
-        """Write down what :meth:`foreign_journals` tells. Raises :class:`OSError`."""
+    def write_foreign_journals(self, formats: Mapping[str, str]) -> None:
+        """Write the list that :meth:`foreign_journals` reads. Raises :class:`OSError`."""
         text = "".join(f"{number} {name}\n" for name, number in formats.items())
         owned.replace(self.foreign, text.encode("utf-8", "surrogateescape"))
 
 
 def hold_lock(path: Path) -> int | None:
-    """Take the lock on *path* for as long as this process lives, or ``None`` where another process has it.
+    """Take the lock on *path* for as long as this process lives; ``None`` if another process has it.
 
-    The descriptor returned holds it. Nothing else in this process may open and close *path* while it does, since
-    closing any descriptor of a file drops the process's locks on it (``fcntl(2)``). Raises :class:`OSError`.
+    Returns the descriptor of the locked file. Nothing else in this process may open and close *path* meanwhile, because
+    closing any descriptor of a file releases the process's locks on it (``fcntl(2)``). Raises :class:`OSError`.
     """
     while True:
         descriptor = owned.open_file(path, os.O_RDWR | os.O_CREAT)
@@ -178,19 +179,19 @@ def hold_lock(path: Path) -> int | None:
             return None
         if _is_still(path, descriptor):
             return descriptor
-        # Its former owner removed the file between our open and our lock: what we hold is no longer there.
+        # Its former owner removed the file between our open and our lock: we locked a removed file.
         os.close(descriptor)
 
 
 def lock_is_held(path: Path) -> bool:
-    """Whether another process holds the lock on *path*; looks without taking it (``F_GETLK``)."""
+    """Whether another process has the lock on *path*; checks without taking it (``F_GETLK``)."""
     return lock_owner(path) is not None
 
 
 def lock_owner(path: Path) -> int | None:
-    """Process id of who holds the lock on *path*, 0 for one that this process can't see: in another container.
+    """Process id of the process that has the lock on *path*; 0 if that process is in another container.
 
-    ``None`` where no other process does. The kernel says so (``F_GETLK``), not the file.
+    ``None`` if no other process has it. The answer comes from the kernel (``F_GETLK``), not from the file.
     """
     try:
         descriptor = owned.open_file(path, os.O_RDWR)
@@ -204,9 +205,9 @@ def lock_owner(path: Path) -> int | None:
 
 
 def boot_id() -> str:
-    """The kernel's name for this boot: CLOCK_MONOTONIC compares only within one.
+    """The kernel's id of this boot: CLOCK_MONOTONIC can be compared only within one.
 
-    ``""`` on macOS, where a restart is then not told from a clock that went on.
+    ``""`` on macOS, where a restart can't be detected.
     """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -215,12 +216,12 @@ def boot_id() -> str:
 
 
 def network_namespace() -> int:
-    """Inode of the network namespace that this process is in; 0 where there is none (macOS)."""
+    """Inode of this process's network namespace; 0 on systems without namespaces (macOS)."""
     return _namespace("net")
 
 
 def pid_namespace() -> int:
-    """The same of its PID namespace."""
+    """Inode of this process's PID namespace; 0 on systems without namespaces (macOS)."""
     return _namespace("pid")
 
 
@@ -233,14 +234,14 @@ def _namespace(kind: str) -> int:
 
 def _is_still(path: Path, descriptor: int) -> bool:
     try:
-        there = owned.look_at(path)
+        there = owned.lstat(path)
     except FileNotFoundError:
         return False
     mine = os.fstat(descriptor)
     return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
 
-# struct flock: Linux begins with type and whence, the BSDs (macOS) with start and length.
+# struct flock: on Linux it starts with type and whence, on the BSDs (macOS) with start and length.
 if sys.platform == "linux":
     _WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 

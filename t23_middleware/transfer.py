@@ -1,7 +1,7 @@
-"""What the app's process tells the relay: the one format between the two processes.
+"""The format of the journal, by which the app's process passes data to the relay.
 
 A journal is a file of lines, each ``<crc32 of the rest, 8 hex digits> <JSON array>\\n``. A line is written by a
-single ``write(2)``; the checksum tells a line that was torn by a full disk or a kill from one that is whole.
+single ``write(2)``. The checksum detects a line that is incomplete because the disk was full or the process was killed.
 """
 
 from __future__ import annotations
@@ -12,42 +12,42 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-#: Version of this format. A relay skips the journals of another version, and leaves them alone.
+#: Version of this format. A relay does not read or remove journals of another version.
 FORMAT = 3
 
-#: Who counts the bytes of a response: the app; the proxy, whose log confirms the app's count; or the proxy alone, since
-#: the app handed it a file's name and no bytes (``X-Accel-Redirect``).
+#: What counts the bytes of a response: the app; the proxy, whose log confirms the app's count; or the proxy alone,
+#: because the app gave it only a file's name (``X-Accel-Redirect``).
 APP, PROXY, OFFLOADED = "app", "proxy", "offloaded"
 _COUNTERS = (APP, PROXY, OFFLOADED)
 
-#: The response header that names the play to the proxy, which writes it into its log.
+#: The response header with the play id; the proxy writes it to its log.
 PLAY_HEADER = "X-T23-Play"
 _PLAY_ID = re.compile(r"([0-9A-Za-z-]{1,64})\.(0|[1-9][0-9]{0,17})")
 
 
 def play_id(writer: str, number: int) -> str:
-    """What :data:`PLAY_HEADER` says of the response *number* of *writer*: ``<writer>.<number>``."""
+    """The value of :data:`PLAY_HEADER` for the response *number* of *writer*: ``<writer>.<number>``."""
     return f"{writer}.{number}"
 
 
 def parse_play_id(text: str) -> tuple[str, int] | None:
-    """Writer and number in *text*; ``None`` where it is not what :func:`play_id` makes."""
+    """Writer and number in *text*; ``None`` if *text* is not in the form of :func:`play_id`."""
     found = _PLAY_ID.fullmatch(text)
     return (found[1], int(found[2])) if found else None
 
 
-#: Longest line that is written or believed, in bytes.
+#: Longest line that is written or accepted, in bytes.
 LONGEST_LINE = 8192
 
 
 class Play(NamedTuple):
-    """Who plays what, as the request told it."""
+    """The session, photo and player of a request."""
 
     session_id: str
     photo_id: str
-    #: Host that the request named; ``""`` where all reports go to one site.
+    #: Host of the request; ``""`` if all reports go to one site.
     host: str = ""
-    #: 0 or 1 where the media URL or the app decided it, else ``None``.
+    #: 0 or 1 if the media URL or the app set it, else ``None``.
     skip: int | None = None
     player_type: str | None = None
     player_version: str | None = None
@@ -55,7 +55,7 @@ class Play(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What part of the file a response carries: offsets of its first and last byte, and the file's length."""
+    """The part of the file in a response: offsets of its first and last byte, and the file's length, in bytes."""
 
     first: int | None
     last: int | None
@@ -63,12 +63,12 @@ class Part(NamedTuple):
 
     @property
     def size(self) -> int | None:
-        """Bytes of the part, where both ends are known."""
+        """Bytes of the part; ``None`` if one end is unknown."""
         return None if self.first is None or self.last is None else self.last - self.first + 1
 
 
 class Connection(NamedTuple):
-    """The TCP connection of a response, as the kernel names it. It holds no address of the viewer."""
+    """The kernel's identifiers of a response's TCP connection, without the viewer's address."""
 
     #: SO_COOKIE as a signed 64-bit number: unique in one network namespace and boot.
     cookie: int
@@ -83,103 +83,104 @@ class Connection(NamedTuple):
 class Opening(NamedTuple):
     """A counted response that started."""
 
-    #: Its number among the responses of its writer.
+    #: Its number among the responses of its writer, from 1.
     number: int
-    #: CLOCK_MONOTONIC in ns: the order of the responses of one boot.
+    #: CLOCK_MONOTONIC in ns; orders the responses of one boot.
     started_ns: int
     #: Wall clock in ms since the epoch.
     started_ms: int
     play: Play
     part: Part
     status: int
-    #: Content-Length in bytes, where the app gave one.
+    #: Content-Length in bytes, ``None`` if the app gave none.
     length: int | None
-    #: :data:`APP`, :data:`PROXY` or :data:`OFFLOADED`; of the last, *part* and *status* are what the request asked for.
+    #: :data:`APP`, :data:`PROXY` or :data:`OFFLOADED`; for the last, *part* and *status* are those that the request
+    #: asked for.
     counted_by: str = APP
-    #: First byte that the request's Range asked for, where the answer is the whole file all the same (status 200).
+    #: First byte of the request's Range if the response is the whole file all the same (status 200).
     asked_first: int | None = None
-    #: ``None`` where the kernel can't be asked about it.
+    #: ``None`` if the kernel has no counters of it.
     connection: Connection | None = None
 
 
 class Transfer(NamedTuple):
-    """A counted response that is over."""
+    """A counted response that has ended."""
 
     opening: Opening
     ended_ns: int
     ended_ms: int
-    #: Body bytes that the client's kernel acknowledged, or that the server handed over where *position* is given or
-    #: the kernel can't be asked.
+    #: Body bytes that the client's kernel acknowledged; or that the server handed over, if *position* is given or the
+    #: kernel has no counters.
     sent: int
-    #: 1 where *sent* is what the app declared (``T23_COUNT=declared``), 0 where it was counted.
+    #: 1 if *sent* is what the app declared (``T23_COUNT=declared``), 0 if it was counted.
     declared: int = 0
-    #: The connection's position after the body, where the client's kernel had not acknowledged all of it yet.
+    #: The connection's position after the body, ``None`` if the client's kernel had acknowledged all of it.
     position: int | None = None
 
 
 class Progress(NamedTuple):
-    """How far a response is: what is known of it if its writer dies."""
+    """How far a response is; the relay uses it if the writer dies."""
 
     opening: Opening
     at_ns: int
     at_ms: int
     #: Body bytes that the server handed over so far.
     sent: int
-    #: The connection's position then; ``None`` where the kernel can't be asked.
+    #: The connection's position at that time; ``None`` if the kernel has no counters.
     position: int | None = None
 
 
 class Acknowledged(NamedTuple):
-    """What the relay learned from the kernel about a connection; the relay writes it into a journal of its own."""
+    """The kernel's counter of a connection as the relay read it; the relay writes it to a journal of its own."""
 
     cookie: int
     at_ns: int
     at_ms: int
-    #: Bytes of the connection that the client's kernel acknowledged; ``None`` where it is gone without a final count.
+    #: Bytes of the connection that the client's kernel acknowledged; ``None`` if it is gone without a final count.
     acked: int | None
-    #: 1 where the connection is gone, so that *acked* is final.
+    #: 1 if the connection is gone, so that *acked* is final.
     gone: int
 
 
 class Writer(NamedTuple):
-    """First line of each journal: who writes it, and which relay it wants."""
+    """First line of each journal: its writer, and the settings for the relay."""
 
     name: str
     format: int
     #: Version of the package.
     version: str
-    #: The kernel's boot id: CLOCK_MONOTONIC compares only within one boot.
+    #: The kernel's boot id: CLOCK_MONOTONIC can be compared only within one boot.
     boot: str
-    #: Wall clock in ms when the writer began; the newest-started live writer decides the relay's settings.
+    #: Wall clock in ms when the writer started; the relay uses the settings of the live writer that started last.
     started_ms: int
     #: :meth:`~t23_middleware.settings.Settings.relay_digest` of the writer's settings.
     digest: str
-    #: Inode of the network namespace that the writer is in; 0 where it has none (macOS).
+    #: Inode of the writer's network namespace; 0 on systems without namespaces (macOS).
     network: int
 
 
 class Counts(NamedTuple):
-    """What happened in the app's process and is no transfer: counter name -> how often since the last such line."""
+    """Events in the app's process that are not transfers: counter name -> how often since the last such line."""
 
     counts: dict[str, int]
 
 
-Line: TypeAlias = Writer | Opening | Progress | Transfer | Acknowledged | Counts
+JournalLine: TypeAlias = Writer | Opening | Progress | Transfer | Acknowledged | Counts
 
 
 class NotALine(ValueError):
-    """These bytes are not a line of a journal."""
+    """The bytes are not a line of a journal."""
 
 
 class TornLine(NotALine):
-    """The line was cut short, or overwritten: its checksum does not fit."""
+    """The line is incomplete or was overwritten: its checksum does not match."""
 
 
 class ForeignLine(NotALine):
-    """The line is whole, but not one that this version knows."""
+    """The line is complete, but this version does not know its content."""
 
 
-def encode(line: Line) -> bytes:
+def encode(line: JournalLine) -> bytes:
     """The bytes of one journal line, its newline included."""
     if isinstance(line, Opening):
         return open_line(opening_text(line))
@@ -191,12 +192,12 @@ def encode(line: Line) -> bytes:
 
 
 def progress_line(opening: str, at_ns: int, at_ms: int, sent: int, position: int | None) -> bytes:
-    """The line of a :class:`Progress`, whole without the open line."""
+    """The line of a :class:`Progress`; it can be read without the open line."""
     return _framed(f'["progress",{opening},{at_ns},{at_ms},{sent},{_number(position)}]')
 
 
 def opening_text(opening: Opening) -> str:
-    """An opening as JSON, which its open line and its close line share: encoding costs more than writing."""
+    """An opening as JSON. Its open line and its close line share it, because encoding costs more than writing."""
     number, started_ns, started_ms, play, part, status, length, counted_by, asked_first, connection = opening
     session_id, photo_id, host, skip, *player = play
     first, last, total = part
@@ -227,7 +228,7 @@ def open_line(opening: str) -> bytes:
 def close_line(
     opening: str, ended_ns: int, ended_ms: int, sent: int, declared: int, position: int | None
 ) -> bytes:
-    """The line of a response that is over, whole without its open line."""
+    """The line of a response that has ended; it can be read without its open line."""
     return _framed(f'["close",{opening},{ended_ns},{ended_ms},{sent},{declared},{_number(position)}]')
 
 
@@ -244,10 +245,10 @@ def _number(value: int | None) -> str:
     return "null" if value is None else str(value)
 
 
-def decode(line: bytes) -> Line:
-    """The line in *line* (without its newline).
+def decode(line: bytes) -> JournalLine:
+    """Parse *line* (without its newline).
 
-    Raises :class:`TornLine` where the checksum does not fit, :class:`ForeignLine` where the content is unknown.
+    Raises :class:`TornLine` if the checksum does not match, :class:`ForeignLine` if the content is unknown.
     """
     checksum, payload = line[:8], line[9:]
     if len(line) > LONGEST_LINE or b"%08x" % zlib.crc32(payload) != checksum or line[8:9] != b" ":
@@ -260,7 +261,7 @@ def decode(line: bytes) -> Line:
 
 
 def _plain(kind: Callable[..., Any], *types: type | tuple[type, ...]) -> Callable[[Sequence[Any]], Any]:
-    """Reader of a tuple of plain values; a JSON ``true`` is an ``int`` to Python, but not to us."""
+    """Reader of a tuple of plain values; rejects ``true``, which Python accepts as an ``int``."""
 
     def read(fields: Sequence[Any]) -> Any:
         for value, allowed in zip(fields, types, strict=True):
@@ -318,7 +319,7 @@ def _counts(fields: list[Any]) -> Counts:
 
 
 def _writer(fields: list[Any]) -> Writer:
-    """One of another format may say more, or other things: its journal is left alone, not taken for damaged."""
+    """A header of another format may have other fields: it is not damage, so only name and format are read."""
     name, format = fields[:2]
     if type(name) is str and type(format) is int and format != FORMAT:
         return Writer(name, format, "", "", 0, "", 0)
@@ -328,7 +329,7 @@ def _writer(fields: list[Any]) -> Writer:
 
 _read_writer = _plain(Writer, str, int, str, str, int, str, int)
 
-_READERS: dict[str, Callable[[list[Any]], Line]] = {
+_READERS: dict[str, Callable[[list[Any]], JournalLine]] = {
     "writer": _writer,
     "open": _opening,
     "progress": _progress,

@@ -1,3 +1,3 @@
-"""The package's version, written here alone: journals carry it, and reading it must cost the app no import."""
+"""The package's version. Journals contain it, so the app reads it here without a further import."""
 
 VERSION = "0.1.0"

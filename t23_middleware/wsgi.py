@@ -1,7 +1,7 @@
-"""The entrance without code: ``t23_middleware.wsgi:application`` is the app that ``T23_APP`` names, wrapped.
+"""Wraps an app without a code change: ``t23_middleware.wsgi:application`` is the app that ``T23_APP`` names, wrapped.
 
 ``gunicorn t23_middleware.wsgi``, ``waitress-serve t23_middleware.wsgi:application``, ``uwsgi --module
-t23_middleware.wsgi:application`` and ``flask --app t23_middleware.wsgi:application run`` all take it.
+t23_middleware.wsgi:application`` and ``flask --app t23_middleware.wsgi:application run`` all accept it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 def load(app: str | WSGIApplication | None = None) -> WSGIApplication:
-    """The app wrapped in :class:`~t23_middleware.T23Middleware`; without *app* the one that ``T23_APP`` names.
+    """Return the app wrapped in :class:`~t23_middleware.T23Middleware`.
 
-    A Flask app comes back as the same object with its ``wsgi_app`` wrapped, what is wrapped already comes back as
-    it is, and with ``T23_ENABLED=0`` the app comes back bare. Raises
-    :class:`~t23_middleware.errors.ConfigurationError` where there is no such app.
+    *app* is a WSGI app, or a string in one of the forms of ``T23_APP``; ``None`` means the app that ``T23_APP`` names.
+    A Flask app is returned as the same object with its ``wsgi_app`` wrapped. An app that is already wrapped is returned
+    unchanged. With ``T23_ENABLED=0`` the app is returned without the wrapper. Raises
+    :class:`~t23_middleware.errors.ConfigurationError` if the app can't be found.
     """
     target = Settings.app_target() if app is None else app
     if target is None:
@@ -38,13 +39,13 @@ def load(app: str | WSGIApplication | None = None) -> WSGIApplication:
 def filter_app_factory(
     app: WSGIApplication, global_conf: Mapping[str, str], **local_conf: str
 ) -> WSGIApplication:
-    """PasteDeploy's ``paste.filter_app_factory``: the options are the settings, lower case without prefix."""
+    """PasteDeploy's ``paste.filter_app_factory``: the options are the settings, in lower case and without ``T23_``."""
     return _wrapped(app, **local_conf)
 
 
 def _wrapped(app: Any, **options: Any) -> WSGIApplication:
     if _is_flask(app):
-        # Flask's command and its test client want the Flask object itself.
+        # Flask's command and its test client need the Flask object itself.
         if not isinstance(app.wsgi_app, T23Middleware):
             app.wsgi_app = T23Middleware(app.wsgi_app, **options)
         return app  # type: ignore[no-any-return]
@@ -57,13 +58,13 @@ def _is_flask(app: object) -> bool:
 
 
 if Settings.app_target() is not None:
-    # Not by __getattr__: uWSGI looks into the module's __dict__ (plugins/python/pyloader.c, uwsgi_uwsgi_loader).
+    # Not by __getattr__: uWSGI reads the module's __dict__ (plugins/python/pyloader.c, uwsgi_uwsgi_loader).
     application = load()
 
 
 def __getattr__(name: str) -> Any:
     if name == "application":
-        # T23_APP was not set at import: this raises, unless it has been set since.
+        # T23_APP was not set at import: this raises unless it was set later.
         globals()[name] = load()
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

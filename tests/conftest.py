@@ -14,7 +14,7 @@ import pytest
 from t23_middleware import T23Middleware
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.state import StateFolder
-from t23_middleware.transfer import Counts, Line, Opening, Transfer, Writer, decode
+from t23_middleware.transfer import Counts, JournalLine, Opening, Transfer, Writer, decode
 
 # A shell without job control starts what runs in the background deaf to Ctrl-C, and so would be all that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,7 +29,7 @@ class Journals:
     def files(self) -> list[Path]:
         return sorted((self.state / "journals").glob("*.journal"))
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[JournalLine]:
         return [decode(line) for file in self.files() for line in file.read_bytes().splitlines()]
 
     def writers(self) -> list[Writer]:

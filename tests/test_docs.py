@@ -13,7 +13,7 @@ import t23_middleware
 from t23_middleware import Settings
 from t23_middleware.ops.cli import main
 from t23_middleware.relay.proxy_line import APACHE_LINES, NGINX_LINES
-from t23_middleware.settings import declared, variable
+from t23_middleware.settings import setting_fields, variable
 
 from .harness import ROOT
 
@@ -95,14 +95,14 @@ def test_the_pages_reach_each_other():
 @pytest.mark.parametrize("path", [*PAGES, *EXAMPLES], ids=named)
 def test_every_variable_that_is_named_is_a_setting(path: Path):
     text = without_wrong_examples(path.read_text())
-    known = {variable(item) for item in declared()}
+    known = {variable(item) for item in setting_fields()}
     assert sorted(set(_VARIABLE.findall(text)) - known) == []
 
 
 def test_the_settings_page_names_every_setting():
     text = (DOCS / "settings.md").read_text()
     named_there = set(_VARIABLE.findall(without_wrong_examples(text)))
-    assert sorted({variable(item) for item in declared()} - named_there) == []
+    assert sorted({variable(item) for item in setting_fields()} - named_there) == []
 
 
 @pytest.mark.parametrize("path", [*PAGES, *EXAMPLES], ids=named)

@@ -188,7 +188,7 @@ def test_locks_and_marks_never_hang(folder: StateFolder, victim: Path, kind: str
     assert folder.relay_holder() is None
     assert folder.leaving_workers() == {}
     assert folder.foreign_journals() == {}
-    assert not folder.holds_work()
+    assert not folder.has_work()
     assert victim.read_text() == "DEBUG = False\n"
 
 
@@ -197,9 +197,9 @@ def test_locks_and_marks_never_hang(folder: StateFolder, victim: Path, kind: str
 def test_database_files_are_checked(folder: StateFolder, victim: Path, kind: str, end: str) -> None:
     """SQLite opens its files by their paths, and would follow a link."""
     put(folder.outbox.with_name(f"outbox.db{end}"), kind, victim)
-    with pytest.raises(OutboxError, match="no regular file"):
+    with pytest.raises(OutboxError, match="not a regular file"):
         SQLiteOutbox(folder.outbox)
-    with pytest.raises(OutboxError, match="no regular file"):
+    with pytest.raises(OutboxError, match="not a regular file"):
         OutboxView(folder.outbox)
     assert victim.read_text() == "DEBUG = False\n"
 

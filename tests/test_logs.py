@@ -76,9 +76,7 @@ def test_the_apps_own_formatter_gets_the_fields(caplog: pytest.LogCaptureFixture
     T23Middleware(lambda environ, start_response: [], api_url="no address")
     (record,) = caplog.records
     plain = logging.Formatter("%(name)s [%(t23_event)s] %(message)s", defaults={"t23_event": "-"})
-    assert plain.format(record).startswith(
-        "t23_middleware.middleware [runs_bare] t23_middleware counts nothing"
-    )
+    assert plain.format(record).startswith("t23_middleware.middleware [runs_bare] t23_middleware is off")
     said = json.loads(JSONFormatter().format(record))
     assert (said["level"], said["logger"]) == ("ERROR", "t23_middleware.middleware")
     assert (said["t23_event"], said["t23_count"]) == ("runs_bare", 1)

@@ -423,7 +423,7 @@ def test_wrapped_twice_it_counts_once_and_says_so_once(
         assert ask(site).body == b"film"
     assert journals.sent() == [4, 4, 4]
     assert [record.message for record in caplog.records] == [
-        "T23Middleware is wrapped round the app twice; the outer one counts, take the inner one away"
+        "T23Middleware wraps the app twice; only the outer one counts. Remove the inner one"
     ]
 
 
@@ -531,7 +531,7 @@ def test_a_fault_of_ours_is_a_log_line_and_the_answer_is_the_apps(
     monkeypatch.setattr(places[broken], fault)
     answer = ask(wrap(media(b"film")))
     assert (answer.body, answer.error) == (b"film", None)
-    assert any("the app's answer is not touched" in told for told in errors(caplog))
+    assert any("the app's response is not changed" in told for told in errors(caplog))
 
 
 def test_a_fault_of_ours_at_a_request_that_names_nothing_is_not_the_apps_either(

@@ -113,27 +113,27 @@ def test_a_folder_behind_a_link_that_anybody_may_have_laid_is_refused(tmp_path: 
 
 def test_only_a_journal_or_unfinished_deliveries_are_work(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state")
-    assert not folder.holds_work()
+    assert not folder.has_work()
     folder.create()
     (folder.journals / "1-a.lock").touch()
-    assert not folder.holds_work()
+    assert not folder.has_work()
     folder.unfinished.touch()
-    assert folder.holds_work()
+    assert folder.has_work()
     folder.unfinished.unlink()
     (folder.journals / "1-a.000000.journal").touch()
-    assert folder.holds_work()
+    assert folder.has_work()
 
 
 def test_a_journal_that_only_another_version_can_read_is_none_of_our_work(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state")
     folder.create()
     (folder.journals / "1-a.000000.journal").touch()
-    folder.keep_foreign_journals({"1-a.000000.journal": str(FORMAT + 1)})
-    assert not folder.holds_work()
+    folder.write_foreign_journals({"1-a.000000.journal": str(FORMAT + 1)})
+    assert not folder.has_work()
     (folder.journals / "2-b.000000.journal").touch()
-    assert folder.holds_work()
+    assert folder.has_work()
     # As the other version sees it, which a relay of this one has told so.
-    folder.keep_foreign_journals({"1-a.000000.journal": str(FORMAT), "2-b.000000.journal": str(FORMAT + 1)})
+    folder.write_foreign_journals({"1-a.000000.journal": str(FORMAT), "2-b.000000.journal": str(FORMAT + 1)})
     assert [path.name for path in folder.readable_journals()] == ["1-a.000000.journal"]
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_list_of_those_hides_nothing(content: bytes, tmp_path: Path) -
     folder.create()
     (folder.journals / "1-a.000000.journal").touch()
     folder.foreign.write_bytes(content)
-    assert folder.holds_work()
+    assert folder.has_work()
 
 
 def test_a_lock_is_seen_by_others_and_goes_with_a_killed_holder(
@@ -194,8 +194,8 @@ def test_leaving_workers_are_told_apart(folder):
     """Lines that somebody damaged are left out; the latest of one process counts."""
     assert folder.leaving_workers() == {}
     before_ns = time.time_ns()
-    folder.say_leaving()
-    folder.say_leaving()
+    folder.record_leaving()
+    folder.record_leaving()
     with folder.leaving.open("ab") as file:
         file.write(b"7 12\n8\n9 soon\n\xff\xfe 1 2\n\n10 \xd9\xa1\n")
     found = folder.leaving_workers()
@@ -203,9 +203,9 @@ def test_leaving_workers_are_told_apart(folder):
     assert found.pop("7") == 12
     assert set(found) <= {"10"}
     assert folder.leaving.stat().st_mode & 0o777 == 0o600
-    folder.forget_leaving()
+    folder.remove_old_leaving()
     assert folder.leaving.exists()
     os.utime(folder.leaving, (0, 0))
-    folder.forget_leaving()
-    folder.forget_leaving()
+    folder.remove_old_leaving()
+    folder.remove_old_leaving()
     assert folder.leaving_workers() == {}

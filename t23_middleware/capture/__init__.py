@@ -1,1 +1,1 @@
-"""The app's side: it names the play, counts the bytes, and writes two journal lines per response."""
+"""The app's side: identifies the play, counts the bytes, and writes two journal lines per response."""

@@ -1,6 +1,6 @@
-"""Counted iterables: a chunk counts as the server asks for the one after it, for one that failed was not sent.
+"""Counted iterables: a chunk is counted when the server requests the next one, because only then it was sent.
 
-Files that a server sends itself (``wsgi.file_wrapper``) are counted in :mod:`.files`, so that sendfile stays.
+Files that a server sends itself (``wsgi.file_wrapper``) are counted in :mod:`.files`, so that sendfile still works.
 """
 
 from __future__ import annotations
@@ -15,41 +15,42 @@ from typing import Any, Protocol
 _NEVER = object()
 
 
-class Ending(Protocol):
-    """What a counted body reports of itself. Nothing of it raises."""
+class BodyListener(Protocol):
+    """Receives the counts of a body. Its methods never raise."""
 
     @property
-    def mark(self) -> int:
-        """The count at which :meth:`progress` is called first."""
+    def progress_at(self) -> int:
+        """The count, in bytes, at which :meth:`progress` is called first."""
 
-    def progress(self, counted: int, held: int = 0) -> int:
-        """The server has taken *counted* bytes, of which it holds *held*; returns the count of the next call."""
+    def progress(self, counted: int, unsent: int = 0) -> int:
+        """The server has accepted *counted* bytes and not sent *unsent* of them; returns the next call's count."""
 
     def end(self, counted: int, offered: int) -> None:
-        """The body is over: the server has written at least *counted* bytes of it, and was given *offered*."""
+        """The body has ended: the server has written at least *counted* bytes of it and was given *offered*."""
 
     def drop(self, counted: int, offered: int) -> None:
-        """The same of a body that was neither closed nor read to its end."""
+        """As :meth:`end`, for a body that was neither closed nor read to its end."""
 
 
 class CountedIterable:
-    """Round an app's iterable: hands on the same chunks, and reports at its end how many bytes were taken.
+    """Wraps an app's iterable: yields the same chunks, and reports the bytes to *listener*.
 
-    A body ends by ``close()``, by ``close()`` of its iterator (``yield from`` in an outer middleware), by its last
-    chunk, or by being dropped. The app's own ``close()`` runs as often as it would without this object.
+    *size_of* returns the bytes of a chunk. A body ends by ``close()``, by ``close()`` of its iterator (``yield from``
+    in an outer middleware), by its last chunk, or by garbage collection. The app's own ``close()`` runs as often as it
+    would without this object.
     """
 
-    def __init__(self, body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int]) -> None:
+    def __init__(self, body: Iterable[bytes], listener: BodyListener, size_of: Callable[[Any], int]) -> None:
         self._body = body
         self._size_of = size_of
-        self._ending: Ending | None = ending
+        self._listener: BodyListener | None = listener
         self._chunks: Callable[[], object] | None = None
-        self._sizes: Callable[[], tuple[int, int]] = _nothing
+        self._sizes: Callable[[], tuple[int, int]] = _no_sizes
 
     def __iter__(self) -> Iterator[bytes]:
         iterator = iter(self._body)
         if self._chunks is not None and self._chunks() is not None:
-            # gevent adds up a list's lengths in a second pass within the first, before it sends the first chunk
+            # gevent reads a list's lengths in a second pass during the first, before it sends the first chunk
             # (pywsgi.py, ``finalize_headers``).
             return iterator
         chunks = _Chunks(self._count(iterator))
@@ -59,30 +60,34 @@ class CountedIterable:
 
     def _count(self, iterator: Iterator[bytes]) -> Iterator[bytes]:
         # Variables that a closure sees cost less per chunk than attributes.
-        # An outer middleware may have had a look at the first chunks.
+        # An outer middleware may have iterated over the first chunks before.
         _, taken = self._sizes()
         chunk: Any = b""
-        ending, mark, size_of = self._ending, 0 if self._ending is None else self._ending.mark, self._size_of
+        listener, progress_at, size_of = (
+            self._listener,
+            0 if self._listener is None else self._listener.progress_at,
+            self._size_of,
+        )
         self._sizes = lambda: (taken, taken + size_of(chunk))
         try:
-            for chunk in _once(iterator):
+            for chunk in _loop_over(iterator):
                 yield chunk
                 taken += len(chunk) if type(chunk) is bytes else size_of(chunk)
-                if taken >= mark and ending is not None:
-                    mark = ending.progress(taken)
+                if taken >= progress_at and listener is not None:
+                    progress_at = listener.progress(taken)
         except GeneratorExit:
             raise
         except BaseException:
-            # The app failed after the last one was sent. Its exception holds this frame, and nothing in it shall live on.
+            # The app failed after the last chunk was sent. Its exception refers to this frame: keep nothing in it.
             chunk = b""
-            self._finish()
-            del self, iterator, ending
+            self._end()
+            del self, iterator, listener
             raise
         chunk = b""
-        self._finish()
+        self._end()
 
     def close(self) -> None:
-        """End the count, and close the app's body as the server would have."""
+        """Close the app's body as the server would, and end the count."""
         self._close(self._body)
 
     def _close(self, own: Any) -> None:
@@ -91,21 +96,21 @@ class CountedIterable:
             if close is not None:
                 close()
         finally:
-            self._finish()
+            self._end()
 
     def __del__(self) -> None:
-        ending, self._ending = self._ending, None
-        if ending is not None:
-            ending.drop(*self._sizes())
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.drop(*self._sizes())
 
-    def _finish(self) -> None:
-        ending, self._ending = self._ending, None
-        if ending is not None:
-            ending.end(*self._sizes())
+    def _end(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.end(*self._sizes())
 
 
 class _Chunks(chain[bytes]):
-    """The iterator of a counted body, which can be closed. A ``__next__`` in Python would cost three times as much."""
+    """The iterator of a counted body, with a ``close()``. A ``__next__`` in Python would take three times as long."""
 
     closes: Callable[[], None]
 
@@ -114,19 +119,19 @@ class _Chunks(chain[bytes]):
 
 
 class CountedSequence(CountedIterable):
-    """Round a list: servers that see one chunk in it give the answer a Content-Length (PEP 3333)."""
+    """Wraps a list: servers add a Content-Length if it has one chunk (PEP 3333)."""
 
     def __len__(self) -> int:
         return len(self._body)  # type: ignore[arg-type]
 
 
 def is_iterable(body: Any) -> bool:
-    """Whether a server can go through *body*."""
+    """Whether a server can iterate over *body*."""
     return hasattr(type(body), "__iter__") or hasattr(type(body), "__getitem__")
 
 
 def size_of(chunk: Any) -> int:
-    """Bytes of what an app gives as a chunk, whatever its type; 0 where it can't be told."""
+    """Bytes of a chunk of any type; 0 if unknown."""
     try:
         return chunk.nbytes if type(chunk) is memoryview else memoryview(chunk).nbytes
     except TypeError:
@@ -138,24 +143,24 @@ def size_of(chunk: Any) -> int:
 
 
 def size_of_bytes(chunk: Any) -> int:
-    """The same where a server sends nothing but bytes, and drops other chunks without a word."""
+    """Bytes of a chunk for servers that send only ``bytes`` and silently drop chunks of other types."""
     return len(chunk) if isinstance(chunk, bytes) else 0
 
 
 def counted_iterable(
-    body: Iterable[bytes], ending: Ending, size_of: Callable[[Any], int] = size_of
+    body: Iterable[bytes], listener: BodyListener, size_of: Callable[[Any], int] = size_of
 ) -> CountedIterable:
-    """The counted form of *body*; *size_of* says how many bytes the server sends of a chunk."""
-    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, ending, size_of)
+    """The counted form of *body*; *size_of* returns how many bytes of a chunk the server sends."""
+    return (CountedSequence if hasattr(body, "__len__") else CountedIterable)(body, listener, size_of)
 
 
-def _nothing() -> tuple[int, int]:
+def _no_sizes() -> tuple[int, int]:
     return 0, 0
 
 
-def _once(iterator: Iterator[Any]) -> Iterator[Any]:
-    """For a loop, *iterator* whose ``__iter__`` was called: a class in Python may have none, or one that does something."""
+def _loop_over(iterator: Iterator[Any]) -> Iterator[Any]:
+    """*iterator* for a loop, without a second call of its ``__iter__``: the app's may be missing or have effects."""
     kind = type(iterator)
     if type(getattr(kind, "__iter__", None)) is WrapperDescriptorType:
-        return iterator  # made in C: it gives itself
+        return iterator  # its __iter__ is written in C and returns itself
     return iter(partial(kind.__next__, iterator), _NEVER)

@@ -1,6 +1,6 @@
-"""Finds the TCP connection that a response leaves by, and asks the kernel how far it is.
+"""Finds the TCP connection of a response, and reads the kernel's counters of it.
 
-Each server keeps its socket in another place: :data:`_ENVIRON`, :data:`_START_RESPONSE`, :data:`_INPUT` and
+Each server has its socket in a different place: :data:`_ENVIRON`, :data:`_START_RESPONSE`, :data:`_INPUT` and
 :func:`link_of` are the only list of these places. Servers without a reachable socket: bjoern, granian, mod_wsgi,
 hypercorn.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: Linux, asm-generic/socket.h; Python has no name for it.
 _SO_COOKIE = 57
-# As plain numbers: each use of an enum's member costs as much as the question.
+# As plain numbers: an access to an enum's member takes as long as the system call.
 _TCP, _SOCKET = int(socket.IPPROTO_TCP), int(socket.SOL_SOCKET)
 _unpack_cookie = struct.Struct("=q").unpack
 _IS_LINUX = sys.platform == "linux"
@@ -30,10 +30,10 @@ _FAMILIES = {2: int(socket.AF_INET), 4: int(socket.AF_INET6)}
 
 #: Keys of the environ that hold the socket: gunicorn (http/wsgi.py), werkzeug (serving.py).
 _ENVIRON = ("gunicorn.socket", "werkzeug.socket")
-#: Attributes that lead from the object behind ``start_response`` to the socket: gevent's pywsgi, cheroot, wsgiref.
+#: Attributes from the object of ``start_response`` to the socket: gevent's pywsgi, cheroot, wsgiref.
 _START_RESPONSE: tuple[tuple[str, ...], ...] = (("socket",), ("req", "conn", "socket"), ("stdout", "_sock"))
-#: Attributes that lead from ``wsgi.input`` to it, where another middleware hides the server's ``start_response``:
-#: wsgiref; gevent's pywsgi and cheroot; Django's runserver.
+#: Attributes from ``wsgi.input`` to the socket, for the case that another middleware replaced the server's
+#: ``start_response``: wsgiref; gevent's pywsgi and cheroot; Django's runserver.
 _INPUT = (
     ("raw", "_sock"),
     ("rfile", "raw", "_sock"),
@@ -43,25 +43,25 @@ _INPUT = (
 
 
 class Link(Protocol):
-    """A response's way to the kernel's account of its connection. Nothing of it raises."""
+    """Reads the kernel's counters of a response's connection. Its methods never raise."""
 
     @property
     def runs_ahead(self) -> bool:
-        """The server accepts bytes that it has not written to the socket yet: the socket's position says nothing."""
+        """Whether the server accepts bytes before it writes them to the socket, so that the position is too low."""
 
     @property
     def is_encrypted(self) -> bool:
-        """TLS adds bytes to what the server writes."""
+        """Whether TLS adds bytes to those of the body."""
 
-    def ask(self) -> TCPInfo | None:
-        """How far the connection is now; ``None`` where the kernel does not say."""
+    def read_info(self) -> TCPInfo | None:
+        """The counters of now; ``None`` if the kernel has none."""
 
-    def name(self, position: int) -> Connection | None:
-        """What names the connection in the journal; ``None`` where it is no TCP connection."""
+    def connection_at(self, position: int) -> Connection | None:
+        """The connection's identifiers for the journal, with *position*; ``None`` if it is not a TCP connection."""
 
 
 class SocketLink:
-    """The link of a server that writes to its socket before it asks for the next chunk."""
+    """The link of a server that writes each chunk to its socket before it requests the next one."""
 
     runs_ahead = False
 
@@ -69,36 +69,36 @@ class SocketLink:
         self._socket = sock
         self.is_encrypted = hasattr(sock, "cipher")
 
-    def ask(self) -> TCPInfo | None:
+    def read_info(self) -> TCPInfo | None:
         try:
             return read_tcp_info(self._socket.getsockopt(_TCP, TCP_INFO, SIZE))
-        except Exception:  # a closed descriptor, no TCP socket, an object that is no socket at all
+        except Exception:  # a closed descriptor, not a TCP socket, or not a socket
             return None
 
-    def name(self, position: int) -> Connection | None:
+    def connection_at(self, position: int) -> Connection | None:
         try:
             address = self._socket.getsockname()
             (cookie,) = _unpack_cookie(self._socket.getsockopt(_SOCKET, _SO_COOKIE, 8))
-            # Two or four items; a UNIX socket's is a text. `socket.family` makes an enum each time it is asked.
+            # Two or four items; a UNIX socket's is a text. `socket.family` creates an enum at each access.
             return Connection(cookie, address[1], _FAMILIES[len(address)], position)
         except Exception:
             return None
 
 
 class _Descriptor:
-    """uWSGI's connection, a bare descriptor that uWSGI closes and may use again for the next client."""
+    """uWSGI's connection: a descriptor that uWSGI closes and may reuse for the next client."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._cookie = self._with_socket(_cookie)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
-        def ask(sock: socket.socket) -> bytes:
+        def read(sock: socket.socket) -> bytes:
             if _cookie(sock) != self._cookie:
-                raise OSError("the descriptor is another connection's")
+                raise OSError("the descriptor belongs to another connection")
             return sock.getsockopt(level, option, size)
 
-        answer: bytes = self._with_socket(ask)
+        answer: bytes = self._with_socket(read)
         return answer
 
     def getsockname(self) -> Any:
@@ -117,17 +117,17 @@ def _cookie(sock: socket.socket) -> bytes:
 
 
 class UwsgiServer(NamedTuple):
-    """How the uWSGI server around this process is run."""
+    """The options of the uWSGI server of this process."""
 
     module: Any
-    #: Its ``sendfile`` runs in the request's own thread, before it closes the file.
+    #: Its ``sendfile`` runs in the request's thread, before it closes the file.
     sends_in_this_thread: bool
-    #: It sends chunks of other types than bytes, which it else drops without a word.
+    #: It sends chunks of other types than ``bytes``; without this option it silently drops them.
     takes_buffers: bool
 
 
 def uwsgi_server() -> UwsgiServer | None:
-    """uWSGI, where this process is one of its workers; the module exists only there."""
+    """uWSGI, if this process is one of its workers (only there the module ``uwsgi`` exists), else ``None``."""
     module = sys.modules.get("uwsgi")
     if module is None or not hasattr(module, "connection_fd"):
         return None
@@ -141,22 +141,22 @@ def uwsgi_server() -> UwsgiServer | None:
 
 
 def has_own_connection(environ: WSGIEnvironment) -> bool:
-    """Whether the connection belongs to one response at a time, on a system where the kernel can be asked about it.
+    """Whether the connection belongs to one response at a time, on a system whose kernel has counters of it.
 
-    With HTTP/2 several responses share it (gunicorn sets ``gunicorn.socket`` there too).
+    With HTTP/2 several responses share it (gunicorn sets ``gunicorn.socket`` also then).
     """
     return _IS_LINUX and str(environ.get("SERVER_PROTOCOL", "HTTP/1"))[:6] == "HTTP/1"
 
 
 def link_of(environ: WSGIEnvironment, start_response: object) -> SocketLink | None:
-    """The link of this request's connection; ``None`` where it can't be reached. Never raises.
+    """The link of this request's connection; ``None`` if its socket can't be found. Never raises.
 
-    *start_response* is the one that the server gave.
+    *start_response* is the server's own.
     """
     try:
         found = _socket_of(environ, start_response)
         return None if found is None else SocketLink(found)
-    except Exception:  # an attribute of the server or of the app's own objects that fails
+    except Exception:  # an attribute of a server's or app's object may raise
         return None
 
 

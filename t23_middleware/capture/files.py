@@ -1,7 +1,7 @@
-"""Files that a server sends itself (``wsgi.file_wrapper``): counted without taking them out of its hands.
+"""Counts files that a server sends itself (``wsgi.file_wrapper``), so that it can still use sendfile.
 
-The app gets the server's own wrapper. What it returns is looked at afterwards: the server's wrapper stays the body, and
-the file inside it is exchanged for one that knows its position.
+The app gets the server's own wrapper. After the app has returned it, the wrapper stays the body, and the file inside it
+is replaced by one that tracks its position.
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ from .connection import UwsgiServer, uwsgi_server
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
-#: Bytes of a block, where we choose how a file is read: frameworks and servers read 4 to 8 KiB.
+#: Bytes of a block if this module decides how a file is read: frameworks and servers read 4 to 8 KiB.
 BLOCK = 1 << 16
-#: Attributes that hold the size of a block: of gunicorn's and wsgiref's wrapper, and of werkzeug's.
+#: Attributes with the block size: of gunicorn's and wsgiref's wrapper, and of werkzeug's.
 _BLOCK_SIZES = ("blksize", "buffer_size")
-#: What surely holds no file that a server sends itself.
+#: Types of bodies that never contain a file that a server sends itself.
 _NO_FILES = (list, tuple, GeneratorType)
-#: Modules of these wrappers.
+#: Modules of the wrappers with one of these attributes.
 _WRAPPERS = ("gunicorn.http.wsgi", "wsgiref.util", "werkzeug.wsgi")
 
 
-class FileEnding(Protocol):
-    """What a file reports at its end. Nothing of it raises."""
+class FileListener(Protocol):
+    """Receives the counts of a file. Its methods never raise."""
 
     @property
-    def mark(self) -> int:
-        """The count at which :meth:`progress` is called first."""
+    def progress_at(self) -> int:
+        """The count, in bytes, at which :meth:`progress` is called first."""
 
     @property
     def has_link(self) -> bool:
-        """Whether the kernel can be asked how far the connection is."""
+        """Whether the kernel has counters of the connection."""
 
-    def progress(self, counted: int, held: int = 0) -> int: ...
+    def progress(self, counted: int, unsent: int = 0) -> int:
+        """As :meth:`.body.BodyListener.progress`."""
 
     def end_file(self, counted: int, offered: int) -> None:
-        """The server has sent at least *counted* bytes, and was given *offered*."""
+        """The file has ended: the server has sent at least *counted* bytes and was given *offered*."""
 
-    def end_unseen(self, offered: int) -> None:
-        """The server drops the file now and sends up to *offered* bytes afterwards."""
+    def end_before_sent(self, offered: int) -> None:
+        """The server releases the file now and sends up to *offered* bytes afterwards."""
 
     def end_declared(self, length: int) -> None:
-        """*length* bytes are believed to be sent."""
+        """*length* bytes are assumed to be sent."""
 
 
-class FileWay(NamedTuple):
-    """How files leave, as the operator chose."""
+class FileOptions(NamedTuple):
+    """The operator's settings for files."""
 
     #: ``T23_FAST_FILES``.
     fast: bool = True
@@ -67,26 +68,26 @@ class FileWay(NamedTuple):
 
 
 def counted_file(
-    body: Any, environ: WSGIEnvironment, opening: Opening, ending: FileEnding, way: FileWay
+    body: Any, environ: WSGIEnvironment, opening: Opening, listener: FileListener, options: FileOptions
 ) -> tuple[Any, bool]:
-    """The body for the server in place of *body*, and whether it reports its own end; if not, it is an iterable."""
+    """The counted form of *body*, and whether it reports its own end; if not, the caller wraps it as an iterable."""
     if type(body) in _NO_FILES:
         return body, False
     wrapper: Any = environ.get("wsgi.file_wrapper")
     if isinstance(wrapper, type) and _is_in_python(wrapper):
-        ranged = _wrapper_in_range(body, opening) if way.fast and opening.status == 206 else None
+        ranged = _wrapper_in_range(body, opening) if options.fast and opening.status == 206 else None
         if isinstance(ranged, wrapper):
-            if _count_inside(ranged, opening, ending, way, in_range=True):
+            if _count_inside(ranged, opening, listener, options, in_range=True):
                 return ranged, True
-            _let_range_seek(body, ranged)
-        elif isinstance(body, wrapper) and _count_inside(body, opening, ending, way):
+            _make_range_seekable(body, ranged)
+        elif isinstance(body, wrapper) and _count_inside(body, opening, listener, options):
             return body, True
     elif wrapper is not None:
         if (server := uwsgi_server()) is not None and hasattr(body, "read"):
-            return _counted_by_uwsgi(body, server, opening, ending, way)
+            return _counted_by_uwsgi(body, server, opening, listener, options)
         if isinstance(wrapper, type) and isinstance(body, wrapper):
-            return _counted_in_c(body, opening, ending, way)
-    _read_larger_blocks(body, opening, way)
+            return _counted_in_c(body, opening, listener, options)
+    _read_larger_blocks(body, opening, options)
     return body, False
 
 
@@ -94,26 +95,27 @@ def counted_file(
 
 
 class PositionedFile:
-    """A file that keeps its own position, inside a server's wrapper.
+    """A file inside a server's wrapper that tracks its own position.
 
-    The descriptor's own position says nothing: gunicorn sets it back after sendfile (gunicorn/http/wsgi.py,
-    ``sendfile``). Before that ``socket.sendfile`` seeks the file to what it sent, also when it fails. *offered* is how
-    many bytes the server was given, where that is known; *stop* is where the file ends for it.
+    The descriptor's position can't be used: gunicorn resets it after sendfile (gunicorn/http/wsgi.py, ``sendfile``).
+    Before that, ``socket.sendfile`` seeks the file to the end of what it sent, also when it fails. *offered* is how
+    many bytes the server was given, ``None`` if unknown; *stop* is the offset at which the file ends for the server,
+    ``None`` for its real end.
     """
 
     def __init__(
-        self, file: Any, ending: FileEnding, offered: int | None, stop: int | None, *, seeks_back: bool
+        self, file: Any, listener: FileListener, offered: int | None, stop: int | None, *, seeks_back: bool
     ) -> None:
         self._file = file
-        self._ending: FileEnding | None = ending
+        self._listener: FileListener | None = listener
         self._offered = offered
         self._stop = stop
-        #: waitress reads a piece, seeks back, and reads again as much as it sent.
+        #: waitress reads a block, seeks back, and reads again as much as it sent.
         self._seeks_back = seeks_back
-        self._start = self._position = _place(file)
-        #: Where the file stood when the server read the last time: all before that has been sent.
+        self._start = self._position = _position_of(file)
+        #: The position at the server's last read: all before it has been sent.
         self._taken: int | None = None
-        self._mark = ending.mark
+        self._progress_at = listener.progress_at
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -124,34 +126,34 @@ class PositionedFile:
     def read(self, *size: int) -> Any:
         if not self._seeks_back:
             self._taken = self._position
-            if self._ending is not None and self._position - self._start >= self._mark:
-                self._mark = self._ending.progress(self._position - self._start)
+            if self._listener is not None and self._position - self._start >= self._progress_at:
+                self._progress_at = self._listener.progress(self._position - self._start)
         data = self._file.read(*size) if self._stop is None else self._read_in_range(*size)
-        # These servers refuse text.
+        # These servers reject text.
         self._position += 0 if isinstance(data, str) else size_of(data)
         return data
 
     def _read_in_range(self, size: int | None = -1) -> Any:
-        """A server that reads to the end of the file (gunicorn with ``--no-sendfile`` or TLS) must meet the range's end."""
+        """Stop at the range's end: gunicorn with ``--no-sendfile`` or TLS reads up to the end of the file."""
         left = max((self._stop or 0) - self._position, 0)
         wanted = left if size is None or size < 0 else min(size, left)
         data = self._file.read(wanted)
         if wanted and not data and self._seeks_back:
-            # waitress would ask for the missing rest for ever (waitress/channel.py, ``_flush_some``).
-            raise OSError("the file got shorter while it was sent")
+            # waitress would read the missing rest in an endless loop (waitress/channel.py, ``_flush_some``).
+            raise OSError("the file became shorter while it was sent")
         return data
 
     def seek(self, *place: int) -> Any:
-        # ``socket.sendfile`` notes with it what it sent, whether the file can be sought or not.
+        # ``socket.sendfile`` calls this with what it sent, also if the file is not seekable.
         if len(place) == 1 and type(place[0]) is int:
             self._position = place[0]
         answer = self._file.seek(*place) if hasattr(self._file, "seek") else self._position
         if len(place) > 1:
-            self._position = _place(self._file)
+            self._position = _position_of(self._file)
         return answer
 
     def close(self) -> None:
-        """End the count. waitress closes twice when a client leaves, and the file sees both."""
+        """Close the file and end the count. waitress calls this twice when a client disconnects."""
         try:
             close = getattr(self._file, "close", None)
             if close is not None:
@@ -160,71 +162,71 @@ class PositionedFile:
             self.finish()
 
     def __del__(self) -> None:
-        if getattr(self, "_ending", None) is not None:
-            self._offered = None  # dropped without a close(): what it was not asked for was not sent
+        if getattr(self, "_listener", None) is not None:
+            self._offered = None  # released without a close(): only what was read was sent
             self.finish()
 
     def finish(self) -> None:
-        """End the count, once."""
-        ending, self._ending = self._ending, None
-        if ending is None:
+        """End the count; only the first call does."""
+        listener, self._listener = self._listener, None
+        if listener is None:
             return
         moved = max(self._position - self._start, 0)
-        if self._taken is not None and ending.has_link:
-            # Of the last block only the kernel knows how much left.
-            ending.end_file(self._taken - self._start, moved)
+        if self._taken is not None and listener.has_link:
+            # Only the kernel knows how much of the last block was sent.
+            listener.end_file(self._taken - self._start, moved)
         elif self._taken is not None:
-            ending.end_file(moved, moved)
+            listener.end_file(moved, moved)
         else:
-            ending.end_file(moved, max(self._offered or moved, moved))
+            listener.end_file(moved, max(self._offered or moved, moved))
 
 
 @lru_cache(maxsize=16)
 def _is_in_python(wrapper: type) -> bool:
-    """gunicorn's wrapper has no ``__next__`` before version 24, only the ``__getitem__`` of old sequences."""
+    """Whether the wrapper is written in Python; before version 24 gunicorn's has ``__getitem__``, not ``__next__``."""
     reads = getattr(wrapper, "__next__", None) or getattr(wrapper, "__getitem__", None)
     return isinstance(reads, FunctionType)
 
 
 def _count_inside(
-    body: Any, opening: Opening, ending: FileEnding, way: FileWay, *, in_range: bool = False
+    body: Any, opening: Opening, listener: FileListener, options: FileOptions, *, in_range: bool = False
 ) -> bool:
-    """Exchange the file inside the server's wrapper *body*; whether it could be done."""
+    """Replace the file inside the server's wrapper *body*; returns whether that worked."""
     stop = None
     try:
         name = "filelike" if hasattr(body, "filelike") else "file"
         file = getattr(body, name, None)
         if file is None or type(file) is PositionedFile:
-            return False  # the latter was counted by another middleware of ours
+            return False  # a PositionedFile is already counted by another of our middlewares
         seeks_back = hasattr(body, "prepare")
         if seeks_back and not hasattr(file, "seek"):
-            return False  # waitress reads it as any iterable
+            return False  # waitress reads it like any iterable
         if in_range:
             first, length = opening.part.first or 0, opening.length or 0
             stop = first + length
-            if not _stand_at(file, first):
+            if not _seek_to(file, first):
                 return False
-        offered = _left_on_disk(file) if opening.length is None else opening.length
+        offered = _bytes_left(file) if opening.length is None else opening.length
         own = vars(body).get("close")
         has_close = hasattr(body, "close")
-        counted = PositionedFile(file, ending, offered, stop, seeks_back=seeks_back)
+        counted = PositionedFile(file, listener, offered, stop, seeks_back=seeks_back)
         setattr(body, name, counted)
-        # gunicorn's and wsgiref's wrapper take over the file's close when they are made, and may have none.
+        # gunicorn's and wsgiref's wrapper copy the file's close when they are created, and may have none.
         if own is not None and own != getattr(file, "close", None):
-            _after_close(body, counted.finish)  # the app has set another
+            _after_close(body, counted.finish)  # the app has replaced it
         elif own is not None or not has_close:
             body.close = counted.close
-    except Exception:  # a file of the app's own that fails where the server would not have asked
+    except Exception:  # the app's own file may raise where the server would not have called it
         return False
-    _read_larger_blocks(body, opening, way)
+    _read_larger_blocks(body, opening, options)
     return True
 
 
 def _wrapper_in_range(body: Any, opening: Opening) -> Any:
-    """What werkzeug's Range *body* wraps, if nobody has read it and it sends just the bytes of *opening*; else ``None``.
+    """The wrapper inside werkzeug's Range *body*, if unread and sending exactly the bytes of *opening*; else ``None``.
 
-    Players always send a Range, and werkzeug then reads 8 KiB blocks in Python, whatever the server could do. Its
-    class is private (werkzeug/wsgi.py, ``_RangeWrapper``): one that has changed goes the app's own way.
+    Players always send a Range, and werkzeug then reads 8 KiB blocks in Python, also if the server has sendfile. Its
+    class is private (werkzeug/wsgi.py, ``_RangeWrapper``): if its attributes change, the body is sent as the app does.
     """
     kind = getattr(sys.modules.get("werkzeug.wsgi"), "_RangeWrapper", None)
     if kind is None or type(body) is not kind:
@@ -246,11 +248,11 @@ class _Sequence:
 _SEQUENCE_ITERATOR = type(iter(_Sequence()))
 
 
-def _stand_at(file: Any, start: int) -> bool:
-    """Stand at *start*; whether it could be done.
+def _seek_to(file: Any, start: int) -> bool:
+    """Seek *file* to *start*; returns whether that worked.
 
-    Only a plain file on disk of which nothing was read: a GzipFile's descriptor is the compressed file's, and after a
-    read the descriptor and ``tell()`` differ.
+    Accepts only an unread plain file on disk: a GzipFile's descriptor is that of the compressed file, and after a read
+    the descriptor's position and ``tell()`` differ.
     """
     raw = file.raw if type(file) is io.BufferedReader else file
     if type(raw) is not io.FileIO or not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
@@ -264,27 +266,27 @@ def _stand_at(file: Any, start: int) -> bool:
     return True
 
 
-def _let_range_seek(body: Any, inner: Any) -> None:
-    """Without ``seekable`` on the server's wrapper, werkzeug's Range reads and drops all that lies before its start.
+def _make_range_seekable(body: Any, inner: Any) -> None:
+    """Make the server's wrapper seekable, or werkzeug's Range reads and discards all bytes before its start.
 
-    It seeks from the file's start, and what it drops begins where the file stands, so only a file at 0 is sought.
+    It seeks from the file's start but discards from the current position, so this is done only for a file at 0.
     """
     file: Any = getattr(inner, "filelike", None)
     try:
         if body.iterable is inner and file.seekable() and file.tell() == 0:
-            file.seek(0)  # some say that they are seekable, and fail
+            file.seek(0)  # some files are not seekable, though seekable() is true
             inner.seek, inner.tell = file.seek, file.tell
             body.seekable = True
-    except Exception:  # a file of the app's own that fails where the server would not have asked
+    except Exception:  # the app's own file may raise where the server would not have called it
         return
 
 
-def _read_larger_blocks(body: Any, opening: Opening, way: FileWay) -> None:
-    """Have a wrapper of gunicorn's, wsgiref's or werkzeug's, or werkzeug's Range round one, read larger blocks.
+def _read_larger_blocks(body: Any, opening: Opening, options: FileOptions) -> None:
+    """Increase the block size of a wrapper of gunicorn, wsgiref or werkzeug, also inside werkzeug's Range.
 
-    Not of what can't be sought: it may be a live pipe, of which a large block would wait for more than the app does.
+    Not for files that are not seekable: reading a larger block of a live pipe would wait longer.
     """
-    if not way.fast or opening.length is None:
+    if not options.fast or opening.length is None:
         return
     try:
         for wrapper in (body, getattr(body, "iterable", None)):
@@ -295,56 +297,56 @@ def _read_larger_blocks(body: Any, opening: Opening, way: FileWay) -> None:
                 size = getattr(wrapper, name, None)
                 if type(size) is int and size < BLOCK and file.seekable():
                     setattr(wrapper, name, BLOCK)
-    except Exception:  # a file of the app's own that fails where the server would not have asked
+    except Exception:  # the app's own file may raise where the server would not have called it
         return
 
 
-def _place(file: Any) -> int:
-    """Where the file stands; what cannot tell (a pipe) is counted from 0."""
+def _position_of(file: Any) -> int:
+    """The file's position; 0 if it has none (a pipe)."""
     try:
         return int(file.tell())
     except Exception:
         pass
     try:
-        return os.lseek(file.fileno(), 0, os.SEEK_CUR)  # from there gunicorn sends
+        return os.lseek(file.fileno(), 0, os.SEEK_CUR)  # gunicorn sends from this position
     except Exception:
         return 0
 
 
-def _left_on_disk(file: Any) -> int | None:
-    """Bytes between the file's position and its end; ``None`` for what is no file."""
+def _bytes_left(file: Any) -> int | None:
+    """Bytes between the file's position and its end; ``None`` if it is not a file on disk."""
     try:
         return max(int(os.fstat(file.fileno()).st_size - file.tell()), 0)
     except Exception:
         return None
 
 
-# uWSGI: its wrapper is a function in C that gives the file back, and sends that very file from position 0
+# uWSGI: its wrapper is a function in C that returns the same file; uWSGI sends it from position 0
 # (plugins/python/wsgi_subhandler.c).
 
 
 def _counted_by_uwsgi(
-    file: Any, server: UwsgiServer, opening: Opening, ending: FileEnding, way: FileWay
+    file: Any, server: UwsgiServer, opening: Opening, listener: FileListener, options: FileOptions
 ) -> tuple[Any, bool]:
     offered = _size_on_disk(file) if opening.length is None else opening.length
     if not server.sends_in_this_thread:
-        if ending.has_link and offered is not None:
-            ending.end_unseen(offered)
+        if listener.has_link and offered is not None:
+            listener.end_before_sent(offered)
             return file, True
-        return _counted_in_c(file, opening, ending, way)
-    meter = None if ending.has_link else _meter()
-    if meter is None and not ending.has_link:
-        return _counted_in_c(file, opening, ending, way)
+        return _counted_in_c(file, opening, listener, options)
+    meter = None if listener.has_link else _meter()
+    if meter is None and not listener.has_link:
+        return _counted_in_c(file, opening, listener, options)
 
     def end() -> None:
         taken = 0 if meter is None else meter.read_since()
-        ending.end_file(taken, taken if meter is not None else max(offered or 0, taken))
+        listener.end_file(taken, taken if meter is not None else max(offered or 0, taken))
 
     return file, _after_close(file, end)
 
 
 def _after_close(file: Any, then: Callable[[], object]) -> bool:
-    """Call *then* whenever the file is closed; whether the file takes a ``close`` of ours."""
+    """Call *then* after each ``close()`` of *file*; returns whether its ``close`` can be replaced."""
     try:
         close = file.close
 
@@ -361,19 +363,19 @@ def _after_close(file: Any, then: Callable[[], object]) -> bool:
 
 
 class ReadMeter:
-    """What this thread read since now, by Linux's own account: sendfile(2) is in it.
+    """Counts the bytes that this thread reads from now on, from Linux's own counter, which includes sendfile(2).
 
-    The only witness of uWSGI's sendfile where the kernel can't be asked about the connection, as on a UNIX socket.
+    The only measure of uWSGI's sendfile if the kernel has no counters of the connection, as on a UNIX socket.
     """
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
         text = _thread_io()
-        # The kernel adds our own reading of this account to it.
+        # The kernel also counts our own reads of this file.
         self._start = _rchar(text) + len(text)
 
     def read_since(self) -> int:
-        """Bytes read by this thread since; 0 where the thread is another or the account can't be read."""
+        """Bytes read by this thread since then; 0 in another thread, or if the counter can't be read."""
         if threading.get_ident() != self._thread:
             return 0
         try:
@@ -383,7 +385,7 @@ class ReadMeter:
 
 
 def _meter() -> ReadMeter | None:
-    """``None`` after a change of user: the account is then root's (proc(5), PTRACE_MODE_READ)."""
+    """``None`` after a change of user: the counter then belongs to root (proc(5), PTRACE_MODE_READ)."""
     try:
         return ReadMeter()
     except (OSError, ValueError, IndexError):
@@ -391,8 +393,8 @@ def _meter() -> ReadMeter | None:
 
 
 def _thread_io() -> bytes:
-    with Path("/proc/thread-self/io").open("rb", buffering=0) as account:
-        return account.read(512)
+    with Path("/proc/thread-self/io").open("rb", buffering=0) as counters:
+        return counters.read(512)
 
 
 def _rchar(text: bytes) -> int:
@@ -406,28 +408,30 @@ def _size_on_disk(file: Any) -> int | None:
         return None
 
 
-# Servers that send a file from C and say nothing: bjoern, mod_wsgi, uWSGI where it sends in another thread.
+# Servers that send a file from C without a count: bjoern, mod_wsgi, uWSGI if it sends in another thread.
 
 
-def _counted_in_c(body: Any, opening: Opening, ending: FileEnding, way: FileWay) -> tuple[Any, bool]:
-    """The server's own way with the length that the app declared (``T23_COUNT=declared``), or an iterable of blocks.
+def _counted_in_c(
+    body: Any, opening: Opening, listener: FileListener, options: FileOptions
+) -> tuple[Any, bool]:
+    """Sent by the server with the declared length (``T23_COUNT=declared``), or as an iterable of blocks.
 
-    mod_wsgi gives the file's length where the app does not, but only of its own wrapper (wsgi_adapter.c:1236); bjoern
-    cuts such a file off. Both keep their own way without a Content-Length.
+    Without a Content-Length the server sends the file itself: mod_wsgi adds the file's length, but only for its own
+    wrapper (wsgi_adapter.c:1236); bjoern truncates such a file.
     """
     file = _file_in_c(body)
-    if opening.length is not None and not way.declared:
+    if opening.length is not None and not options.declared:
         return (body if file is None else Blocks(file, body)), False
-    length = _left_on_disk(file) if opening.length is None else opening.length
+    length = _bytes_left(file) if opening.length is None else opening.length
     if length is None:
         return body, False
-    if not _after_close(file, lambda: ending.end_declared(length)):
-        ending.end_declared(length)
+    if not _after_close(file, lambda: listener.end_declared(length)):
+        listener.end_declared(length)
     return body, True
 
 
 def _file_in_c(body: Any) -> Any:
-    """The file inside a wrapper: mod_wsgi gives it by name, bjoern as the iterator of its wrapper, uWSGI as the body."""
+    """The file in a wrapper: mod_wsgi has it as an attribute, bjoern as the iterator, uWSGI as the body itself."""
     try:
         file = getattr(body, "filelike", None) or (body if hasattr(body, "read") else iter(body))
     except Exception:
@@ -436,9 +440,9 @@ def _file_in_c(body: Any) -> Any:
 
 
 class Blocks:
-    """An iterable in Python over a file, for servers whose own wrapper hides what it sent.
+    """An iterable in Python over a file, for servers whose own wrapper does not show what it sent.
 
-    Not a file in disguise: without ``fileno()`` uWSGI would loop over ``read()`` and never look at a failed write
+    It has no ``read()``: without ``fileno()`` uWSGI would loop over ``read()`` and ignore a failed write
     (wsgi_subhandler.c:95-127).
     """
 

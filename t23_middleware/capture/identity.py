@@ -1,4 +1,4 @@
-"""Who plays what: the session, the photo and the player that a request names."""
+"""Finds the session, the photo and the player in a request."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ LONGEST_SESSION = 256
 LONGEST_PLAYER = 100
 _PHOTO = re.compile(r"[0-9]{1,20}")
 
-#: What a session is signed for; a signature made for another purpose with the same key does not fit.
+#: Salt of a session's signature, so that one made for another purpose with the same key is invalid.
 _SALT = "t23_middleware.session"
-#: The same of a session together with its photo.
+#: The same for a session together with its photo.
 _PHOTO_SALT = "t23_middleware.session-of-photo"
-#: What Flask itself signs its session cookie with (flask/sessions.py, ``SecureCookieSessionInterface``).
+#: Flask's own salt for its session cookie (flask/sessions.py, ``SecureCookieSessionInterface``).
 _FLASK_SALT = "cookie-session"
 
 
 class NotCounted(Exception):
-    """The request names no play that can be reported; the argument is the name of the counter."""
+    """The request has no play that can be reported; the argument is the counter's name."""
 
 
-class _Asked:
-    """All of a request that may have a say in who plays what.
+class _Request:
+    """The parts of a request that identify its play.
 
-    *session*, *photo* and *skip* are the app's own words in the environ, ``None`` where it has said nothing.
+    *session*, *photo* and *skip* are the values that the app set in the environ, ``None`` if it set none.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class _Asked:
         photo: str | None,
         skip: str | None,
     ) -> None:
-        self._query = parse_qs(_as_frameworks_read(query), keep_blank_values=True)
+        self._query = parse_qs(_decoded_query(query), keep_blank_values=True)
         self._cookie = cookie
         self.path = path
         self.host = host
@@ -59,14 +59,14 @@ class _Asked:
         self.skip = skip
 
     def first(self, name: str) -> str | None:
-        """The first value of the query's parameter *name*."""
+        """The first value of the query parameter *name*, ``None`` if it is absent."""
         values = self._query.get(name)
         return None if values is None else values[0]
 
     def only(self, name: str, counter: str) -> str | None:
-        """Its value; two that differ raise :class:`NotCounted` with *counter*.
+        """The value of the query parameter *name*; two different values raise :class:`NotCounted` with *counter*.
 
-        Frameworks differ in which of them they read: Flask reads the first, Django the last.
+        Frameworks differ in which value they use: Flask the first, Django the last.
         """
         values = self._query.get(name)
         if values is None:
@@ -77,12 +77,12 @@ class _Asked:
 
     @cached_property
     def cookies(self) -> Mapping[str, str]:
-        """A foreign cookie that is no UTF-8 spoils no other."""
+        """The cookies by name; one that is not UTF-8 does not affect the others."""
         return parse_cookie(_as_utf8(self._cookie))
 
 
 class Identifier:
-    """Reads the play out of requests, as the settings say where to look."""
+    """Finds the play of a request, in the places that the settings name."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -92,21 +92,22 @@ class Identifier:
         self._cookie_names = settings.session_cookie
         self._unsign = _unsigner(settings.session_secret)
         self._flask_session = _flask_session_reader(settings)
-        # Remembered, since a player asks for one URL again and again.
+        # Cached, because a player requests the same URL many times.
         self._identified = lru_cache(maxsize=256)(self._identify)
         if self._flask_session is not None:
             self._cookie_names = (*settings.session_cookie, settings.flask_session_cookie)
 
     def missing(self, environ: WSGIEnvironment, path: str) -> str | None:
-        """The counter of what the request surely does not name: a look that parses nothing and may find all in vain.
+        """Cheap check without parsing: the counter's name if session or photo is certainly absent, else ``None``.
 
-        *path* is the request's ``PATH_INFO`` as it came: apps that mount others cut theirs short.
+        ``None`` does not mean that both are valid. *path* is the ``PATH_INFO`` that the server set: apps that mount
+        others shorten it.
         """
         query = environ.get("QUERY_STRING", "")
         if not query.isascii():
-            query = _as_frameworks_read(query)
+            query = _decoded_query(query)
         if "%" in query:
-            query = unquote_plus(query)  # TwentyThree's own pages write photo%5fid
+            query = unquote_plus(query)  # TwentyThree's own pages have photo%5fid
         cookie = environ.get("HTTP_COOKIE", "")
         if not (
             _any_in(self._session_names, query)
@@ -124,26 +125,26 @@ class Identifier:
         return None
 
     def identify(self, environ: WSGIEnvironment, path: str) -> Play:
-        """The play that the request for *path* names.
+        """The play of the request for *path*.
 
-        Raises :class:`NotCounted` where it names none, or one that can't be believed.
+        Raises :class:`NotCounted` if it has none, or an invalid one.
         """
-        said = environ.get
-        session, photo, skip = said("t23.session_id"), said("t23.photo_id"), said("t23.skip")
+        get = environ.get
+        session, photo, skip = get("t23.session_id"), get("t23.photo_id"), get("t23.skip")
         return self._identified(
-            said("QUERY_STRING", ""),
-            said("HTTP_COOKIE", ""),
+            get("QUERY_STRING", ""),
+            get("HTTP_COOKIE", ""),
             path if self._pattern is not None else "",
-            (said("HTTP_HOST") or said("SERVER_NAME", "")) if self._settings.per_host else "",
-            said("HTTP_SEC_FETCH_DEST"),
+            (get("HTTP_HOST") or get("SERVER_NAME", "")) if self._settings.per_host else "",
+            get("HTTP_SEC_FETCH_DEST"),
             None if session is None else str(session),
             None if photo is None else str(photo),
             None if skip is None else str(int(skip) if isinstance(skip, bool) else skip),
         )
 
     def _identify(self, *words: Any) -> Play:
-        asked = _Asked(*words)
-        first = asked.first if self._settings.trust_url else _nothing
+        asked = _Request(*words)
+        first = asked.first if self._settings.trust_url else _ignored
         return Play(
             session_id=self._session(asked),
             photo_id=self._photo(asked),
@@ -151,13 +152,13 @@ class Identifier:
             skip=_skip(first("skip") if asked.skip is None else asked.skip),
             player_type=_player(first("user_player_type"))
             or self._settings.player_type
-            or _element(asked.destination),
+            or _browser_player(asked.destination),
             player_version=_player(first("user_player_version")),
             player_resolution=_player(first("user_player_resolution")),
         )
 
-    def _session(self, asked: _Asked) -> str:
-        """The app's word, else the first session with a valid signature, else an unsigned one where those will do."""
+    def _session(self, asked: _Request) -> str:
+        """The app's own session, else the first with a valid signature, else an unsigned one if that is allowed."""
         if asked.session is not None:
             return _printable_session(asked.session)
         if self._unsign is None and self._flask_session is None:
@@ -170,21 +171,21 @@ class Identifier:
             return _printable_session(unsigned)
         return _printable_session(signed)
 
-    def _unsigned(self, asked: _Asked) -> str:
-        return next(filter(None, self._named(asked)), "")
+    def _unsigned(self, asked: _Request) -> str:
+        return next(filter(None, self._candidates(asked)), "")
 
-    def _named(self, asked: _Asked) -> Iterator[str | None]:
-        """What the query and the cookies name, in order."""
+    def _candidates(self, asked: _Request) -> Iterator[str | None]:
+        """The sessions in the query and the cookies, in order."""
         for name in self._session_names:
             yield asked.only(name, "bad_session")
         for name in self._settings.session_cookie:
             yield asked.cookies.get(name)
 
-    def _signed(self, asked: _Asked) -> str:
-        """The first session whose signature is valid, for any photo or for the one that the request names."""
+    def _signed(self, asked: _Request) -> str:
+        """The first session with a valid signature, for any photo or for the request's photo."""
         named: list[str] = []
         if self._unsign is not None:
-            named = [session for session in self._named(asked) if session]
+            named = [session for session in self._candidates(asked) if session]
         for session in named:
             found = self._unsign(session)
             if found is None:
@@ -199,7 +200,7 @@ class Identifier:
                 raise
         raise NotCounted("bad_signature" if named else "no_session")
 
-    def _photo(self, asked: _Asked) -> str:
+    def _photo(self, asked: _Request) -> str:
         named = asked.photo
         if named is None:
             in_query = (asked.only(name, "bad_photo") for name in self._photo_names)
@@ -215,29 +216,29 @@ class Identifier:
         found = None if self._pattern is None else self._pattern.search(_as_utf8(path))
         return None if found is None else found["photo_id"]
 
-    def _host(self, said: str) -> str:
+    def _host(self, requested: str) -> str:
         if not self._settings.per_host:
             return ""
-        host = _without_port(said).lower().rstrip(".")
+        host = _without_port(requested).lower().rstrip(".")
         if host not in self._settings.hosts:
             raise NotCounted("foreign_host")
         return host
 
 
 def sign_session(session_id: str, secret: str | None = None, *, photo_id: str | int | None = None) -> str:
-    """The session with a signature, for the app that issues media URLs.
+    """Return the session with a signature, for an app that issues media URLs.
 
-    *secret* is one of the keys in ``T23_SESSION_SECRET``; ``None`` takes the newest of them from the environment.
-    *photo_id*: the signature is valid for this photo only, as the media URL names it (1 to 20 digits); ``None``: for
-    any photo. Raises :class:`~t23_middleware.errors.ConfigurationError` where there is no key, and
-    :class:`ValueError` where *photo_id* can't be a photo.
+    *secret* is one of the keys in ``T23_SESSION_SECRET``; ``None`` means the newest of them, from the environment.
+    *photo_id*: the signature is valid only for this photo of the media URL (1 to 20 digits); ``None``: for any photo.
+    Raises :class:`~t23_middleware.errors.ConfigurationError` if there is no key, and :class:`ValueError` if *photo_id*
+    is not a photo.
     """
     key = secret or Settings.newest_session_secret()
     if photo_id is None:
         return str(_signer((key,)).sign(session_id), "utf-8")
     photo = str(photo_id)
     if _PHOTO.fullmatch(photo) is None:
-        raise ValueError(f"photo_id can't be {photo!r}; write 1 to 20 digits")
+        raise ValueError(f"photo_id {photo!r} is not a photo; write 1 to 20 digits")
     signed = _signer((key,), _PHOTO_SALT).sign(f"{photo}.{session_id}")
     return str(signed, "utf-8").removeprefix(f"{photo}.")
 
@@ -247,18 +248,18 @@ def _signer(secrets: tuple[str, ...], salt: str = _SALT) -> Any:
 
     from itsdangerous import Signer  # only where sessions are signed
 
-    # itsdangerous signs with the last key and accepts any; our operators write the newest first.
+    # itsdangerous signs with the last key and accepts each; our setting has the newest first.
     keys = [_key(secret) for secret in reversed(secrets)]
     return Signer(keys, salt=salt, digest_method=hashlib.sha256)
 
 
 def _key(secret: str) -> bytes:
-    """The bytes of *secret*; what is no UTF-8 in the environment reaches Python as surrogates (PEP 383)."""
+    """The bytes of *secret*; bytes of the environment that are not UTF-8 are surrogates in Python (PEP 383)."""
     return secret.encode("utf-8", "surrogateescape")
 
 
 def _unsigner(secrets: tuple[str, ...]) -> Any:
-    """What gives the session without its signature, ``None`` where that is not valid (for *photo*)."""
+    """A function that returns a session without its signature, ``None`` if that is invalid (for *photo*)."""
     if not secrets:
         return None
     any_photo, one_photo = _signer(secrets), _signer(secrets, _PHOTO_SALT)
@@ -282,7 +283,7 @@ def _flask_session_reader(settings: Settings) -> Any:
 
     from itsdangerous import BadData, URLSafeTimedSerializer
 
-    # How long a session lives is the app's affair and not known here; the signature is what makes it believable.
+    # The app's lifetime of a session is unknown here, so only the signature is checked.
     serializer = URLSafeTimedSerializer(
         _key(settings.flask_secret_key),
         salt=_FLASK_SALT,
@@ -313,8 +314,8 @@ def _printable_session(session: str) -> str:
     return session
 
 
-def _as_frameworks_read(query: str) -> str:
-    """Django takes bytes that are no UTF-8 for Latin-1; Flask refuses them."""
+def _decoded_query(query: str) -> str:
+    """The query as UTF-8, else as Latin-1: as in Django; Flask rejects bytes that are not UTF-8."""
     if query.isascii():
         return query
     try:
@@ -324,35 +325,35 @@ def _as_frameworks_read(query: str) -> str:
 
 
 def _as_utf8(text: str) -> str:
-    """What WSGI decoded as Latin-1, as frameworks read a header or a path: what is no UTF-8 is replaced."""
+    """A header or path, which WSGI decodes as Latin-1, as UTF-8; bytes that are not UTF-8 are replaced."""
     return text if text.isascii() else text.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
 def _any_in(names: tuple[str, ...], text: str) -> bool:
-    for name in names:  # noqa: SIM110 - any() makes a generator, which costs each request three times this
+    for name in names:  # noqa: SIM110 - any() creates a generator, which takes three times as long per request
         if name in text:
             return True
     return False
 
 
-def _nothing(name: str) -> None:
-    """What a URL says that is not trusted."""
+def _ignored(name: str) -> None:
+    """In place of a URL's parameter if the URL is not trusted."""
 
 
-def _skip(said: str | None) -> int | None:
-    """The app's word, or the media URL's own ``skip`` (TwentyThree's Flash player wrote it there)."""
-    return int(said) if said in ("0", "1") else None
+def _skip(text: str | None) -> int | None:
+    """The ``skip`` that the app set or that the media URL has (TwentyThree's Flash player added it)."""
+    return int(text) if text in ("0", "1") else None
 
 
-def _element(destination: str | None) -> str | None:
-    """What browsers say of a media element's request (Fetch Metadata): it is of an HTML5 player."""
+def _browser_player(destination: str | None) -> str | None:
+    """``html5`` for the request of a browser's media element (Fetch Metadata)."""
     return "html5" if destination in ("video", "audio") else None
 
 
-def _player(said: str | None) -> str | None:
-    if not said or len(said) > LONGEST_PLAYER or not said.isprintable():
+def _player(text: str | None) -> str | None:
+    if not text or len(text) > LONGEST_PLAYER or not text.isprintable():
         return None
-    return said
+    return text
 
 
 def _without_port(host: str) -> str:

@@ -1,4 +1,4 @@
-"""The writer of the app's own journal. The relay writes what it learns from the kernel with the same one."""
+"""The writer of the app's journal. The relay uses the same class for the kernel's counters."""
 
 from ..journal import JournalWriter
 

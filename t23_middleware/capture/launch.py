@@ -1,7 +1,7 @@
-"""Starts the relay where none runs.
+"""Starts the relay if none runs.
 
-The relay must outlive the worker and leave no zombie in it: a Python that makes itself a daemon starts it, so that the
-relay's parent is init. Where the worker itself is init (PID 1 of a container), the launcher reaps what ended.
+The relay must outlive the worker and not become a zombie in it: a Python process that becomes a daemon starts it, so
+that the relay's parent is init. If the worker itself is init (PID 1 of a container), the launcher reaps ended ones.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ..version import VERSION
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at the relay's lock.
-LOOK_EVERY = 1.0
-#: Longest wait between two starts that fail, in seconds; the first is LOOK_EVERY, then each doubles.
+#: Seconds between two checks of the relay's lock.
+CHECK_EVERY = 1.0
+#: Longest wait between two failing starts, in seconds; the first is CHECK_EVERY, and each wait doubles.
 LONGEST_BACKOFF = 60.0
-#: Starts that fail before the log says so: a busy machine may need more than a second for one.
-FAILURES_UNTOLD = 2
-#: Size in bytes past which the relay's log is set aside.
+#: Failed starts before an ERROR is logged: a busy machine may need more than a second for one.
+UNREPORTED_FAILURES = 2
+#: Size in bytes above which the relay's log is rotated.
 LOG_LIMIT = 1 << 20
-#: Seconds that a request waits at most for the process that starts the relay, which takes about 0.02 s; what takes longer
-#: is reaped at a later look.
+#: Most seconds that a request waits for the process that starts the relay, which takes about 0.02 s; one that takes
+#: longer is reaped at a later request.
 START_SECONDS = 1.0
 
-#: Packages that the relay needs beside this one.
+#: Packages that the relay imports, with their dependencies.
 NEEDED = (
     "requests",
     "urllib3",
@@ -51,8 +51,9 @@ NEEDED = (
     "markupsafe",
 )
 
-#: What the new process runs: a daemon, then the relay. Its arguments are "relay", for those who look at processes, the
-#: folder of this package, and the places to import from behind the standard library. The package is imported from where the worker has it, whatever comes first.
+#: The program of the new process: it becomes a daemon, then the relay. Its arguments are "relay" (for lists of
+#: processes), the folder of this package, and the import paths that follow the standard library's. The package is
+#: imported from the worker's folder, regardless of the order of paths.
 _DAEMON = """
 import os, sys
 os.setsid()
@@ -72,49 +73,49 @@ sys.exit(main(["relay"]))
 
 
 class RelayLauncher:
-    """Looks whether a relay runs on the folder, and starts one. Never raises.
+    """Checks whether a relay runs on the folder, and starts one if needed. Never raises.
 
-    *say_refused* is called with the reason where the folder is another user's.
+    *on_refused* is called with the reason if the folder belongs to another user.
     """
 
     def __init__(
         self,
         settings: Settings,
         folder: StateFolder,
-        say_refused: Callable[[Exception], None] = lambda error: None,
+        on_refused: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self._settings = settings
         self._folder = folder
-        self._say_refused = say_refused
-        self._next_look = 0.0
-        self._has_begun = False
-        self._made_s = time.time()
-        self._told = False
-        #: Whether a relay was started that waits for one with other settings to leave.
+        self._on_refused = on_refused
+        self._next_check = 0.0
+        self._has_started = False
+        self._created_s = time.time()
+        self._has_logged = False
+        #: Whether a relay was started that waits until one with other settings exits.
         self._has_successor = False
-        #: Processes that were started, and may have to be reaped here.
+        #: Started processes that may have to be reaped here.
         self._started: list[int] = []
-        #: Whether something was written of which no relay was seen to take care; unknown before the first request.
-        self._owed: bool | None = None
+        #: Whether the journal may have lines for which no relay runs; ``None`` (unknown) before the first request.
+        self._needs_relay: bool | None = None
         self._written_ns = 0
         self._pid = os.getpid()
 
-    def begun(self) -> None:
-        """A counted response starts: this process's first one brings the relay up before its server can be killed."""
-        if not self._has_begun:
-            self._has_begun, self._owed, self._next_look = True, True, 0.0
-            self._look()
+    def response_started(self) -> None:
+        """A counted response starts: start the relay at the process's first one, before the server can be killed."""
+        if not self._has_started:
+            self._has_started, self._needs_relay, self._next_check = True, True, 0.0
+            self._check_relay()
 
-    def written(self) -> None:
-        """A close line was written: see that a relay takes care of it."""
-        self._owed = True
+    def line_written(self) -> None:
+        """A close line, or a line of counts, was written: start a relay for it if none runs."""
+        self._needs_relay = True
         if (
-            not self._has_begun
-        ):  # a count without a play: the look of this request has found nothing to do yet
-            self._has_begun, self._next_look = True, 0.0
+            not self._has_started
+        ):  # counts without a play: this request's check ran before the line was written
+            self._has_started, self._next_check = True, 0.0
         if self._settings.ephemeral:
             self._wait_at_exit()
-        self._look()
+        self._check_relay()
 
     def _wait_at_exit(self) -> None:
         if self._written_ns == 0:
@@ -122,116 +123,116 @@ class RelayLauncher:
         self._written_ns = time.time_ns()
 
     def _wait_until_delivered(self) -> None:
-        """The state folder dies with the container: give the relay its seconds before this worker ends.
+        """Wait for the delivery before this worker ends, because the state folder is lost with the container.
 
-        Servers that end without running exit handlers (waitress, werkzeug, bjoern at SIGTERM) don't come here.
+        Servers that end without exit handlers (waitress, werkzeug, bjoern at SIGTERM) don't call this.
         """
         if os.getpid() != self._pid:
             return
         deadline = time.monotonic() + self._settings.exit_seconds
-        with contextlib.suppress(OSError):  # what drains then takes its time
-            self._folder.say_leaving()
+        with contextlib.suppress(OSError):  # without the record, draining responses are reported later
+            self._folder.record_leaving()
         self._written_ns = time.time_ns()
         while time.monotonic() < deadline and not self._is_delivered():
             time.sleep(0.02)
 
     def _is_delivered(self) -> bool:
         try:
-            return owned.look_at(self._folder.delivered).st_mtime_ns > self._written_ns
+            return owned.lstat(self._folder.delivered).st_mtime_ns > self._written_ns
         except OSError:
             return False
 
     def wake(self) -> None:
-        """A request of any kind came: what was left here, or what a relay that died did not take, gets one."""
+        """A request of any kind arrived: start a relay for work that an earlier process or a dead relay left."""
         if self._started:
             self._started = [process for process in self._started if _is_our_child(process)]
-        if self._settings.relay != "auto" or time.monotonic() < self._next_look:
+        if self._settings.relay != "auto" or time.monotonic() < self._next_check:
             return
-        if self._owed is None:
-            self._owed = self._is_left_work()
-        self._look()
+        if self._needs_relay is None:
+            self._needs_relay = self._has_left_work()
+        self._check_relay()
 
-    def _is_left_work(self) -> bool:
+    def _has_left_work(self) -> bool:
         try:
-            self._folder.refuse_if_foreign()
+            self._folder.check_ownership()
         except StateError as error:
-            self._say_refused(error)
+            self._on_refused(error)
             return False
-        return self._folder.holds_work()
+        return self._folder.has_work()
 
-    def _look(self) -> None:
-        """Start a relay unless the right one runs; does nothing when it looked less than a second ago."""
+    def _check_relay(self) -> None:
+        """Start a relay unless one with our settings runs; checks at most once per ``CHECK_EVERY`` seconds."""
         now = time.monotonic()
-        if now < self._next_look or self._settings.relay != "auto":
+        if now < self._next_check or self._settings.relay != "auto":
             return
-        self._next_look = now + LOOK_EVERY
+        self._next_check = now + CHECK_EVERY
         try:
             if lock_is_held(self._folder.relay_lock):
-                self._owed = not self._is_ours()
-                if self._owed and not self._has_successor and self._will_leave_for_us():
+                self._needs_relay = not self._has_our_settings()
+                if self._needs_relay and not self._has_successor and self._will_leave_for_us():
                     self._has_successor = True
                     self._start()
-            elif self._owed or (self._died() and self._is_left_work()):
+            elif self._needs_relay or (self._died() and self._has_left_work()):
                 self._start()
         except Exception as error:
-            self._say_once(error)
+            self._log_once(error)
 
-    def _is_ours(self) -> bool:
+    def _has_our_settings(self) -> bool:
         holder = self._folder.relay_holder()
         return holder is not None and holder.digest == self._settings.relay_digest()
 
     def _will_leave_for_us(self) -> bool:
-        """Whether the relay, with other settings than ours, began before us: then its successor waits for it."""
-        return self._has_begun and owned.look_at(self._folder.relay_lock).st_mtime < self._made_s
+        """Whether the relay with other settings started before us: it will exit, and its successor waits for that."""
+        return self._has_started and owned.lstat(self._folder.relay_lock).st_mtime < self._created_s
 
     def _died(self) -> bool:
-        """Whether the last relay ended before it had done all that it could."""
+        """Whether the last relay ended with work left."""
         holder = self._folder.relay_holder()
         return holder is not None and not holder.left
 
     def _start(self) -> None:
-        tries = self._counted_try()
-        if tries > FAILURES_UNTOLD:
-            self._say_once(f"it ended {tries - 1} times")
+        tries = self._next_try()
+        if tries > UNREPORTED_FAILURES:
+            self._log_once(f"it ended {tries - 1} times")
         if tries:
             self._started.append(start_relay(self._settings, self._folder))
 
-    def _counted_try(self) -> int:
-        """The number of this try among those of all workers, 0 where it is too early for one.
+    def _next_try(self) -> int:
+        """The number of this try among those of all workers, 0 if it is too early for one.
 
-        The relay removes the file once it works. A try for another relay, of a new release, has nothing to wait for.
+        The relay removes the file when it works. A try for another relay, such as that of a new release, does not wait.
         """
         descriptor = owned.open_file(self._folder.relay_start, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             tries, at_s, wanted = _last_try(os.pread(descriptor, 4096, 0))
-            tries = tries if wanted == self._wanted() else min(tries, 1)
-            wait = min(LOOK_EVERY * 2 ** min(tries - 1, 10), LONGEST_BACKOFF)
+            tries = tries if wanted == self._wanted_relay() else min(tries, 1)
+            wait = min(CHECK_EVERY * 2 ** min(tries - 1, 10), LONGEST_BACKOFF)
             if tries and 0 <= time.time() - at_s < wait:
                 return 0
-            tries = tries + 1 if wanted == self._wanted() else 1
-            text = f"{tries} {time.time()} {self._wanted()}".encode()
+            tries = tries + 1 if wanted == self._wanted_relay() else 1
+            text = f"{tries} {time.time()} {self._wanted_relay()}".encode()
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
             return tries
         except BlockingIOError:
-            return 0  # a sibling starts it
+            return 0  # another worker is starting it
         finally:
             os.close(descriptor)
 
-    def _wanted(self) -> str:
-        """What tells one relay from another: its settings, and the code that is there now."""
+    def _wanted_relay(self) -> str:
+        """Identifies the relay to start: its settings and its current code."""
         try:
             code = Path(__file__).stat().st_mtime_ns
         except OSError:
             code = 0
         return f"{VERSION} {self._settings.relay_digest()} {code} {python()}"
 
-    def _say_once(self, why: object) -> None:
-        if not self._told:
-            self._told = True
+    def _log_once(self, why: object) -> None:
+        if not self._has_logged:
+            self._has_logged = True
             log.error(
-                "the relay can't be started (%s): reports wait in %s. See relay.log there, or run it yourself:"
+                "the relay can't be started (%s): reports wait in %s. See relay.log there, or start it by hand:"
                 " T23_STATE_DIR=%s t23-middleware relay",
                 why,
                 self._folder.path,
@@ -245,20 +246,20 @@ class RelayLauncher:
 
 
 def start_relay(settings: Settings, folder: StateFolder) -> int:
-    """Start a relay process on *folder* and come back at once; the process id of what starts it.
+    """Start a relay on *folder* without waiting for it; returns the process id of the process that starts it.
 
     Raises :class:`OSError`.
     """
-    if owned.check_file(folder.relay_log) and owned.look_at(folder.relay_log).st_size > LOG_LIMIT:
+    if owned.check_file(folder.relay_log) and owned.lstat(folder.relay_log).st_size > LOG_LIMIT:
         owned.rename(folder.relay_log, folder.relay_log.with_suffix(".log.1"))
     output = owned.open_file(folder.relay_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    # Isolated and without site: no sitecustomize, no .pth file, and nothing in front of the standard library.
+    # Isolated and without site: no sitecustomize, no .pth file, and no import path before the standard library.
     command = [python(), "-I", "-S", *(("-B",) if sys.dont_write_bytecode else ()), "-c", _DAEMON]
     try:
-        # Not fork, which runs the app's own handlers, nor subprocess, which is 1.7 MB and gevent's in some apps.
+        # Not fork, which runs the app's fork handlers, nor subprocess, which takes 1.7 MB and which gevent may patch.
         process = os.posix_spawn(
             command[0],
-            [*command, "relay", str(_package_folder()), *dict.fromkeys(_places())],
+            [*command, "relay", str(_package_folder()), *dict.fromkeys(_import_paths())],
             settings.relay_environment(folder.path),
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, output, 1),
@@ -276,7 +277,7 @@ def start_relay(settings: Settings, folder: StateFolder) -> int:
 
 
 def _is_our_child(process: int) -> bool:
-    """Whether *process*, or the relay that it started in its group, is a child of ours that lives; reaps what ended."""
+    """Whether *process*, or the relay in its process group, is a living child of ours; reaps ended ones."""
     return any([_reap(process), _reap(-process)])
 
 
@@ -288,7 +289,7 @@ def _reap(process: int) -> bool:
 
 
 def _last_try(text: bytes) -> tuple[int, float, str]:
-    """What :meth:`RelayLauncher._counted_try` wrote: number, time and relay of the last try."""
+    """Parse what :meth:`RelayLauncher._next_try` wrote: number, time and relay of the last try."""
     try:
         tries, at_s, wanted = text.decode().split(" ", 2)
         return int(tries), float(at_s), wanted
@@ -300,14 +301,14 @@ def _package_folder() -> Path:
     return Path(__file__).parents[2]
 
 
-def _places() -> Iterator[str]:
-    """Where this process imports from, but for its working directory, and what else holds a package that is needed.
+def _import_paths() -> Iterator[str]:
+    """This process's import paths without its working directory, and the folders of the needed packages.
 
-    The latter are the places of import hooks: the packages of an editable installation are in no folder of the path.
+    The latter are for import hooks: the packages of an editable installation are in no folder of ``sys.path``.
     """
     try:
         here = os.path.realpath(Path.cwd())
-    except FileNotFoundError:  # removed, with the release that the app was started from
+    except FileNotFoundError:  # removed together with the release that started the app
         here = ""
     for place in filter(None, map(str, sys.path)):
         if place.startswith("/") or here:
@@ -323,9 +324,9 @@ def _places() -> Iterator[str]:
 
 
 def python() -> str:
-    """The interpreter; ``sys.executable`` is the server's own binary under uWSGI and mod_wsgi.
+    """Path of the Python interpreter; under uWSGI and mod_wsgi ``sys.executable`` is the server's own binary.
 
-    By its full name first: Debian's own Python has no ``python``, or one of another version.
+    Tries the full name first: Debian's own Python has no ``python``, or one of another version.
     """
     folder = Path(sys.prefix, "bin")
     names = (f"python{sys.version_info.major}.{sys.version_info.minor}", "python3")

@@ -1,4 +1,4 @@
-"""From a response to its two journal lines: one when it starts, one when it is over."""
+"""Writes the two journal lines of a response: one when it starts, one when it ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .launch import RelayLauncher
 
 
 class Recorder:
-    """Records the responses of whatever process it finds itself in: servers fork after the import."""
+    """Records the responses of the current process: servers fork after the import."""
 
     def __init__(self, settings: Settings, version: str) -> None:
         self._settings = settings
@@ -34,7 +34,7 @@ class Recorder:
         self._latest: _Process | None = None
 
     def this_process(self) -> _Process:
-        """The files of this process; what a parent opened is left alone."""
+        """The files of this process; files that a parent process opened are not used."""
         pid = os.getpid()
         process = self._processes.get(pid)
         if process is None:
@@ -44,24 +44,24 @@ class Recorder:
         return process
 
     def wake(self) -> None:
-        """A request came: see that a relay runs where one is needed.
+        """A request of any kind arrived: start a relay if one is needed.
 
-        After a fork this is the parent's look until the child records something itself. It writes nothing, and each
-        request would have to ask for the process's number, which is a tenth of what it costs.
+        After a fork this uses the parent's launcher until the child records something itself. That writes nothing; and
+        a ``getpid()`` for each request would be a tenth of its cost.
         """
         process = self._latest or self.this_process()
         process.launcher.wake()
 
 
 class _Process:
-    """One process's writer and its way to a relay."""
+    """The journal writer and the relay launcher of one process."""
 
     def __init__(self, settings: Settings, version: str) -> None:
         folder = StateFolder(settings.state_path())
         self.journal = JournalWriter(folder, version, settings.relay_digest(), settings.max_bytes)
-        self.launcher = RelayLauncher(settings, folder, self.journal.say_unwritable)
+        self.launcher = RelayLauncher(settings, folder, self.journal.log_unwritable)
         self._numbers = count(1)
-        self._seen: set[str] = set()
+        self._counted_once: set[str] = set()
 
     def begin(
         self,
@@ -89,25 +89,25 @@ class _Process:
         )
         text = opening_text(opening)
         if self.journal.append(open_line(text)):
-            self.launcher.begun()
-        kind = Recording if counted_by == APP else NamedRecording
+            self.launcher.response_started()
+        kind = Recording if counted_by == APP else ProxiedRecording
         return kind(self, opening, text)
 
-    def see(self, name: str) -> None:
-        """What a counted response came through: counted once per process, with the next line."""
-        if name not in self._seen:
-            self._seen.add(name)
+    def count_once(self, name: str) -> None:
+        """Count a fact about the requests' path, such as a proxy: once per process, with the next line."""
+        if name not in self._counted_once:
+            self._counted_once.add(name)
             self.journal.count(name)
 
-    def tell(self, name: str) -> None:
-        """Count an event that no line may ever follow."""
+    def count_now(self, name: str) -> None:
+        """Count an event and write it now, because no other line may follow."""
         self.journal.count(name)
         if self.journal.write_counts():
-            self.launcher.written()
+            self.launcher.line_written()
 
 
 class Recording:
-    """A response that is being counted; its end is written once."""
+    """A response that is being counted; its close line is written once, however often :meth:`end` is called."""
 
     __slots__ = ("_process", "_text", "opening")
 
@@ -117,15 +117,16 @@ class Recording:
         self.opening = opening
 
     def progress(self, counted: int, position: int | None) -> None:
-        """Write down that *counted* body bytes went out so far; the connection is at *position*."""
+        """Write a progress line: *counted* body bytes were handed over so far; the connection is at *position*."""
         if self._process is not None:
             now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
             self._process.journal.write(progress_line(self._text, now_ns, now_ms, counted, position))
 
     def end(self, counted: int, declared: int, position: int | None) -> None:
-        """Write the close line: *counted* body bytes went out, or were *declared* to. Only the first call does.
+        """Write the close line with *counted* body bytes; only the first call does.
 
-        *position* is the connection's after the body, where the client's kernel has not acknowledged all of it.
+        *declared* is 1 if the bytes are those that the app declared. *position* is the connection's position after the
+        body, ``None`` if the client's kernel has acknowledged all of it.
         """
         process, self._process = self._process, None
         if process is None:
@@ -134,32 +135,35 @@ class Recording:
         sent = counted if length is None else min(counted, length)
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // 1_000_000
         line = close_line(self._text, now_ns, now_ms, sent, declared, position)
-        if process.journal.write(line) or process.journal.waits_for_relay:
-            process.launcher.written()
+        if process.journal.write(line) or process.journal.relay_must_free_room:
+            process.launcher.line_written()
 
 
-class NamedRecording(Recording):
-    """The same of a response that is named to the proxy, which counts it."""
+class ProxiedRecording(Recording):
+    """A response whose play id goes to the proxy, which counts it."""
 
     __slots__ = ("_writer",)
 
     def __init__(self, process: _Process, opening: Opening, text: str) -> None:
         super().__init__(process, opening, text)
-        # Once the open line is written, for the journal may begin anew under another name with it.
+        # Read after the open line is written: writing it may start a new journal under another name.
         self._writer = process.journal.name
 
     @property
     def play_id(self) -> str:
-        """What names it to the proxy."""
+        """The play id for the proxy."""
         return play_id(self._writer, self.opening.number)
 
     def void(self) -> None:
-        """Something else goes out in its place, without its id: the proxy's log will have no line of it."""
+        """Another response is sent in its place, without the play id: the proxy's log will have no line for it."""
         self.opening = self.opening._replace(counted_by=APP)
         self._text = opening_text(self.opening)
 
     def end(self, counted: int, declared: int, position: int | None) -> None:
-        """As for others, but not where the journal began anew: under its new name the log has no line of this response,
-        and under the old one, which the relay most likely read, the log's line decides."""
+        """As :meth:`Recording.end`, but writes nothing if the journal has a new name since the start.
+
+        Under the new name the proxy's log has no line for this response. Under the old name, which the relay has most
+        likely read, the log's line decides.
+        """
         if self._process is not None and self._writer == self._process.journal.name:
             super().end(counted, declared, position)

@@ -1,4 +1,4 @@
-"""A response's span of its connection: turns positions of the connection into body bytes."""
+"""A response's span of its connection: converts positions of the connection to body bytes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from ..tcp_info import HEAD_DOUBT
 from ..transfer import Connection
 from .connection import Link
 
-#: A TLS record holds up to 16 KiB, and 22 bytes more with TLS 1.3; measured in the response itself where that is possible.
+#: Share of body bytes with TLS 1.3, whose records have up to 16 KiB plus 22 bytes; used until it is measured.
 TLS_SHARE = 16384 / 16406
 
 
-class Count(NamedTuple):
-    """How much of a body is known to have been sent."""
+class SentCount(NamedTuple):
+    """The known bytes of a body that were sent."""
 
-    #: Body bytes that the client's kernel acknowledged, or that the server handed over where *position* is given.
+    #: Body bytes that the client's kernel acknowledged; or that the server handed over, if *position* is given.
     sent: int
-    #: The connection's position after the body, where the client's kernel has not acknowledged all of it yet.
+    #: The connection's position after the body; ``None`` if the client's kernel has acknowledged all of it.
     position: int | None = None
 
 
 class Span:
-    """From the connection's position before a response to the one after its body.
+    """The part of a connection between the position before a response and the position after its body.
 
-    *before* is the position before the response, *connection* names it with the position before the first byte of the
-    body, as far as the app's headers tell it. *is_framed* says that more than the body's own bytes is written: TLS records, or chunks (RFC 9112, 7.1).
+    *before* is the position before the response. *connection* has the position before the first byte of the body, as
+    estimated from the app's headers. *is_framed*: the server also writes framing: TLS records, or chunks (RFC 9112,
+    section 7.1).
     """
 
-    __slots__ = ("_before", "_first", "_is_framed", "_link", "_share", "_start", "connection")
+    __slots__ = ("_before", "_body_share", "_first", "_is_framed", "_link", "_start", "connection")
 
     def __init__(self, link: Link, before: int, connection: Connection, *, is_framed: bool) -> None:
         self._link = link
@@ -36,63 +37,63 @@ class Span:
         self.connection = connection
         self._start = connection.position
         is_encrypted = link.is_encrypted
-        self._share = TLS_SHARE if is_encrypted else 1.0
+        self._body_share = TLS_SHARE if is_encrypted else 1.0
         self._is_framed = is_framed or is_encrypted
         self._first: tuple[int, int] | None = None
 
     def measure(self, counted: int) -> int | None:
-        """The server has written *counted* bytes of the body and no more: learn the head and the framing from it.
+        """Measure the size of the head and of the framing, when the server has written exactly *counted* body bytes.
 
-        Returns the connection's position, ``None`` where it can't be asked.
+        Returns the connection's position, ``None`` if it is unknown.
         """
-        info = None if self._link.runs_ahead else self._link.ask()
+        info = None if self._link.runs_ahead else self._link.read_info()
         if info is None:
             return None
         if self._first is None:
             self._first = (counted, info.position)
         elif self._is_framed and info.position > self._first[1]:
-            self._share = min((counted - self._first[0]) / (info.position - self._first[1]), 1.0)
-        self._begin_before(*self._first)
+            self._body_share = min((counted - self._first[0]) / (info.position - self._first[1]), 1.0)
+        self._move_start(*self._first)
         return info.position
 
-    def end(self, counted: int, offered: int) -> Count:
-        """The response is over: the server has written at least *counted* bytes of its body, at most *offered*."""
-        info = self._link.ask()
+    def end(self, counted: int, offered: int) -> SentCount:
+        """The response has ended: the server has written at least *counted* bytes of its body, at most *offered*."""
+        info = self._link.read_info()
         if info is None or self._link.runs_ahead:
-            # The server has closed its socket, or holds bytes of its own: the relay knows more from the kernel.
+            # The server has closed its socket, or has unsent bytes: the relay reads the final count from the kernel.
             handed, position = counted, self._position_after(counted)
         else:
-            handed, position = self._handed(info.position, counted, offered)
+            handed, position = self._handed_over(info.position, counted, offered)
         if info is None:
-            return Count(handed, position)
+            return SentCount(handed, position)
         if info.acked >= position:
-            return Count(handed)
+            return SentCount(handed)
         if info.is_closed:
-            return Count(min(max(self._body_bytes(info.acked), 0), handed))
-        return Count(handed, position)
+            return SentCount(min(max(self._body_bytes(info.acked), 0), handed))
+        return SentCount(handed, position)
 
-    def end_unseen(self, offered: int) -> Count:
-        """The server goes on to write *offered* bytes after it has dropped the body: the relay finds out how many."""
-        return Count(offered, self._position_after(offered))
+    def end_before_sent(self, offered: int) -> SentCount:
+        """The server writes up to *offered* bytes after it released the body; the relay reads the final count."""
+        return SentCount(offered, self._position_after(offered))
 
-    def _handed(self, position: int, counted: int, offered: int) -> tuple[int, int]:
-        """Body bytes that were written when the connection stood at *position*, and the position after them."""
+    def _handed_over(self, position: int, counted: int, offered: int) -> tuple[int, int]:
+        """Body bytes written when the connection was at *position*, and the position after them."""
         written = self._body_bytes(position)
         if written > offered + HEAD_DOUBT:
-            return offered, self._position_after(offered)  # more than the Content-Length: that is no body
+            return offered, self._position_after(offered)  # more than the Content-Length: not only body
         if self._first is not None:
             return min(max(written, counted), offered), position
-        # The head is at least as long as the app gave it, so *written* is too high by what the server added.
+        # The server may have added to the app's head, so *written* is too high by these bytes.
         handed = min(written, offered) if written - counted > HEAD_DOUBT or written >= offered else counted
-        self._begin_before(handed, position)
+        self._move_start(handed, position)
         return handed, position
 
     def _body_bytes(self, position: int) -> int:
-        return round((position - self._start) * self._share)
+        return round((position - self._start) * self._body_share)
 
     def _position_after(self, sent: int) -> int:
-        return self._start + round(sent / self._share)
+        return self._start + round(sent / self._body_share)
 
-    def _begin_before(self, sent: int, position: int) -> None:
-        """*sent* bytes of the body were written when the connection stood at *position*."""
-        self._start = max(position - round(sent / self._share), self._before)
+    def _move_start(self, sent: int, position: int) -> None:
+        """Set the start of the body: *sent* bytes of it were written when the connection was at *position*."""
+        self._start = max(position - round(sent / self._body_share), self._before)

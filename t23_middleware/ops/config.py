@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..settings import Settings, as_text, declared, variable
+from ..settings import Settings, as_text, setting_fields, variable
 from ..state import StateFolder
 
 
 def lines(settings: Settings) -> Iterator[str]:
     """Each setting with its value and where it came from, then the state folder."""
-    width = max(len(variable(item)) for item in declared())
-    for item in declared():
+    width = max(len(variable(item)) for item in setting_fields())
+    for item in setting_fields():
         source = settings.sources[item.name]
         shown = as_text(getattr(settings, item.name))
         if item.metadata["secret"] and shown:
@@ -31,7 +31,7 @@ def _place(settings: Settings) -> str:
 def markdown() -> str:
     """The README's table: variable, default, meaning."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for item in declared():
+    for item in setting_fields():
         default = f"`{as_text(item.default)}`" if as_text(item.default) else "none"
         if item.name == "api_url":
             default = "required"

@@ -14,7 +14,7 @@ from ..capture.launch import start_relay
 from ..errors import StateError, UsageError
 from ..relay.process import AnotherRelay, Relay
 from ..settings import Settings
-from ..state import Holder, StateFolder, lock_is_held, lock_owner
+from ..state import LockHolder, StateFolder, lock_is_held, lock_owner
 
 #: Seconds for another relay to finish what it has in flight.
 HANDOVER = 15.0
@@ -77,7 +77,7 @@ def _ask_to_leave(folder: StateFolder, told: set[int]) -> None:
         ) from None
 
 
-def _refuse_what_is_elsewhere(folder: StateFolder, holder: Holder) -> None:
+def _refuse_what_is_elsewhere(folder: StateFolder, holder: LockHolder) -> None:
     if holder.is_elsewhere:
         raise UsageError(
             f"a relay in another container (process {holder.pid} there) delivers from {folder.path};"
@@ -85,7 +85,7 @@ def _refuse_what_is_elsewhere(folder: StateFolder, holder: Holder) -> None:
         )
 
 
-def _refuse_what_is_not_ours(folder: StateFolder, holder: Holder, pid: int) -> None:
+def _refuse_what_is_not_ours(folder: StateFolder, holder: LockHolder, pid: int) -> None:
     if not holder.automatic:
         raise UsageError(
             f"a relay that runs as a service (process {holder.pid}) delivers from {folder.path};"

@@ -6,7 +6,7 @@ import os
 import pwd
 from pathlib import Path
 
-from ..owned import own_place
+from ..owned import resolve_mount
 
 
 def act_as_owner_of(folder: Path) -> None:
@@ -14,7 +14,7 @@ def act_as_owner_of(folder: Path) -> None:
 
     Where it is a mount of root's, the owner of the app's folder in it.
     """
-    folder = own_place(folder)
+    folder = resolve_mount(folder)
     if os.geteuid() != 0 or not folder.is_dir():
         return
     owner = folder.stat()

@@ -31,7 +31,7 @@ from ..relay.health import (
 )
 from ..relay.outbox import LONG_LOG, UNCOUNTED, NoOutbox, OutboxView, Snapshot, Stats, log_size, readers
 from ..settings import Settings
-from ..state import Holder, StateFolder, lock_is_held
+from ..state import LockHolder, StateFolder, lock_is_held
 from . import text
 from .counted import counted_words
 
@@ -77,7 +77,7 @@ class Status:
     #: Journals that only another version's relay can read.
     foreign_journals: int
     #: The relay that runs, if one does.
-    relay: Holder | None
+    relay: LockHolder | None
     #: Who is to run it, as ``T23_RELAY`` says.
     relay_mode: str
     #: Whether a proxy's log is followed, as ``T23_PROXY_LOG`` says.
@@ -166,7 +166,7 @@ def look(settings: Settings) -> Status:
         outbox=outbox,
         foreign_journals=len(folder.foreign_journals()),
         journal_bytes=_not_taken_in(folder, outbox),
-        relay=(folder.relay_holder() or Holder(0, "", "", False)) if held else None,
+        relay=(folder.relay_holder() or LockHolder(0, "", "", False)) if held else None,
         relay_mode=settings.relay,
         follows_log=bool(settings.proxy_log),
         log_bytes=log_size(folder.outbox),
@@ -200,7 +200,7 @@ def refuse_if_closed(folder: Path) -> None:
         closed = True
     if closed:
         raise UsageError(f"the state folder {folder} is another user's; run this as that user, or as root")
-    StateFolder(folder).refuse_if_foreign()
+    StateFolder(folder).check_ownership()
 
 
 def _snapshot(path: Path) -> Snapshot:
@@ -216,7 +216,7 @@ def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
     total = 0
     for path in folder.readable_journals():
         try:
-            total += max(owned.look_at(path).st_size - outbox.places.get(path.name, 0), 0)
+            total += max(owned.lstat(path).st_size - outbox.places.get(path.name, 0), 0)
         except OSError:
             continue  # removed since, or no journal: the relay says of what it can't read
     return total
@@ -249,7 +249,7 @@ def as_json(status: Status) -> dict[str, Any]:
     }
 
 
-def _holder(holder: Holder) -> dict[str, Any]:
+def _holder(holder: LockHolder) -> dict[str, Any]:
     pid = None if holder.is_elsewhere else holder.pid
     return {"pid": pid, "version": holder.version, "automatic": holder.automatic}
 
@@ -395,7 +395,7 @@ def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
     yield "state folder", str(status.folder)
 
 
-def relay_words(relay: Holder | None) -> str:
+def relay_words(relay: LockHolder | None) -> str:
     """Which relay runs."""
     if relay is None:
         return "none runs"

@@ -168,7 +168,7 @@ class Reserve:
 
     def _is_there(self) -> bool:
         try:
-            return owned.look_at(self._path).st_size in (RESERVE, SMALL_RESERVE)
+            return owned.lstat(self._path).st_size in (RESERVE, SMALL_RESERVE)
         except OSError:
             return False
 
@@ -425,7 +425,7 @@ class Bounds:
         places, total = self._outbox.places(), 0
         for path in self._folder.readable_journals():
             with suppress(FileNotFoundError):
-                total += max(owned.look_at(path).st_size - places.get(path.name, 0), 0)
+                total += max(owned.lstat(path).st_size - places.get(path.name, 0), 0)
         return total
 
 

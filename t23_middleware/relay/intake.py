@@ -121,7 +121,7 @@ class Intake:
         self._outbox.forget_journals(self._gone)
         self._gone = []
         self._note_foreign()
-        self._folder.forget_leaving()
+        self._folder.remove_old_leaving()
         self._begin_minute()
 
     def take_smaller_pieces(self) -> None:
@@ -334,7 +334,7 @@ class Intake:
                 extra={"t23_event": "journal_foreign", "t23_path": name},
             )
         with suppress(OSError):  # workers then start a relay for nothing, and that is all
-            self._folder.keep_foreign_journals(foreign)
+            self._folder.write_foreign_journals(foreign)
         self._foreign = foreign
 
     def _give_up_foreign(self) -> None:

@@ -20,7 +20,7 @@ from ..transfer import (
     Acknowledged,
     Counts,
     ForeignLine,
-    Line,
+    JournalLine,
     TornLine,
     Transfer,
     Writer,
@@ -90,7 +90,7 @@ class _Journal:
     def has_grown(self) -> bool:
         """Whether there is something behind the offset."""
         try:
-            return not self.is_left_alone() and owned.look_at(self.path).st_size > self.offset
+            return not self.is_left_alone() and owned.lstat(self.path).st_size > self.offset
         except FileNotFoundError:
             return False
 
@@ -108,7 +108,7 @@ class _Line(NamedTuple):
 
     end: int
     at_ns: int
-    what: Line | str
+    what: JournalLine | str
 
 
 class _Piece(NamedTuple):
@@ -441,7 +441,7 @@ class Journals:
 
 def _is_there(path: Path) -> bool:
     try:
-        owned.look_at(path)
+        owned.lstat(path)
     except FileNotFoundError:
         return False
     return True
@@ -451,7 +451,7 @@ def _next_ns(journal: _Journal) -> int:
     return ANY_TIME if journal.next_ns is None else journal.next_ns
 
 
-def _read_line(line: bytes) -> Line | str:
+def _read_line(line: bytes) -> JournalLine | str:
     """The line, or the counter of what is wrong with it."""
     if not line:
         return "blank"  # the newline that keeps a torn line apart

@@ -138,7 +138,7 @@ class Kernel:
         """Look after what drains: by a dump where one is due, or *now*."""
         if self._listener is None:
             return
-        self._writer.try_again()
+        self._writer.flush()
         self._let_through(self._listener)
         with self._changing:
             ends = {cookie: self._ends.get(cookie) for cookie in self._drains.take_new()}

@@ -14,7 +14,7 @@ from types import FrameType
 from .. import owned
 from ..errors import StateError
 from ..settings import Settings
-from ..state import Holder, StateFolder, boot_id, hold_lock, pid_namespace
+from ..state import LockHolder, StateFolder, boot_id, hold_lock, pid_namespace
 from ..version import VERSION
 from .bounds import Bounds, Reserve
 from .client import AnalyticsClient
@@ -258,7 +258,7 @@ class Relay:
     def _holds_folder(self) -> bool:
         """Whether our lock is still the one that others look at: somebody may have tidied up."""
         try:
-            return os.path.samestat(owned.look_at(self._folder.relay_lock), os.fstat(self._lock))
+            return os.path.samestat(owned.lstat(self._folder.relay_lock), os.fstat(self._lock))
         except FileNotFoundError:
             return False
 
@@ -339,7 +339,7 @@ class Relay:
 
     def _say_who_holds(self, lock: int, *, left: bool) -> None:
         digest = self._settings.relay_digest()
-        holder = Holder(os.getpid(), VERSION, digest, self._automatic, left, pid_namespace())
+        holder = LockHolder(os.getpid(), VERSION, digest, self._automatic, left, pid_namespace())
         text = json.dumps(holder._asdict()).encode()
         with suppress(OSError):  # a full disk: workers then know less of us, and that is all
             os.pwrite(lock, text, 0)

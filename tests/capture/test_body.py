@@ -557,9 +557,9 @@ class Ends:
     def __init__(self) -> None:
         self.ended: list[tuple[int, int]] = []
 
-    mark = 1
+    progress_at = 1
 
-    def progress(self, counted: int, held: int = 0) -> int:
+    def progress(self, counted: int, unsent: int = 0) -> int:
         return counted + 1
 
     def end(self, counted: int, offered: int) -> None:

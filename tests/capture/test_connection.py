@@ -74,9 +74,9 @@ def test_socket_of_each_server(name: str, connected: Any) -> None:
     assert link is not None
     server.sendall(b"x" * 1000)
     assert client.recv(1000, socket.MSG_WAITALL) == b"x" * 1000
-    info = link.ask()
+    info = link.read_info()
     assert info is not None and info.position == 1000
-    named = link.name(17)
+    named = link.connection_at(17)
     assert named is not None
     assert (named.port, named.family, named.position) == (server.getsockname()[1], socket.AF_INET, 17)
 
@@ -107,7 +107,7 @@ def test_what_can_not_be_asked(name: str) -> None:
     if name == "closed":
         found.close()
     link = link_of({"gunicorn.socket": found, "wsgi.input": found}, plain)
-    assert link is None or link.ask() is None
+    assert link is None or link.read_info() is None
     if name in ("UNIX", "UDP"):
         found.close()
 
@@ -138,13 +138,13 @@ def test_reused_descriptor_of_uwsgi(connected: Any, monkeypatch: pytest.MonkeyPa
     module = SimpleNamespace(opt={}, connection_fd=lambda: descriptor)
     monkeypatch.setitem(sys.modules, "uwsgi", module)
     link = link_of({}, plain)
-    assert link is not None and link.ask() is not None
+    assert link is not None and link.read_info() is not None
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()),
         listener.accept()[0] as other,
     ):
         os.dup2(other.fileno(), descriptor)
-        assert link.ask() is None
+        assert link.read_info() is None
     os.close(descriptor)
-    assert link.ask() is None
+    assert link.read_info() is None

@@ -481,7 +481,7 @@ def test_an_unusable_folder_is_one_error_and_the_plays_are_written_when_it_is_me
         answer = ask(app)
         assert (answer.body, answer.error) == (PLAYS, None)
     (told,) = errors(caplog)
-    assert "can't write plays down" in told
+    assert "can't write plays to its journal" in told
     assert "set T23_STATE_DIR to a folder" in told
     state.unlink()
     ask(app)
@@ -491,7 +491,7 @@ def test_an_unusable_folder_is_one_error_and_the_plays_are_written_when_it_is_me
     assert sorted(transfer.opening.number for transfer in journals.closed()) == [1, 2, 3, 4, 5]
     assert len(journals.opened()) == 5
     assert len(errors(caplog)) == 1
-    assert "plays can be written down again" in caplog.text
+    assert "plays can be written to the journal again" in caplog.text
 
 
 @pytest.fixture
@@ -647,7 +647,7 @@ def test_a_rotation_that_fails_goes_on_in_the_old_journal(
     for _ in range(30):
         ask(app)
     assert len(journals.files()) == 1
-    assert "can't be rotated and grows on" in caplog.text
+    assert "can't be rotated and keeps growing" in caplog.text
     disk.takes = len
     for _ in range(30):
         ask(app)
@@ -657,7 +657,7 @@ def test_a_rotation_that_fails_goes_on_in_the_old_journal(
 
 def _with_reserve(state: Path, monkeypatch: pytest.MonkeyPatch, free: int = 1 << 30) -> tuple[Path, Path]:
     """A relay's reserve and its mark in *state*, on a disk that says that *free* bytes are free."""
-    monkeypatch.setattr("t23_middleware.journal.ASK_ROOM_EVERY", 0.0)
+    monkeypatch.setattr("t23_middleware.journal.CHECK_ROOM_EVERY", 0.0)
     monkeypatch.setattr(
         "t23_middleware.journal.os.statvfs",
         lambda path: SimpleNamespace(f_bavail=free, f_frsize=1),
@@ -704,7 +704,7 @@ def test_quota_met_by_another_process(
     ask(late)
     assert len(journals.closed()) == 1
     assert len(journals.files()) == 1
-    assert caplog.text.count("its last room is left to the relay") == 2
+    assert caplog.text.count("its last space is reserved for the relay") == 2
     reserve.write_bytes(bytes(1000))
     ask(app), ask(late)
     assert len(journals.closed()) == 5
@@ -812,7 +812,7 @@ def test_journals_that_no_relay_reads_are_bounded(state: Path) -> None:
         """
 from t23_middleware import journal as module
 from t23_middleware.transfer import Counts, decode
-module.ROTATE_AT, module.RETRY_FULL, module.KEPT_ASIDE = 20_000, 0.0, 100
+module.ROTATE_AT, module.RETRY_FULL, module.MAX_BUFFERED = 20_000, 0.0, 100
 site = T23Middleware(media(b"film"), api_url="http://127.0.0.1:9", state_dir=str(state), relay="off", max_bytes="65536")
 folder = state / "journals"
 

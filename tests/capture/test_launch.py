@@ -71,7 +71,7 @@ def pass_time(launchers: list[RelayLauncher], clock: Clock, seconds: float, step
     until = clock.passed + seconds
     while clock.passed < until:
         for one in launchers:
-            one.written()
+            one.line_written()
         clock.passed = round(clock.passed + step, 3)
 
 
@@ -114,7 +114,7 @@ def relay(folder: StateFolder) -> Iterator[Relay]:
 
 
 def test_a_close_line_starts_a_relay_where_none_runs(folder: StateFolder, started: list[float]) -> None:
-    launcher(folder).written()
+    launcher(folder).line_written()
     assert started == [0.0]
 
 
@@ -242,7 +242,7 @@ def test_any_request_replaces_dead_relay(
     """A relay that was killed with work left gets a successor by any request; one that left by itself does not."""
     relay = Relay(folder, settings(folder.path).relay_digest(), left=left)
     one = launcher(folder)
-    one.begun()
+    one.response_started()
     relay.end()
     folder.unfinished.touch()
     for _ in range(3):
@@ -256,7 +256,7 @@ def test_successor_waits_for_outdated_relay(folder: StateFolder, started: list[f
     other = Relay(folder, "00000000")
     os.utime(folder.relay_lock, (clock.time() - 10, clock.time() - 10))
     try:
-        launcher(folder).begun()
+        launcher(folder).response_started()
         assert started == [0.0]
     finally:
         other.end()
@@ -290,7 +290,7 @@ def test_requests_see_a_relay_with_other_settings_out_and_start_its_successor(
     other = Relay(folder, "00000000")
     one = launcher(folder)
     try:
-        one.written()
+        one.line_written()
     finally:
         other.end()
     clock.passed += 1
@@ -393,7 +393,7 @@ def test_missing_interpreter_is_told(
 ) -> None:
     """The app's log says that the relay can't be started, and nothing is left of the try."""
     monkeypatch.setattr(launch, "python", lambda: str(tmp_path / "nothing"))
-    launcher(folder).written()
+    launcher(folder).line_written()
     (told,) = [record.getMessage() for record in caplog.records]
     assert "No such file or directory" in told
     assert not has_children()

@@ -267,7 +267,7 @@ def test_a_generator_that_starts_late_is_named(wrap, journals):
 def test_a_response_whose_journal_was_removed_meanwhile_is_left_to_its_first_line(
     wrap: Callable[..., Any], journals, monkeypatch
 ):
-    monkeypatch.setattr("t23_middleware.journal.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("t23_middleware.journal.CHECK_EVERY", 0.0)
     site = wrap(media(b"film"), proxy_log=LOG)
     body = site(request(), lambda *given: None)
     (former,) = journals.files()

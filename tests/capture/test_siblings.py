@@ -360,7 +360,7 @@ def test_long_answer_is_read(length: int) -> None:
 @pytest.mark.parametrize("thing", [int, Hostile, io.BytesIO])
 def test_no_socket_at_all(thing: Any) -> None:
     link = link_of({"gunicorn.socket": thing()}, None)
-    assert link is None or (link.ask(), link.name(0)) == (None, None)
+    assert link is None or (link.read_info(), link.connection_at(0)) == (None, None)
 
 
 def test_socket_that_is_closed() -> None:
@@ -369,4 +369,4 @@ def test_socket_that_is_closed() -> None:
     with socket.socket() as closed:
         pass
     link = SocketLink(closed)
-    assert (link.ask(), link.name(0)) == (None, None)
+    assert (link.read_info(), link.connection_at(0)) == (None, None)

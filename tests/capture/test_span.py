@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from t23_middleware.capture.span import Count, Span
+from t23_middleware.capture.span import SentCount, Span
 from t23_middleware.tcp_info import CLOSED, TCPInfo
 from t23_middleware.transfer import Connection
 
@@ -21,10 +21,10 @@ class FakeLink:
         self.is_encrypted = is_encrypted
         self.info: TCPInfo | None = None
 
-    def ask(self) -> TCPInfo | None:
+    def read_info(self) -> TCPInfo | None:
         return self.info
 
-    def name(self, position: int) -> Connection | None:
+    def connection_at(self, position: int) -> Connection | None:
         return Connection(7, 8000, 2, position)
 
     def at(self, written: int, acked: int | None = None, state: int = ESTABLISHED) -> None:
@@ -41,21 +41,21 @@ def test_complete_and_acknowledged_is_final() -> None:
     """All was handed over and acknowledged: the server's count is the answer, whatever it added to the head."""
     link = FakeLink()
     link.at(3_000_000)
-    assert span(link).end(3_000_000, 3_000_000) == Count(3_000_000)
+    assert span(link).end(3_000_000, 3_000_000) == SentCount(3_000_000)
 
 
 def test_complete_and_unacknowledged_drains() -> None:
     """The position is the one at which all of the body is acknowledged."""
     link = FakeLink()
     link.at(3_000_000, 400_000)
-    assert span(link).end(3_000_000, 3_000_000) == Count(3_000_000, BEFORE + HEAD + ADDED + 3_000_000)
+    assert span(link).end(3_000_000, 3_000_000) == SentCount(3_000_000, BEFORE + HEAD + ADDED + 3_000_000)
 
 
 def test_reset_connection_counts_acknowledged() -> None:
     """A file that left by one sendfile: its position says what was handed over, the kernel what was taken."""
     link = FakeLink()
     link.at(5_000_000, 1_234_567, CLOSED)
-    assert span(link).end(5_000_000, 100_000_000) == Count(1_234_567)
+    assert span(link).end(5_000_000, 100_000_000) == SentCount(1_234_567)
 
 
 def test_cut_off_chunk_counts_its_part() -> None:
@@ -65,7 +65,7 @@ def test_cut_off_chunk_counts_its_part() -> None:
     link.at(100_000)
     measured.measure(100_000)
     link.at(140_000, 120_000, CLOSED)
-    assert measured.end(100_000, 50_000_000) == Count(120_000)
+    assert measured.end(100_000, 50_000_000) == SentCount(120_000)
 
 
 def test_interrupted_sendfile_counts_position() -> None:
@@ -73,7 +73,7 @@ def test_interrupted_sendfile_counts_position() -> None:
     link = FakeLink()
     link.at(6_000_000, 2_000_000)
     counted = span(link).end(0, 90_000_000)
-    assert counted == Count(6_000_000 + ADDED, BEFORE + HEAD + ADDED + 6_000_000)
+    assert counted == SentCount(6_000_000 + ADDED, BEFORE + HEAD + ADDED + 6_000_000)
 
 
 def test_chunked_framing_is_scaled() -> None:
@@ -99,7 +99,7 @@ def test_tls_without_measure_is_scaled() -> None:
 
 def test_closed_socket_leaves_count_to_relay() -> None:
     """A server that closes its socket first: the relay may know the connection's end."""
-    assert span(FakeLink()).end(3_000_000, 3_000_000) == Count(3_000_000, BEFORE + HEAD + 3_000_000)
+    assert span(FakeLink()).end(3_000_000, 3_000_000) == SentCount(3_000_000, BEFORE + HEAD + 3_000_000)
 
 
 def test_server_that_runs_ahead() -> None:
@@ -107,14 +107,14 @@ def test_server_that_runs_ahead() -> None:
     link = FakeLink(runs_ahead=True)
     link.at(1_000, 1_000)
     assert span(link).measure(500_000) is None
-    assert span(link).end(500_000, 500_000) == Count(500_000, BEFORE + HEAD + 500_000)
+    assert span(link).end(500_000, 500_000) == SentCount(500_000, BEFORE + HEAD + 500_000)
 
 
 def test_bytes_behind_content_length() -> None:
     """uWSGI sends a whole file whatever the Content-Length says: what follows is no body."""
     link = FakeLink()
     link.at(8_000_000, 4_000_000)
-    assert span(link).end(0, 4_000_000) == Count(4_000_000)
+    assert span(link).end(0, 4_000_000) == SentCount(4_000_000)
 
 
 @pytest.mark.parametrize("acked", [0, BEFORE, BEFORE + HEAD])
@@ -122,4 +122,4 @@ def test_client_that_took_nothing(acked: int) -> None:
     """Less than the head was acknowledged: no byte of the body, and none below 0."""
     link = FakeLink()
     link.info = TCPInfo(CLOSED, acked, BEFORE + HEAD + ADDED + 70_000)
-    assert span(link).end(70_000, 10_000_000) == Count(0)
+    assert span(link).end(70_000, 10_000_000) == SentCount(0)

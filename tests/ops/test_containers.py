@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.ops.standin import StandInServer
-from t23_middleware.state import Holder, StateFolder, lock_is_held, pid_namespace
+from t23_middleware.state import LockHolder, StateFolder, lock_is_held, pid_namespace
 
 from ..harness import PATIENCE, ROOT, until
 from .commands import Site
@@ -81,9 +81,9 @@ def test_json_has_no_foreign_pid(site: Site) -> None:
 
 def test_holder_knows_its_namespace() -> None:
     """One that says nothing of its namespace, or is in ours, is here."""
-    assert not Holder(1, "0", "", True).is_elsewhere
-    assert not Holder(1, "0", "", True, False, pid_namespace()).is_elsewhere
-    assert Holder(1, "0", "", True, False, pid_namespace() + 1).is_elsewhere
+    assert not LockHolder(1, "0", "", True).is_elsewhere
+    assert not LockHolder(1, "0", "", True, False, pid_namespace()).is_elsewhere
+    assert LockHolder(1, "0", "", True, False, pid_namespace() + 1).is_elsewhere
 
 
 #: An app that is PID 1 and never reaps: after each second it counts the zombies that it has.

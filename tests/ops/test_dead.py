@@ -80,7 +80,7 @@ def test_all_of_them_can_be_retried_and_wait_for_a_relay_where_none_runs(refused
     done = refused.run("dead", "retry", "--all")
     assert done.stdout.startswith("3 reports wait to be sent again; no relay runs")
     assert (refused.status()["waiting"], refused.status()["dead"]) == (3, 0)
-    assert refused.folder.holds_work(), "or the app's next start would not bring a relay"
+    assert refused.folder.has_work(), "or the app's next start would not bring a relay"
     refused.deliver()
     assert refused.status()["dead"] == 3
 

@@ -200,7 +200,7 @@ def test_switched_off_without_a_site_the_settings_are_shown_and_the_rest_says_wh
     for words in (["status"], ["dead", "list"], ["relay", "--once"], ["check"]):
         done = site.run(*words, **off)
         assert done.returncode == 2, words
-        assert "T23_API_URL is not set; write the site" in done.stdout + done.stderr
+        assert "T23_API_URL is not set; write the address" in done.stdout + done.stderr
 
 
 def need_root() -> None:

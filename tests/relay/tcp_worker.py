@@ -152,8 +152,8 @@ class _Server:
         self._connections.append(connection)
         return len(self._connections) - 1
 
-    def say_leaving(self) -> None:
-        self._folder.say_leaving()
+    def record_leaving(self) -> None:
+        self._folder.record_leaving()
 
     def close(self, number: int) -> None:
         self._connections[number].close()

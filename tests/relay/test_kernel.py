@@ -241,7 +241,7 @@ def test_automatic_relay_stays_for_drains(api, folder, run, worker):
     client.read(base + BODY)
     assert relay.wait() == 0
     assert reported(api) == {"viewer": (0, BODY)}
-    assert not folder.holds_work()
+    assert not folder.has_work()
     assert list(folder.journals.iterdir()) == []
 
 
@@ -388,7 +388,7 @@ def test_leaving_worker_gets_its_count_told(api, folder, run, worker):
         assert drains(folder, 2)
         took = client.took()
         before_ns = time.time_ns()
-        worker.tell("say_leaving")
+        worker.tell("record_leaving")
         api.wait_for(1, PATIENCE)
         assert reported(api) == {"viewer": (0, took - base)}
         assert until(lambda: folder.delivered.stat().st_mtime_ns > before_ns)
@@ -402,6 +402,6 @@ def test_leaving_at_once_after_a_play(api, folder, run, worker):
     run(T23_EPHEMERAL="1")
     client = worker.connect()
     base = worker.respond(client, "viewer", BODY)["base"]
-    worker.tell("say_leaving")
+    worker.tell("record_leaving")
     api.wait_for(1, PATIENCE)
     assert reported(api) == {"viewer": (0, client.took() - base)}

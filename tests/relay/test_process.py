@@ -94,7 +94,7 @@ def test_what_the_living_and_the_dead_wrote_arrives_once(api, folder):
 
 def test_an_automatic_relay_with_nothing_to_do_leaves(api, folder):
     made(api, folder).run()
-    assert not folder.holds_work()
+    assert not folder.has_work()
 
 
 def foreign_journal(folder: StateFolder, name: str = "9-later") -> Path:
@@ -108,18 +108,18 @@ def foreign_journal(folder: StateFolder, name: str = "9-later") -> Path:
 def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, folder, caplog):
     theirs = foreign_journal(folder)
     written = theirs.read_bytes()
-    assert folder.holds_work(), "nobody has looked at it yet"
+    assert folder.has_work(), "nobody has looked at it yet"
     made(api, folder).run()
-    assert not folder.holds_work()
+    assert not folder.has_work()
     made(api, folder).run()
     assert theirs.read_bytes() == written
     assert [record.getMessage() for record in caplog.records] == [
         f"{theirs.name} is of another version (format {FORMAT + 1}); it waits for that one"
     ]
     foreign_journal(folder, "9-more")
-    assert folder.holds_work()
+    assert folder.has_work()
     made(api, folder).run()
-    assert not folder.holds_work()
+    assert not folder.has_work()
     assert seen(folder).counters == {}
 
 
@@ -137,7 +137,7 @@ def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_cou
     assert (theirs.exists(), recent.exists()) == (False, True)
     assert seen(folder).counters == {"journals_given_up": 1}
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
-    assert not folder.holds_work()
+    assert not folder.has_work()
 
 
 def test_the_journal_of_another_version_that_lives_is_not_given_up(api, folder):
@@ -600,7 +600,7 @@ def test_an_automatic_relay_stays_as_long_as_a_writer_lives_and_leaves_when_none
         writer.kill()
         assert relay.wait() == 0, relay.log()
     assert list(folder.journals.iterdir()) == []
-    assert not folder.holds_work()
+    assert not folder.has_work()
 
 
 def test_a_service_stays(api, folder, run):
@@ -628,7 +628,7 @@ def test_an_automatic_relay_does_not_wait_for_an_api_that_takes_nothing_from_thi
         relay = run(of=denying, automatic=True)
         assert relay.wait() == 0, relay.log()
     assert stats(folder) == Stats(1, 1, 0, 0, 0)
-    assert folder.holds_work()
+    assert folder.has_work()
 
 
 @pytest.mark.parametrize(

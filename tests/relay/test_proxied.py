@@ -22,7 +22,7 @@ from t23_middleware.state import StateFolder
 from t23_middleware.transfer import (
     OFFLOADED,
     PROXY,
-    Line,
+    JournalLine,
     Opening,
     Part,
     Play,
@@ -74,7 +74,7 @@ def closed(opening: Opening, sent: int = FILM, after: float = 0.01) -> Transfer:
     )
 
 
-def journal(folder: StateFolder, *lines: Line, name: str = WRITER) -> Path:
+def journal(folder: StateFolder, *lines: JournalLine, name: str = WRITER) -> Path:
     path = folder.journals / f"{name}.000000.journal"
     path.write_bytes(b"".join(map(encode, (header(name), *lines))))
     return path
@@ -276,13 +276,13 @@ def test_an_automatic_relay_does_not_stay_for_what_the_proxy_may_send_for_hours(
     journal(folder, mine, closed(mine), other, closed(other, 0))
     relay(api, folder, log).run()
     assert told(api) == {}
-    assert folder.holds_work(), "so that the app's next request starts a relay"
+    assert folder.has_work(), "so that the app's next request starts a relay"
     append(log, says(1, 3_000_000, ago=0))
     log.rename(log.with_name("t23.log.1"))
     append(log, says(2, 4_000_000, ago=0))
     relay(api, folder, log).run()
     assert told(api) == {"s1": [3_000_000], "s2": [4_000_000]}
-    assert not folder.holds_work()
+    assert not folder.has_work()
     assert stats(folder) == Stats(2, 0, 2, 0, 0)
 
 

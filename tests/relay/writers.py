@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from t23_middleware.state import StateFolder, boot_id, network_namespace
-from t23_middleware.transfer import FORMAT, Line, Opening, Part, Play, Transfer, Writer, encode
+from t23_middleware.transfer import FORMAT, JournalLine, Opening, Part, Play, Transfer, Writer, encode
 
 MS = 1_000_000
 BOOT = boot_id()
@@ -42,7 +42,7 @@ class LivingWriter:
         self._process = start(_WRITER, str(folder.path), version, digest)
         self.name = self._answer()
 
-    def write(self, *lines: Line | bytes) -> None:
+    def write(self, *lines: JournalLine | bytes) -> None:
         """Write each line, and come back when the journal has it."""
         for line in lines:
             data = line if isinstance(line, bytes) else encode(line)
@@ -114,7 +114,7 @@ def transfer(number: int, at_ns: int, session: str = "s", sent: int = 100_000, *
 
 
 def journal(
-    folder: StateFolder, name: str, *lines: Line | bytes, sequence: int = 0, boot: str = BOOT
+    folder: StateFolder, name: str, *lines: JournalLine | bytes, sequence: int = 0, boot: str = BOOT
 ) -> Path:
     """A journal with its header and these lines, of a writer that is dead unless :func:`alive`."""
     folder.create()

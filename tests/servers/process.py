@@ -13,7 +13,7 @@ from typing import Any
 
 from t23_middleware.relay.drains import final_count
 from t23_middleware.relay.sock_diag import Listener, dump
-from t23_middleware.transfer import Counts, Line, Opening, Transfer, decode
+from t23_middleware.transfer import Counts, JournalLine, Opening, Transfer, decode
 
 from ..ports import free_port
 from .client import Answer, Client
@@ -109,7 +109,7 @@ class Site:
     def _lines(self) -> Iterator[Opening | Transfer]:
         return (line for line in self._decoded() if isinstance(line, Opening | Transfer))
 
-    def _decoded(self) -> Iterator[Line]:
+    def _decoded(self) -> Iterator[JournalLine]:
         for journal in (self.folder / "state" / "journals").glob("*.journal"):
             text = journal.read_bytes()
             for line in text[: text.rfind(b"\n") + 1].splitlines():
