@@ -18,7 +18,7 @@ from t23_middleware.settings import declared, variable
 from .harness import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 #: Units and configuration files that people copy.
 EXAMPLES = sorted(path for path in DOCS.rglob("*") if path.is_file() and path.suffix != ".md")
 
