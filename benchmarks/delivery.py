@@ -1,6 +1,6 @@
 """How fast one relay delivers, and what a backlog costs the request thread.
 
-Each figure stands beside its target; the exit code is 1 where one is missed, 2 where it can't be measured. The API
+Each figure is printed beside its target. The exit code is 1 if a target is missed, 2 if it can't be measured. The API
 is a process of its own that does nothing but answer.
 """
 

@@ -1,8 +1,8 @@
 """What draining connections cost the relay: real sockets whose clients do not read, and the relay's share of a core.
 
-A server's ends of so many connections are written to and closed or kept, their journal lines say that they drain, and
-a real relay looks after them. Its CPU time is what the kernel counts for its process, beside that of a relay with
-nothing to look after. Loopback only; Linux.
+The script is the server of that many connections. It writes to them, closes half of them, and writes journal lines by
+which they drain. A real relay watches them. Its CPU time is what the kernel counts for its process; a relay with nothing
+to watch is measured in the same way. Loopback only; Linux.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What following the proxy's log costs: lines a second, and an idle look, beside their budgets; 1 where one is missed.
+"""What following the proxy's log costs: lines per second, and a pass without new lines, beside their budgets.
 
-The log is as nginx writes it, the cost of its JSON included; the folder is one with a fortnight of rotated logs of
-some sites. Both figures are CPU time of this process, and the best round of several: what else the machine does
-makes rounds slower, never faster.
+The exit code is 1 if a budget is missed. The log is as nginx writes it, and parsing its JSON is included. The folder has
+a fortnight of rotated logs of some sites. Both figures are CPU time of this process in the best of several rounds: other
+work on the machine makes rounds slower, never faster.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The test suites of WSGI frameworks, from their sdists, with every app behind the middleware and without.
 
-A test that ends otherwise with the middleware is a difference, and a difference counts if it shows twice. The exit
-code is 1 where one is not explained below, 2 where a suite can't be run. Needs PyPI; with ``--cache`` only once.
+A test with another result with the middleware is a difference. A difference counts if it appears twice. The exit code is
+1 if one is not explained below, 2 if a suite can't be run. Needs PyPI; with ``--cache`` only once.
 ``wrap_every_app.py`` does the wrapping.
 """
 

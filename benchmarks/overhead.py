@@ -1,8 +1,8 @@
 """What the middleware costs an app, beside the bare app and a wrapper that does nothing, in one run.
 
-Each figure stands beside its budget; the exit code is 1 where one is missed, 2 where it can't be measured. The
-variants take turns in short rounds, so that whatever else the machine does falls on all of them. *added* is the
-median over the rounds of what a round's own pair differs by, *least* the difference of the fastest rounds.
+Each figure is printed beside its budget. The exit code is 1 if a budget is missed, 2 if it can't be measured. The
+variants take turns in short rounds, so that other work on the machine affects all of them. *added* is the median of the
+differences within each round, *least* the difference of the fastest rounds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The apps that ``overhead.py`` runs in processes of their own: by gunicorn, and here to read their memory.
+"""The apps that ``overhead.py`` runs in processes of their own: under gunicorn, and here to measure their memory.
 
-It imports no more than Flask does, so that what the middleware imports shows in the memory that it adds.
+It imports no more than Flask does, so that what the middleware imports is part of the memory that it adds.
 """
 
 from __future__ import annotations

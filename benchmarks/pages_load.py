@@ -1,9 +1,9 @@
-"""The operator's pages under load: how fast they answer with a full outbox, and what they cost those who watch video.
+"""The operator's pages under load: how fast they answer with a full outbox, and what they cost viewers of video.
 
-One run, one server command (gunicorn, gthread), two apps: the example app bare, and in the middleware with so many
-rows in the outbox and its pages open. A script asks for pages at a steady rate, by turns on and off, while a client
-plays at a steady rate. The bare app stands beside it with its own front page asked for at the same rate: how much that
-slows a play is the machine's noise. Exit code 1 where a budget is missed, 2 where it can't be measured.
+One run, one server command (gunicorn, gthread), two apps: the example app bare, and the same app in the middleware with
+many rows in the outbox and its pages open. A script requests pages at a steady rate, alternately on and off, while a
+client plays at a steady rate. The bare app's own front page is requested at the same rate: how much that slows a play is
+the machine's noise. The exit code is 1 if a budget is missed, 2 if it can't be measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the playback of a busy relay costs: memory of open viewings, transfers judged a second on one core.
+"""What the playback of a busy relay costs: memory of open viewings, and transfers per second on one core.
 
-Each of the viewings has handed over a small file's head and has one response open, as a player has that plays.
-Then transfers of those viewings end and start: plays that go on, seek, and stop. State is handed out after each
-batch, as the relay does when it takes journals in.
+Each viewing has handed over a small file's head and has one response open, as for a player that plays. Then transfers of
+those viewings end and start: plays that continue, seek, and stop. The state is stored after each batch, as the relay
+does when it reads journals.
 """
 
 from __future__ import annotations

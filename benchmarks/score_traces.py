@@ -1,11 +1,11 @@
-"""How well the relay's own machine tells plays and scrubs, over traces of real players.
+"""How well the relay's own playback distinguishes plays and scrubs, over traces of real players.
 
 A trace is one scripted viewing on one line of JSON: ``player, scenario, truth {viewings, scrubs}, requests [{t,
 t_close (seconds), method, status, content_range, length, sent, …}]``. Its GETs that were answered with 200 or 206
-are fed to a :class:`~t23_middleware.relay.playback.Playback` as the openings and transfers that the middleware
-would have written; the reports that come out until the viewing is dropped are compared with the truth: one
-``skip=0`` per viewing, one ``skip=1`` per scrub. ``--halves`` fits the rule's constants to half of the traces and
-judges them on the other, see :mod:`trace_halves`.
+are given to a :class:`~t23_middleware.relay.playback.Playback` as the openings and transfers that the middleware
+would have written. The reports until the viewing is dropped are compared with the truth: one ``skip=0`` per viewing,
+one ``skip=1`` per scrub. ``--halves`` fits the rule's constants to half of the traces and judges them on the other
+half, see :mod:`trace_halves`.
 """
 
 from __future__ import annotations

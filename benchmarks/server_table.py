@@ -1,9 +1,9 @@
-"""What each server's clients got beside what was counted, from real runs: the table of ``docs/servers.md``.
+"""What each server's clients received beside what was counted, from real runs: the table of ``docs/servers.md``.
 
-Completed transfers: counted minus received, in bytes, and the calls of sendfile(2), with us and without. Cut-off
-ones: the client takes a part, stops reading until nothing more arrives, and hangs up; counted minus what had come to
-its kernel, and in brackets minus what its program had read. A stall is the worst case: all buffers are full. The last
-column says how a cut-off response is counted.
+Completed transfers: counted minus received, in bytes, and the calls of sendfile(2), with the middleware and without.
+Transfers that are cut off: the client takes a part, stops reading until nothing more arrives, and hangs up. The number
+is counted minus what had reached its kernel, and in brackets minus what its program had read. A stall is the worst case:
+all buffers are full. The last column is how a cut-off response is counted.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """Throughput and CPU of real servers with the middleware, beside the bare app and a no-op wrapper, in one run.
 
 Per server: a whole file by ``wsgi.file_wrapper``, a generator, a Range by Flask's ``send_file``, and a jump to the
-middle of a 1 GB file. The variants take turns in each round, and a ratio is the median over the rounds of what a
-round's own pair makes. Each stands beside its target; the exit code is 1 where one is missed, 2 where it can't be
-measured. CPU is user and system time of the server's processes. Linux only; strace, where there is one, counts
-sendfile in a round of its own. The client is a socket read into one buffer of 1 MiB, so that the server is what
-limits. CPU holds on a machine that does other things too; speed does not: where the no-op wrapper is slower than
-its target, repeat the run.
+middle of a 1 GB file. The variants take turns in each round, and a ratio is the median over the rounds of the ratio
+within a round. Each is printed beside its target. The exit code is 1 if a target is missed, 2 if it can't be measured.
+CPU is user and system time of the server's processes. Linux only; strace, if it is installed, counts sendfile in a round
+of its own. The client is a socket read into one buffer of 1 MiB, so that the server is the limit. CPU figures are valid
+on a machine that does other work too; speed is not: if the no-op wrapper is slower than its target, repeat the run.
 """
 
 from __future__ import annotations

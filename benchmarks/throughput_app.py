@@ -1,4 +1,4 @@
-"""The app that ``throughput.py`` has the servers serve, and those servers that have no command of their own.
+"""The app that the servers of ``throughput.py`` serve, and those servers that have no command of their own.
 
 Bare as ``/bare/…``, in a wrapper that does nothing as ``/no-op/…``, in the middleware as ``/t23/…``.
 ``THROUGHPUT_FOLDER`` names the folder of the files.

@@ -1,9 +1,9 @@
-"""Whether the rule that tells scrubs fits players or only the traces that it was made from.
+"""Whether the rule for scrubs fits players in general, or only the traces from which it was made.
 
-The traces are split at random. On one half the rule's constants are fitted; the other half judges them, as it was
-recorded and in variations: slower and faster networks, a longer way, larger files, other counts of what was cut off.
-Only the lines of fitted constants judge what the judging half had no part in. The constants as shipped, and the conditions
-themselves, were chosen with all of the shared traces in sight: their lines say how they do, not how they would elsewhere.
+The traces are split at random. The rule's constants are fitted to one half. The other half judges them, as it was
+recorded and in variations: slower and faster networks, a longer distance, larger files, other counts of what was cut
+off. Only the lines of fitted constants are an independent judgement. The shipped constants, and the conditions
+themselves, were chosen with all of the shared traces known: their lines show how they do on these traces, not elsewhere.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Puts every WSGI app that a framework's own tests call behind the middleware.
 
 ``foreign_suites.py`` loads it into each Python process of a test run, before the tests and also in the servers that
-they start. The places where that framework, or the standard library, calls an app are patched, and each request is
-given a session and a photo, so that its response is counted whatever its type.
+they start. It patches the places where that framework, or the standard library, calls an app. Each request gets a
+session and a photo, so that its response is counted whatever its type.
 
-Where both a framework and its test client are patched, the outermost counts: the middleware sees to that itself.
+Where both a framework and its test client are patched, the outermost counts; the middleware ensures that itself.
 """
 
 from __future__ import annotations
