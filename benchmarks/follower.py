@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def furnish(log: Path, count: int) -> None:
-    """A log of *count* lines, two rotated siblings that are followed too, and neighbours."""
+    """A log of *count* lines, two rotated logs that are followed too, and other logs."""
     with log.open("wb") as file:
         for number in range(count):
             file.write(line(number))
@@ -80,12 +80,12 @@ def lines_per_s(path: Path, count: int) -> float:
 
 
 def wait_until_cached(log: Path) -> None:
-    """A folder that changed in the last second is read at every look."""
+    """A folder that changed in the last second is read in every pass; wait until it is not."""
     time.sleep(max(0.0, log.parent.stat().st_mtime + 1.1 - time.time()))
 
 
 def idle_us(path: Path, looks: int) -> float:
-    """CPU of a look that finds nothing new, in µs."""
+    """CPU of a pass that finds nothing new, in µs."""
     log = ProxyLog(path, [])
     more = True
     while more:

@@ -17,7 +17,7 @@ App = Callable[..., Iterable[bytes]]
 
 BLOCK = 1 << 16
 FILE = "video.mp4"
-#: Longer than any Range asked of it, so that a server that reads what it does not send shows.
+#: Longer than any requested Range, so that it shows if a server reads more than it sends.
 LONG_FILE = "film.mp4"
 
 
@@ -78,9 +78,9 @@ class NoOp:
 
 
 def create() -> App:
-    """All variants in one process: which is asked for is the first part of the path.
+    """All variants in one process: the first part of the path names the variant.
 
-    Two processes that run the very same code differ by more than what is measured here.
+    Two processes that run the same code differ by more than what is measured here.
     """
     from t23_middleware import T23Middleware
 
