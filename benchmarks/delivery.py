@@ -1,6 +1,6 @@
 """How fast one relay delivers, and what a backlog costs the request thread.
 
-Each figure stands beside its target; the exit code is 1 where one is missed, 2 where it can't be measured. The API
+Each figure is printed beside its target. The exit code is 1 if a target is missed, 2 if it can't be measured. The API
 is a process of its own that does nothing but answer.
 """
 
@@ -43,7 +43,7 @@ from t23_middleware.transfer import FORMAT, Opening, Part, Play, Transfer, Write
 
 #: Reports per second of one relay, for each time in seconds in which the API answers.
 TARGETS = {0.0: 1500, 0.02: 300}
-#: How many are delivered for a figure.
+#: Reports that are delivered for one figure.
 REPORTS = {0.0: 30_000, 0.02: 6_000}
 #: Reports that wait, and how much slower they may make a tracked request's median.
 WAITING = 100_000
@@ -100,7 +100,7 @@ SAID = '{"status":"ok","permission_level":"anonymous","message":"The play was re
 
 
 class Answering(asyncio.Protocol):
-    """Answers each request after so many seconds; a GET asks how many there were, and when."""
+    """Answers each request after a fixed number of seconds; a GET returns how many there were, and when."""
 
     seconds = 0.0
     count, first, last = 0, 0.0, 0.0
@@ -165,7 +165,7 @@ def ended(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
 
 @contextmanager
 def relay(folder: StateFolder, url: str) -> Iterator[None]:
-    """One relay, once it works."""
+    """One relay, from the moment at which it works."""
     command = [sys.executable, "-m", "t23_middleware", "relay"]
     words = folder.path / "words"
     with words.open("wb") as log:
@@ -189,7 +189,7 @@ def wait_for(true: Callable[[], bool], why: str, seconds: float = 120) -> None:
 
 
 def speed(folder: Path) -> Iterator[Figure]:
-    """What dead writers left, from the first report at the API to the last, taking it in included."""
+    """The journals of dead writers, from the first report at the API to the last, reading them included."""
     for seconds, target in TARGETS.items():
         state, count = StateFolder(folder / str(seconds)), REPORTS[seconds]
         leave(state, count)
@@ -220,7 +220,7 @@ def leave(state: StateFolder, count: int) -> None:
 
 
 def backlog(folder: Path) -> Iterator[Figure]:
-    """A tracked request, paced as in a worker, beside a relay whose API is down: nothing waits, or much."""
+    """A tracked request, paced as in a worker, beside a relay whose API is down: without and with a backlog."""
     down = "http://127.0.0.1:9"
     medians: dict[int, list[float]] = {0: [], WAITING: []}
     for turn in range(TURNS):

@@ -1,8 +1,8 @@
 """What draining connections cost the relay: real sockets whose clients do not read, and the relay's share of a core.
 
-A server's ends of so many connections are written to and closed or kept, their journal lines say that they drain, and
-a real relay looks after them. Its CPU time is what the kernel counts for its process, beside that of a relay with
-nothing to look after. Loopback only; Linux.
+The script is the server of that many connections. It writes to them, closes half of them, and writes journal lines by
+which they drain. A real relay watches them. Its CPU time is what the kernel counts for its process; a relay with nothing
+to watch is measured in the same way. Loopback only; Linux.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BODY = 60_000
 SO_COOKIE = 57
 #: Percent of a core, for 1,000 connections.
 BUDGET = 10.0
-#: Nobody listens there: nothing is reported while all of it drains.
+#: Nothing listens there, so nothing is reported while everything drains.
 API = "http://127.0.0.1:9"
 
 
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def measure(connections: int, seconds: float) -> dict[str, float]:
-    """The figures for so many *connections*."""
+    """The figures for that number of *connections*."""
     with tempfile.TemporaryDirectory() as state, closing(socket.create_server(("127.0.0.1", 0))) as listening:
         folder = StateFolder(Path(state) / "t23")
         writer = JournalWriter(folder, "0", "0")
@@ -112,7 +112,7 @@ def drain(
 
 
 def draining(folder: StateFolder) -> int:
-    """How many responses drain, as the relay says it."""
+    """How many responses drain, as the relay notes it."""
     try:
         with OutboxView(folder.outbox) as view:
             return int(view.snapshot().notes.get("draining", "0"))
@@ -121,7 +121,7 @@ def draining(folder: StateFolder) -> int:
 
 
 def wait_for(folder: StateFolder, connections: int) -> None:
-    """Until the relay looks after so many; RuntimeError where it never does."""
+    """Wait until that many responses drain in the relay. Raises RuntimeError if it takes too long."""
     deadline = time.monotonic() + 60
     while draining(folder) != connections:
         if time.monotonic() > deadline:

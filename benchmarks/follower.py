@@ -1,8 +1,8 @@
-"""What following the proxy's log costs: lines a second, and an idle look, beside their budgets; 1 where one is missed.
+"""What following the proxy's log costs: lines per second, and a pass without new lines, beside their budgets.
 
-The log is as nginx writes it, the cost of its JSON included; the folder is one with a fortnight of rotated logs of
-some sites. Both figures are CPU time of this process, and the best round of several: what else the machine does
-makes rounds slower, never faster.
+The exit code is 1 if a budget is missed. The log is as nginx writes it, and parsing its JSON is included. The folder has
+a fortnight of rotated logs of some sites. Both figures are CPU time of this process in the best of several rounds: other
+work on the machine makes rounds slower, never faster.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def furnish(log: Path, count: int) -> None:
-    """A log of *count* lines, two rotated siblings that are followed too, and neighbours."""
+    """A log of *count* lines, two rotated logs that are followed too, and other logs."""
     with log.open("wb") as file:
         for number in range(count):
             file.write(line(number))
@@ -80,12 +80,12 @@ def lines_per_s(path: Path, count: int) -> float:
 
 
 def wait_until_cached(log: Path) -> None:
-    """A folder that changed in the last second is read at every look."""
+    """A folder that changed in the last second is read in every pass; wait until it is not."""
     time.sleep(max(0.0, log.parent.stat().st_mtime + 1.1 - time.time()))
 
 
 def idle_us(path: Path, looks: int) -> float:
-    """CPU of a look that finds nothing new, in µs."""
+    """CPU of a pass that finds nothing new, in µs."""
     log = ProxyLog(path, [])
     more = True
     while more:

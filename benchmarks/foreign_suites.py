@@ -1,7 +1,7 @@
 """The test suites of WSGI frameworks, from their sdists, with every app behind the middleware and without.
 
-A test that ends otherwise with the middleware is a difference, and a difference counts if it shows twice. The exit
-code is 1 where one is not explained below, 2 where a suite can't be run. Needs PyPI; with ``--cache`` only once.
+A test with another result with the middleware is a difference. A difference counts if it appears twice. The exit code is
+1 if one is not explained below, 2 if a suite can't be run. Needs PyPI; with ``--cache`` only once.
 ``wrap_every_app.py`` does the wrapping.
 """
 
@@ -28,14 +28,14 @@ sys.path.insert(0, str(HERE.parent))
 import t23_middleware  # noqa: E402
 from t23_middleware.transfer import NotALine, Opening, decode  # noqa: E402
 
-#: Of newer ones Flask's and Falcon's tests break, bare or not.
+#: With newer ones Flask's and Falcon's tests fail, bare or not.
 PYTEST = "pytest==9.0.2"
 #: What the middleware itself needs.
 OURS = ("werkzeug", "itsdangerous")
 #: Seconds that one run of a suite may take.
 PATIENCE = 1200
 
-#: Test id -> what it said; the worse of two outcomes under one id.
+#: Test id -> its result; the worse of two under one id.
 Outcomes = dict[str, str]
 WORST = ("failed", "passed", "skipped")
 
@@ -54,7 +54,7 @@ class Suite(NamedTuple):
     arguments: tuple[str, ...] = ("tests",)
     environ: Mapping[str, str] = {}
     extras: str = ""
-    #: Tests that end otherwise with the middleware, and why that must be so.
+    #: Tests with another result with the middleware, and why that must be so.
     explained: Mapping[str, str] = {}
 
 
@@ -145,7 +145,7 @@ def verdict(name: str, folder: Path) -> bool:
 
 
 def differences(bare: Outcomes, wrapped: Outcomes) -> dict[str, tuple[str, str]]:
-    """The tests that end otherwise, and how."""
+    """The tests with another result, and both results."""
     ends = ((test, bare.get(test, "absent"), wrapped.get(test, "absent")) for test in {**bare, **wrapped})
     return {test: (before, after) for test, before, after in ends if before != after}
 
@@ -184,7 +184,7 @@ class Place(NamedTuple):
         return str(self.folder / "venv" / "bin" / "python")
 
     def run(self, suite: Suite, *, wrap: bool) -> Outcomes:
-        """How each test of *suite* ends."""
+        """The result of each test of *suite*."""
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
         variables = clean_environ() | dict(suite.environ)
@@ -246,9 +246,9 @@ class Place(NamedTuple):
         self._command(*pip, *OURS)
 
     def _inject(self) -> None:
-        """Let each Python of the environment load the wrapping, a server that a test starts as well.
+        """Let each Python of the environment load the wrapping, also servers that a test starts.
 
-        A copy, for Werkzeug's reloader restarts on every file that changes.
+        A copy, because Werkzeug's reloader restarts on every file that changes.
         """
         place = self.folder / "injected"
         shutil.rmtree(place, ignore_errors=True)
@@ -271,19 +271,19 @@ class Place(NamedTuple):
 
 
 def tag(suite: Suite) -> str:
-    """What tells environments apart that were made for other requirements or another Python."""
+    """A name that differs for other requirements or another Python."""
     words = "|".join((*suite.requirements, PYTEST, suite.extras, sys.version))
     return hashlib.sha256(words.encode()).hexdigest()[:8]
 
 
 def clean_environ() -> dict[str, str]:
-    """The environment without what would change how the suites run."""
+    """The environment without variables that change how the suites run."""
     foreign = ("T23_", "PYTEST_", "PYTHON", "FLASK_", "WRAP_EVERY_APP_")
     return {name: text for name, text in os.environ.items() if not name.startswith(foreign)}
 
 
 def ended(process: subprocess.Popen[bytes]) -> int:
-    """The exit code of *process*; it and what it started are ended if it takes too long."""
+    """The exit code of *process*; if it takes too long, it and its children are ended."""
     try:
         return process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
@@ -301,7 +301,7 @@ def last_lines(path: Path) -> str:
 
 
 def outcomes_in(report: Path) -> Outcomes:
-    """What pytest's JUnit report says of each test."""
+    """The result of each test in pytest's JUnit report."""
     found: Outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         test = f"{case.get('classname')}::{case.get('name')}"

@@ -1,8 +1,8 @@
 """What the middleware costs an app, beside the bare app and a wrapper that does nothing, in one run.
 
-Each figure stands beside its budget; the exit code is 1 where one is missed, 2 where it can't be measured. The
-variants take turns in short rounds, so that whatever else the machine does falls on all of them. *added* is the
-median over the rounds of what a round's own pair differs by, *least* the difference of the fastest rounds.
+Each figure is printed beside its budget. The exit code is 1 if a budget is missed, 2 if it can't be measured. The
+variants take turns in short rounds, so that other work on the machine affects all of them. *added* is the median of the
+differences within each round, *least* the difference of the fastest rounds.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ PACED_WRITES = 8.0
 #: With progress lines; 35 without.
 CHUNK_NS = 40.0
 MEMORY_MB = 6.0
-#: "Nothing as it runs": what a few pages more of the allocator's own may differ by.
+#: "No growth": the allocator's own memory may still differ by a few pages.
 GROWTH_MB = 0.5
 EXIT_S = 0.1
 
-#: A 64 KiB chunk, as file servers hand them out.
+#: A chunk of 64 KiB, as file servers make them.
 CHUNK = bytes(1 << 16)
 #: A block as werkzeug and gunicorn read them.
 BLOCK = bytes(1 << 13)
@@ -59,7 +59,7 @@ SESSION = "session_id=3f1f9d0c-5bd2-4b8e-9d8a-0d8f3b0f7a11&photo_id=4711"
 
 
 class Cannot(Exception):
-    """A figure that can't be had here; the argument says why and what to do."""
+    """A figure that can't be measured here; the argument is the reason and the remedy."""
 
 
 class Size(NamedTuple):
@@ -76,7 +76,7 @@ class Size(NamedTuple):
     processes: int
     #: Requests over which memory must not grow.
     growth: int
-    #: Servers of each variant that are told to stop.
+    #: Servers of each variant that are stopped.
     exits: int
 
 
@@ -95,9 +95,9 @@ class Figure(NamedTuple):
     t23: float
     added: float
     least: float
-    #: ``None`` for a figure that is shown beside another and has none of its own.
+    #: ``None`` for a figure that is shown only for comparison.
     budget: float | None
-    #: How the budget came to be, where it depends on this run.
+    #: How the budget was computed, where it depends on this run.
     note: str = ""
 
     @property
@@ -150,7 +150,7 @@ def machine(folder: Path) -> dict[str, str]:
 
 
 def filesystem(folder: Path) -> str:
-    """Type of the file system that *folder* lies on, ``?`` where Linux does not say."""
+    """Type of the file system of *folder*, ``?`` if it is not known."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
@@ -242,7 +242,7 @@ def generated(environ: dict[str, Any]) -> Iterator[bytes]:
 
 
 def many_chunks(chunk: bytes) -> Callable[[dict[str, Any]], Iterator[bytes]]:
-    """Makes a body that hands out *chunk* again and again."""
+    """Makes a body that yields *chunk* many times."""
 
     def body(environ: dict[str, Any]) -> Iterator[bytes]:
         for _ in range(CHUNKS):
@@ -300,7 +300,7 @@ def request_environ(query: str, cookie: str) -> dict[str, Any]:
 
 
 def settings(folder: Path) -> Settings:
-    """Settings that start no relay, whatever the environment says."""
+    """Settings that start no relay, whatever is in the environment."""
     return Settings(environ={}, api_url="http://127.0.0.1:9", state_dir=str(folder), relay="off")
 
 
@@ -311,7 +311,7 @@ def requester(app: App, environ: dict[str, Any]) -> Call:
         return write
 
     def write(data: bytes) -> None:
-        """Nothing here calls it."""
+        """PEP 3333's ``write()``; not called here."""
 
     def request() -> None:
         body = app(dict(environ), start_response)
@@ -341,7 +341,7 @@ def timed(call: Call) -> int:
 
 
 def in_rounds(calls: list[Call], rounds: int, repeat: int) -> list[list[float]]:
-    """The median of *repeat* calls in each round, in ns, for each of *calls*; who begins changes by the round."""
+    """The median of *repeat* calls in each round, in ns, for each of *calls*; another one starts each round."""
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         for _ in range(repeat):
@@ -365,7 +365,7 @@ def figure(name: str, unit: str, times: list[list[float]], per: float, budget: f
 
 
 def untracked(size: Size, folder: Path) -> Iterator[Figure]:
-    """Requests that are no play."""
+    """Requests that are not plays."""
     page = answering("text/html; charset=utf-8", lambda environ: [b"<!doctype html>"], 15)
     video = answering("video/mp4", one_chunk, len(CHUNK))
     cookie = "_ga=GA1.2.1234.5678; csrftoken=e2f6a01c5e1; session_id=3f1f9d0c-5bd2-4b8e"
@@ -382,7 +382,7 @@ def untracked(size: Size, folder: Path) -> Iterator[Figure]:
 
 
 def after_a_play(size: Size, folder: Path) -> Figure:
-    """A page in a process that has recorded a play, which may look after it at each later request."""
+    """A page in a process that has recorded a play, and so may check for a relay at each request."""
 
     def site(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         return (video if environ["QUERY_STRING"] else page)(environ, start_response)
@@ -408,9 +408,9 @@ def tracked(size: Size, folder: Path) -> Iterator[Figure]:
 
 
 def paced(size: Size, folder: Path) -> Iterator[Figure]:
-    """Plays with a pause before each, as in a real worker: the hand-over beside a ready-made write of its bytes.
+    """Plays with a pause before each, as in a real worker: writing both lines, beside one write of the same bytes.
 
-    The budget is the hand-over's, both journal lines with their encoding and clocks; what else a tracked request
+    The budget is for both journal lines with their encoding and clocks. What else a tracked request
     costs with cold caches (mostly Python finding its own code again) is shown beside it.
     """
     app = answering("video/mp4", one_chunk, len(CHUNK))
@@ -428,7 +428,7 @@ def paced(size: Size, folder: Path) -> Iterator[Figure]:
     lines = figure("both lines, paced", "µs", [nothing, nothing, every[4]], 1e3, PACED_WRITES * prepared)
     whole = figure("tracked request, paced", "µs", every[:3], 1e3, None)
     for found in (lines._replace(note=note), whole):
-        # Single calls make no pairs: the budget is one of p50.
+        # Single calls have no pairs, so the budget applies to p50.
         yield found._replace(added=found.t23 - found.bare)
 
 
@@ -443,7 +443,7 @@ def handing_over(folder: Path) -> Call:
 def paused(calls: list[Call], repeat: int) -> list[list[float]]:
     """Nanoseconds of each call, each after 2.5 to 7.5 ms of sleep.
 
-    In a new order each time: what comes right after another finds the code warm that both use.
+    In a new order each time, because a call finds the code that it shares with the call before it in the cache.
     """
     chance = random.Random(23)
     times: list[list[float]] = [[] for _ in calls]
@@ -455,10 +455,10 @@ def paused(calls: list[Call], repeat: int) -> list[list[float]]:
 
 
 def chunks(size: Size, folder: Path) -> Iterator[Figure]:
-    """A long body; the request around it, and its progress lines (one each 8 MiB), are spread over its chunks.
+    """A long body; the cost of its request and its progress lines (one each 8 MiB) is spread over its chunks.
 
-    The budget is for chunks of 8 KiB, as werkzeug and gunicorn hand them out; in larger ones there is more of a
-    progress line in each.
+    The budget is for chunks of 8 KiB, as werkzeug and gunicorn make them; larger ones have a larger share of a
+    progress line.
     """
     for chunk, name, budget in ((BLOCK, "8 KiB", CHUNK_NS), (CHUNK, "64 KiB", None)):
         own = folder / name
@@ -474,7 +474,7 @@ def memory(size: Size, folder: Path) -> Iterator[Figure]:
     _need("flask")
     names = ("memory: Flask process, app made", "memory: after 300 tracked requests")
     read: dict[str, list[list[float]]] = {"bare": [], "t23": []}
-    # The first process compiles, and is not read.
+    # The first process compiles, and is not measured.
     memory_of("t23", environment(folder / "first", "http://127.0.0.1:9") | {"T23_RELAY": "off"}, 1)
     with Hanging() as api:
         for number in range(size.processes):
@@ -490,7 +490,7 @@ def memory(size: Size, folder: Path) -> Iterator[Figure]:
 
 
 def growth(size: Size, folder: Path) -> Figure:
-    """What a process grows by, once it is warm."""
+    """How much a process grows after it has warmed up."""
     grown: dict[str, list[float]] = {"bare": [], "t23": []}
     for number in range(max(size.processes // 3, 1)):
         for kind, found in grown.items():
@@ -504,7 +504,7 @@ def growth(size: Size, folder: Path) -> Figure:
 
 
 def plain(name: str, unit: str, bare: list[float], t23: list[float], budget: float) -> Figure:
-    """A figure of processes, which no wrapper that does nothing stands beside."""
+    """A figure of processes, without a no-op wrapper beside it."""
     added = median(t23) - median(bare)
     return Figure(name, unit, median(bare), None, median(t23), added, min(t23) - min(bare), budget)
 
@@ -518,7 +518,7 @@ def memory_of(kind: str, variables: dict[str, str], *requests: int) -> list[floa
 
 
 def worker_exit(size: Size, folder: Path) -> Iterator[Figure]:
-    """A server of one process, from its own signal for a clean end right after a play to that end; the API hangs."""
+    """A server of one process, from the signal for a clean end, right after a play, to its end; the API hangs."""
     for name, server in SERVERS.items():
         _need("flask")
         _need(server.module)
@@ -531,7 +531,7 @@ def worker_exit(size: Size, folder: Path) -> Iterator[Figure]:
 
 
 class Server(NamedTuple):
-    """How a server is started and told to end; DOOR stands for its socket, KIND for the app."""
+    """How a server is started and stopped; DOOR stands for its socket, KIND for the app."""
 
     module: str
     arguments: str
@@ -544,7 +544,7 @@ SERVERS = {
         "-k gthread -w 1 --threads 4 -b unix:DOOR --log-level error overhead_apps:KIND()",
         signal.SIGTERM,
     ),
-    # waitress knows no SIGTERM: it would die of it, and nothing of ours could hold that up.
+    # waitress does not handle SIGTERM: it would be killed by it, and no exit handler would run.
     "waitress": Server("waitress", "--unix-socket=DOOR --call overhead_apps:KIND", signal.SIGINT),
 }
 
@@ -604,7 +604,7 @@ class Hanging:
         return self
 
     def wait(self, seconds: float) -> None:
-        """Take the next connection. Raises :class:`Cannot` where none comes."""
+        """Accept the next connection. Raises :class:`Cannot` if none comes."""
         if not select.select([self._listener], [], [], seconds)[0]:
             raise Cannot("the relay did not come to the API; see what 't23-middleware relay' says")
         self._taken.append(self._listener.accept()[0])
@@ -615,14 +615,14 @@ class Hanging:
 
 
 def environment(state: Path, api_url: str) -> dict[str, str]:
-    """The environment of a process under test: nobody's settings but ours."""
+    """The environment of a process under test, with these settings only."""
     ours = {
         "T23_API_URL": api_url,
         "T23_STATE_DIR": str(state),
         "T23_EXIT_SECONDS": "0.1",
         # Memory must not depend on the order of hashes.
         "PYTHONHASHSEED": "0",
-        # As installed, with its bytecode: compiling it at each start would take memory of its own.
+        # As installed, with bytecode: compiling at each start would use memory.
         "PYTHONPYCACHEPREFIX": str(state.parent / "bytecode"),
         "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE))),
     }
@@ -642,7 +642,7 @@ def end_relay(state: Path) -> None:
 
 
 def _soon(find: Callable[[], Any], seconds: float) -> Any:
-    """What *find* finds within *seconds*, else ``None``."""
+    """The result of *find* within *seconds*, else ``None``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = find()
@@ -677,7 +677,7 @@ def lines_in(folder: Path) -> list[bytes]:
 
 
 def _expect_lines(folder: Path, least: int) -> None:
-    """A figure of plays that were not recorded would be worth nothing."""
+    """Raise :class:`Cannot` unless the plays were recorded: the figure would be wrong."""
     found = len(lines_in(folder))
     if found < least:
         raise Cannot(f"{found} journal lines instead of {least}: not every play was recorded")

@@ -1,6 +1,6 @@
-"""The apps that ``overhead.py`` runs in processes of their own: by gunicorn, and here to read their memory.
+"""The apps that ``overhead.py`` runs in processes of their own: under gunicorn, and here to measure their memory.
 
-It imports no more than Flask does, so that what the middleware imports shows in the memory that it adds.
+It imports no more than Flask does, so that what the middleware imports is part of the memory that it adds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def video() -> flask.Response:
 
 
 def environ() -> dict[str, Any]:
-    """What a server hands to the app for one request of the video."""
+    """The environ of one request of the video."""
     return {
         "REQUEST_METHOD": "GET",
         "SCRIPT_NAME": "",
@@ -85,7 +85,7 @@ def resident_mb() -> float:
 
 
 def main(kind: str, *milestones: str) -> None:
-    """Print the memory once the app is made and after each number of requests, in MB, as a JSON array."""
+    """Print the memory after making the app and after each number of requests, in MB, as a JSON array."""
     app = create(kind)
     read = [resident_mb()]
     for requests in milestones:

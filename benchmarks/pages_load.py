@@ -1,9 +1,9 @@
-"""The operator's pages under load: how fast they answer with a full outbox, and what they cost those who watch video.
+"""The operator's pages under load: how fast they answer with a full outbox, and what they cost viewers of video.
 
-One run, one server command (gunicorn, gthread), two apps: the example app bare, and in the middleware with so many
-rows in the outbox and its pages open. A script asks for pages at a steady rate, by turns on and off, while a client
-plays at a steady rate. The bare app stands beside it with its own front page asked for at the same rate: how much that
-slows a play is the machine's noise. Exit code 1 where a budget is missed, 2 where it can't be measured.
+One run, one server command (gunicorn, gthread), two apps: the example app bare, and the same app in the middleware with
+many rows in the outbox and its pages open. A script requests pages at a steady rate, alternately on and off, while a
+client plays at a steady rate. The bare app's own front page is requested at the same rate: how much that slows a play is
+the machine's noise. The exit code is 1 if a budget is missed, 2 if it can't be measured.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAGES = ("/_t23/", "/_t23/status.json", "/_t23/metrics")
 MEDIA = "/4959050/7190971/e6c1b0a94f1d4c3b8f7a2d5e90b7c318/video_medium/a-clip-to-play-video.mp4"
 #: Seconds that a page may take with a million reports.
 BUDGET = 0.2
-#: What the pages may slow a play beyond what the bare app's own front page does, as a ratio of medians.
+#: How much more the pages may slow a play than the bare app's own front page does, as a ratio of medians.
 NOISE = 1.1
 #: Seconds between two plays, and of each turn with or without pages.
 PLAY_EVERY, TURN = 0.02, 4.0
@@ -46,7 +46,7 @@ BATCH = 20_000
 
 
 def fill(folder: StateFolder, rows: int) -> None:
-    """Put *rows* reports of the last day into the outbox, as a relay that an API keeps waiting would have."""
+    """Put *rows* reports of the last day into the outbox, as if the API were down."""
     folder.create()
     outbox = SQLiteOutbox(folder.outbox)
     now_ms = time.time_ns() // 1_000_000
@@ -70,7 +70,7 @@ def fill(folder: StateFolder, rows: int) -> None:
 
 @contextmanager
 def serving(state: Path, port: int, workers: int, *, bare: bool) -> Iterator[None]:
-    """The example app under gunicorn, once it answers."""
+    """The example app under gunicorn, from the moment at which it answers."""
     app = "examples.flask_app:app" if bare else "t23_middleware.wsgi:application"
     environ = os.environ | {
         "T23_APP": "examples.flask_app:app",
@@ -132,7 +132,7 @@ def page(port: int, path: str) -> float:
 
 
 class Asking(threading.Thread):
-    """Asks for the pages at a steady rate while it is on; :attr:`took` holds the seconds of each."""
+    """Requests the pages at a steady rate while it is on; :attr:`took` has the seconds of each."""
 
     def __init__(self, port: int, paths: tuple[str, ...], rate: float) -> None:
         super().__init__(daemon=True)
@@ -152,7 +152,7 @@ class Asking(threading.Thread):
 
 
 def plays(port: int, seconds: float) -> list[float]:
-    """Seconds of each play of 100 kB, asked for at a steady rate by one client."""
+    """Seconds of each play of 100 kB, requested at a steady rate by one client."""
     found, due = [], time.monotonic()
     end = due + seconds
     while time.monotonic() < end:
@@ -164,7 +164,7 @@ def plays(port: int, seconds: float) -> list[float]:
 
 
 def quiet_and_loaded(ports: dict[str, int], turns: int, rate: float) -> dict[str, object]:
-    """For each app: plays without and with the pages asked for, the turns of both apps side by side in time."""
+    """For each app: plays without and with requests for pages; the turns of both apps alternate."""
     askers = {"bare": Asking(ports["bare"], ("/",), rate), "t23": Asking(ports["t23"], PAGES, rate)}
     found: dict[str, dict[str, list[float]]] = {name: {"quiet": [], "loaded": []} for name in askers}
     for asker in askers.values():

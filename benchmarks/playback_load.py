@@ -1,8 +1,8 @@
-"""What the playback of a busy relay costs: memory of open viewings, transfers judged a second on one core.
+"""What the playback of a busy relay costs: memory of open viewings, and transfers per second on one core.
 
-Each of the viewings has handed over a small file's head and has one response open, as a player has that plays.
-Then transfers of those viewings end and start: plays that go on, seek, and stop. State is handed out after each
-batch, as the relay does when it takes journals in.
+Each viewing has handed over a small file's head and has one response open, as for a player that plays. Then transfers of
+those viewings end and start: plays that continue, seek, and stop. The state is stored after each batch, as the relay
+does when it reads journals.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from t23_middleware.transfer import Opening, Part, Play, Transfer, decode, encod
 TOTAL = 200_000_000
 Lines = TypeVar("Lines", bound=tuple[Opening | Transfer, ...])
 
-#: Transfers that the relay takes in at a time.
+#: Transfers that the relay reads at a time.
 BATCH = 200
 
 
@@ -75,7 +75,7 @@ def measure(per: str, viewings: int, transfers: int) -> dict[str, float | str]:
 
 
 def feed(playback: Playback, step: tuple[Opening | Transfer, ...]) -> int:
-    """Give the machine the lines of *step*; how many reports came."""
+    """Give the playback the lines of *step*; the number of reports."""
     reports = 0
     for line in step:
         told = playback.opened("w", line) if isinstance(line, Opening) else playback.closed("w", line)
@@ -84,12 +84,12 @@ def feed(playback: Playback, step: tuple[Opening | Transfer, ...]) -> int:
 
 
 def through_the_journal(lines: Lines) -> Lines:
-    """The lines as a relay has them: with strings of their own."""
+    """The lines as a relay reads them: each with its own strings."""
     return tuple(decode(encode(line)[:-1]) for line in lines)  # type: ignore[misc,return-value]
 
 
 def play_of(viewing: int) -> Play:
-    """Who plays, with a session id of the usual length."""
+    """A play with a session id of the usual length."""
     return Play(f"{viewing:032x}", str(10_000_000 + viewing % 500), "", None, "html5", "1.0", "1920x1080")
 
 
@@ -108,7 +108,7 @@ def opening(number: int, viewing: int, started_ns: int, first: int) -> Opening:
 
 
 def steps(viewings: int, transfers: int) -> Iterator[tuple[Transfer, Opening]]:
-    """For viewings in no order: the open response is cut off, and one from another place starts."""
+    """For viewings in random order: the open response is cut off, and one from another place starts."""
     dice = random.Random(5)
     latest: dict[int, Opening] = {}
     now_ns = 10**12 + 10 * 10**9

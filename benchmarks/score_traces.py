@@ -1,11 +1,11 @@
-"""How well the relay's own machine tells plays and scrubs, over traces of real players.
+"""How well the relay's own playback distinguishes plays and scrubs, over traces of real players.
 
 A trace is one scripted viewing on one line of JSON: ``player, scenario, truth {viewings, scrubs}, requests [{t,
 t_close (seconds), method, status, content_range, length, sent, …}]``. Its GETs that were answered with 200 or 206
-are fed to a :class:`~t23_middleware.relay.playback.Playback` as the openings and transfers that the middleware
-would have written; the reports that come out until the viewing is dropped are compared with the truth: one
-``skip=0`` per viewing, one ``skip=1`` per scrub. ``--halves`` fits the rule's constants to half of the traces and
-judges them on the other, see :mod:`trace_halves`.
+are given to a :class:`~t23_middleware.relay.playback.Playback` as the openings and transfers that the middleware
+would have written. The reports until the viewing is dropped are compared with the truth: one ``skip=0`` per viewing,
+one ``skip=1`` per scrub. ``--halves`` fits the rule's constants to half of the traces and judges them on the other
+half, see :mod:`trace_halves`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from t23_middleware.transfer import Opening, Play, Transfer  # noqa: E402
 
 #: The second at which a trace begins, on the machine's time axis; any will do.
 BEGIN_S = 1000.0
-#: Seconds between two looks of the relay, and until it has dropped every viewing.
+#: Seconds between two polls of the relay, and until it has dropped every viewing.
 LOOK_S = 0.2
 DROPPED_S = 7200.0
 
@@ -96,7 +96,7 @@ def _checked(trace: Any, where: str) -> Trace:
 
 
 def score_all(traces: Iterable[Trace], per: str, by: str) -> dict[str, Counter[str]]:
-    """The scores by the traces' *by*, and of all under ``""``."""
+    """The scores for each value of *by*, and for all traces under ``""``."""
     scores: dict[str, Counter[str]] = {"": empty_score()}
     for trace in traces:
         score = score_one(trace, per)
@@ -105,7 +105,7 @@ def score_all(traces: Iterable[Trace], per: str, by: str) -> dict[str, Counter[s
     return scores
 
 
-#: What is added up, in the order in which it is printed.
+#: The columns that are added up, in the order in which they are printed.
 COLUMNS = {
     "traces": "traces",
     "plays_right": "plays right",
@@ -173,7 +173,7 @@ def _transfer(number: int, request: dict[str, Any], play: Play) -> Transfer:
 
 
 def replay(facts: Iterable[Opening | Transfer], per: str) -> list[Report]:
-    """What the relay would report of *facts*, from the first to long after the last."""
+    """The relay's reports of *facts*, from the first to long after the last."""
     playback = Playback(per=per)
     now = BEGIN_S
     reports = []

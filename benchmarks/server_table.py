@@ -1,9 +1,9 @@
-"""What each server's clients got beside what was counted, from real runs: the table of ``docs/servers.md``.
+"""What each server's clients received beside what was counted, from real runs: the table of ``docs/servers.md``.
 
-Completed transfers: counted minus received, in bytes, and the calls of sendfile(2), with us and without. Cut-off
-ones: the client takes a part, stops reading until nothing more arrives, and hangs up; counted minus what had come to
-its kernel, and in brackets minus what its program had read. A stall is the worst case: all buffers are full. The last
-column says how a cut-off response is counted.
+Completed transfers: counted minus received, in bytes, and the calls of sendfile(2), with the middleware and without.
+Transfers that are cut off: the client takes a part, stops reading until nothing more arrives, and hangs up. The number
+is counted minus what had reached its kernel, and in brackets minus what its program had read. A stall is the worst case:
+all buffers are full. The last column is how a cut-off response is counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.servers.setups import SETUPS, missing  # noqa: E402
 PAGE = ROOT / "docs" / "servers.md"
 BEGIN, END = "<!-- table: benchmarks/server_table.py --write -->", "<!-- /table -->"
 FILM = "long.mp4"
-#: What the client of a cut-off transfer takes before it stops, in bytes.
+#: Bytes that the client of a cut-off transfer reads before it stops.
 TASTE = 10 << 20
 
 COMPLETED = {
@@ -125,7 +125,7 @@ def _has(site: Site, way: str) -> bool:
 
 
 class Calls:
-    """Counts a server's calls of sendfile(2) by strace; where there is none, nothing is said of them."""
+    """Counts a server's calls of sendfile(2) by strace; without strace the table has no such figure."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -169,7 +169,7 @@ def _fetch(site: Site, calls: Calls, way: str, asked: str, session: str, **heade
 
 
 def cut_off(site: Site, way: str, size: int) -> str:
-    """Counted minus what came to the client's kernel, and to its program."""
+    """Counted minus what reached the client's kernel, and its program."""
     session = site.session()
     with site.client() as client:
         client.request("GET", play(f"/{way}/{FILM}", session))
@@ -209,7 +209,7 @@ def with_rows(page: str, rows: dict[str, str]) -> str:
 
 
 def measured() -> str:
-    """On what the table was measured."""
+    """The versions and the machine of the measurement."""
     wanted = PACKAGES.split()
     versions = ", ".join(f"{name} {version}" for name in wanted if (version := _version(name)))
     largest = Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2]

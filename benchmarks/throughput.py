@@ -1,12 +1,11 @@
 """Throughput and CPU of real servers with the middleware, beside the bare app and a no-op wrapper, in one run.
 
 Per server: a whole file by ``wsgi.file_wrapper``, a generator, a Range by Flask's ``send_file``, and a jump to the
-middle of a 1 GB file. The variants take turns in each round, and a ratio is the median over the rounds of what a
-round's own pair makes. Each stands beside its target; the exit code is 1 where one is missed, 2 where it can't be
-measured. CPU is user and system time of the server's processes. Linux only; strace, where there is one, counts
-sendfile in a round of its own. The client is a socket read into one buffer of 1 MiB, so that the server is what
-limits. CPU holds on a machine that does other things too; speed does not: where the no-op wrapper is slower than
-its target, repeat the run.
+middle of a 1 GB file. The variants take turns in each round, and a ratio is the median over the rounds of the ratio
+within a round. Each is printed beside its target. The exit code is 1 if a target is missed, 2 if it can't be measured.
+CPU is user and system time of the server's processes. Linux only; strace, if it is installed, counts sendfile in a round
+of its own. The client is a socket read into one buffer of 1 MiB, so that the server is the limit. CPU figures are valid
+on a machine that does other work too; speed is not: if the no-op wrapper is slower than its target, repeat the run.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ PLAY = "session_id=3f1f9d0c-benchmark&photo_id=4711"
 BUFFER = 1 << 20
 GB = 1e9
 LONG_FILE_BYTES = 1_000_000_000
-#: Of the Range whose CPU is measured: a megabyte in, as a player that has read the head.
+#: The Range whose CPU is measured: it starts a megabyte in, as for a player that has read the head.
 RANGE_START = 1_000_000
 JUMP = (500_000_000, 500_999_999)
 
 #: Targets, as ratios to the bare app.
 FILE_CPU = 1.3
-#: A whole file is as fast as behind the no-op wrapper, whose own spread is allowed; less than this is never asked.
+#: A whole file is as fast as behind the no-op wrapper, within that wrapper's spread; the target is never stricter.
 FILE_SPEED = 0.97
 GENERATOR_SPEED = 0.97
 #: Bytes that a jump may read beyond what it sends: a buffered file's own blocks, and a block's rest.
@@ -56,7 +55,7 @@ JUMP_SLACK = 128 << 10
 
 
 class Cannot(Exception):
-    """A figure that can't be had here; the argument says why and what to do."""
+    """A figure that can't be measured here; the argument is the reason and the remedy."""
 
 
 class Server(NamedTuple):
@@ -217,7 +216,7 @@ def row(figure: Figure) -> str:
 
 
 class Sample(NamedTuple):
-    """One request: what came and what it took."""
+    """One request: bytes received, time and CPU."""
 
     received: int
     seconds: float
@@ -265,11 +264,11 @@ def file_figures(server: Running, size: Size) -> Iterator[Figure]:
 
 
 def interleaved(server: Running, path: str, rounds: int, asked: str | None = None) -> list[list[Sample]]:
-    """*rounds* samples of each variant, which take turns; from round to round in each order that there is."""
+    """*rounds* samples of each variant, which take turns; each round uses another order."""
     samples: dict[str, list[Sample]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
         server.request(kind, path, asked)  # caches and imports
-    # In one order each would always follow the same one, and have its caches.
+    # In a fixed order each would always follow the same one, and find its caches.
     for order in islice(cycle(permutations(KINDS)), rounds):
         for kind in order:
             samples[kind].append(server.sample(kind, path, asked))
@@ -277,7 +276,7 @@ def interleaved(server: Running, path: str, rounds: int, asked: str | None = Non
 
 
 def ratios(bare: list[Sample], other: list[Sample], measure: str) -> list[float]:
-    """Of each round, what *other* makes of *bare*."""
+    """The ratio of *other* to *bare* in each round."""
     pairs = zip(bare, other, strict=True)
     return [getattr(ours, measure) / (getattr(theirs, measure) or 1e-9) for theirs, ours in pairs]
 
@@ -312,7 +311,7 @@ def jump_figure(server: Running, jumps: int) -> Figure:
 
 
 def counted_figure(server: Running) -> Figure:
-    """Figures of plays that were not counted to the byte would be worth nothing."""
+    """Whether all plays were counted to the byte; otherwise the other figures are wrong."""
     off = float(server.counted() - server.received["t23"])
     return Figure(server.name, "counted - received", "bytes", (0.0, 0.0, off), None, None, "= 0", off == 0)
 
@@ -326,11 +325,11 @@ def _three(values: Iterable[float]) -> tuple[float, float, float]:
 
 
 class Running:
-    """A server with all variants; ended with what it started."""
+    """A server with all variants; at the end it and its children are stopped."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
-        #: Bytes of the bodies that came, of each variant.
+        #: Bytes of the bodies received, of each variant.
         self.received = dict.fromkeys(KINDS, 0)
         self._folder = folder
         self._state = folder / f"state-{name}"
@@ -367,7 +366,7 @@ class Running:
             self._process.wait(10)
 
     def wait(self) -> None:
-        """Wait until it answers. Raises :class:`Cannot` where it does not start."""
+        """Wait until it answers. Raises :class:`Cannot` if it does not start."""
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -391,12 +390,12 @@ class Running:
         return Sample(received, seconds, self._cpu() - before)
 
     def bytes_read(self) -> int:
-        """What the processes read(2) and sendfile(2) took in, by Linux's account (``rchar``, proc(5))."""
+        """Bytes that read(2) and sendfile(2) of the processes have read, by Linux's count (``rchar``, proc(5))."""
         accounts = (Path(f"/proc/{pid}/io").read_text() for pid in self._pids())
         return sum(int(account.split()[1]) for account in accounts)
 
     def sendfile_calls(self, kind: str, path: str) -> int | None:
-        """Calls of sendfile(2) for one request; ``None`` without a strace that may look."""
+        """Calls of sendfile(2) for one request; ``None`` if strace is missing or not allowed."""
         if shutil.which("strace") is None:
             return None
         trace = self._folder / "trace"
@@ -415,7 +414,7 @@ class Running:
         return trace.read_text().count(" sendfile(")
 
     def counted(self) -> int:
-        """Bytes that the middleware recorded; the last line may come a moment after the client's last byte."""
+        """Bytes that the middleware recorded; the last line may be written shortly after the client's last byte."""
         deadline = time.monotonic() + 10
         while True:
             found = sum(sent_in(self._state))
@@ -444,14 +443,14 @@ class Running:
 
 @cache
 def cores() -> tuple[set[int], set[int]]:
-    """The cores of the server and of the client: apart where there are two, or the two get in each other's way."""
+    """The cores of the server and of the client: different ones where there are two, so that they don't compete."""
     usable = os.sched_getaffinity(0)
     client = {max(usable)}
     return (usable - client or usable), client
 
 
 def family(pid: int) -> Iterator[int]:
-    """*pid* and what it started, and so on."""
+    """*pid* and all its descendants."""
     yield pid
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
@@ -502,7 +501,7 @@ def get(port: int, target: str, asked: str | None) -> tuple[int, float]:
 
 
 def _head(client: socket.socket) -> tuple[int, bytes]:
-    """Bytes read so far, and the answer's head with its empty line."""
+    """Bytes read so far, and the answer's head including its empty line."""
     taken = 0
     while True:
         size = client.recv_into(_buffer[taken:])

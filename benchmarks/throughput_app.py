@@ -1,4 +1,4 @@
-"""The app that ``throughput.py`` has the servers serve, and those servers that have no command of their own.
+"""The app that the servers of ``throughput.py`` serve, and those servers that have no command of their own.
 
 Bare as ``/bare/…``, in a wrapper that does nothing as ``/no-op/…``, in the middleware as ``/t23/…``.
 ``THROUGHPUT_FOLDER`` names the folder of the files.
@@ -17,7 +17,7 @@ App = Callable[..., Iterable[bytes]]
 
 BLOCK = 1 << 16
 FILE = "video.mp4"
-#: Longer than any Range asked of it, so that a server that reads what it does not send shows.
+#: Longer than any requested Range, so that it shows if a server reads more than it sends.
 LONG_FILE = "film.mp4"
 
 
@@ -78,9 +78,9 @@ class NoOp:
 
 
 def create() -> App:
-    """All variants in one process: which is asked for is the first part of the path.
+    """All variants in one process: the first part of the path names the variant.
 
-    Two processes that run the very same code differ by more than what is measured here.
+    Two processes that run the same code differ by more than what is measured here.
     """
     from t23_middleware import T23Middleware
 

@@ -1,9 +1,9 @@
-"""Whether the rule that tells scrubs fits players or only the traces that it was made from.
+"""Whether the rule for scrubs fits players in general, or only the traces from which it was made.
 
-The traces are split at random. On one half the rule's constants are fitted; the other half judges them, as it was
-recorded and in variations: slower and faster networks, a longer way, larger files, other counts of what was cut off.
-Only the lines of fitted constants judge what the judging half had no part in. The constants as shipped, and the conditions
-themselves, were chosen with all of the shared traces in sight: their lines say how they do, not how they would elsewhere.
+The traces are split at random. The rule's constants are fitted to one half. The other half judges them, as it was
+recorded and in variations: slower and faster networks, a longer distance, larger files, other counts of what was cut
+off. Only the lines of fitted constants are an independent judgement. The shipped constants, and the conditions
+themselves, were chosen with all of the shared traces known: their lines show how they do on these traces, not elsewhere.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FITTED: dict[str, tuple[float, ...]] = {
     "STARTUP_BIG": (0, 1.5, 2),
     "BUFFERED": (0, 2 << 20, 4 << 20),
 }
-#: How many missed scrubs a false one weighs, where constants are fitted: in doubt there is no scrub.
+#: How many missed scrubs one false scrub weighs when constants are fitted: in doubt it is not a scrub.
 FALSE_WEIGHS = 5
 
 
@@ -49,7 +49,7 @@ def varied(
         new = dict(old)
         late = wait if number else 0.0
         new["t"] = old["t"] * time + late
-        # Who cuts a response off does so before the next request has come so far.
+        # A client that cuts a response off does so before its next request has got that far.
         new["t_close"] = max(old["t_close"] * time + (0 if old["aborted"] else late), new["t"] + 0.001)
         _resize(new, size)
         if old["aborted"] and new["sent"]:
@@ -119,7 +119,7 @@ def by_variation(traces: list[Trace], score: Score) -> Iterator[str]:
 def _scores(
     traces: list[Trace], score: Score, values: Mapping[str, float]
 ) -> list[tuple[Counter[str], Counter[str]]]:
-    """Of each trace its score as recorded, and that of all its variations."""
+    """The score of each trace as recorded, and of all its variations."""
     with constants(values):
         return [
             (
@@ -140,7 +140,7 @@ def _best(
     ways: list[dict[str, float]],
     scored: list[list[tuple[Counter[str], Counter[str]]]],
 ) -> float:
-    """The value of the constant *name* with which the traces of *half* are told best."""
+    """The value of the constant *name* with the best score on the traces of *half*."""
 
     def cost(number: int) -> int:
         sums = [scored[number][trace][1] for trace in half]

@@ -1,10 +1,10 @@
 """Puts every WSGI app that a framework's own tests call behind the middleware.
 
 ``foreign_suites.py`` loads it into each Python process of a test run, before the tests and also in the servers that
-they start. The places where that framework, or the standard library, calls an app are patched, and each request is
-given a session and a photo, so that its response is counted whatever its type.
+they start. It patches the places where that framework, or the standard library, calls an app. Each request gets a
+session and a photo, so that its response is counted whatever its type.
 
-Where both a framework and its test client are patched, the outermost counts: the middleware sees to that itself.
+Where both a framework and its test client are patched, the outermost counts; the middleware ensures that itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEEN = "t23.seen"
 
 
 class WrappedApp:
-    """An app behind the middleware; called in a way that is none of WSGI's, it is the bare app."""
+    """An app behind the middleware; a call that is not a WSGI call goes to the bare app."""
 
     def __init__(self, app: App, middleware: T23Middleware) -> None:
         self._app = app
@@ -106,7 +106,7 @@ def _standard_library(patches: Patches) -> None:
     import wsgiref.handlers
     import wsgiref.validate
 
-    # The validator stays outside: it judges what the middleware hands on.
+    # The validator stays outside: it checks what the middleware passes on.
     patches.argument(wsgiref.validate, "validator")
     patches.argument(wsgiref.handlers.BaseHandler, "run", 1)
 
@@ -139,7 +139,7 @@ def _webob(patches: Patches, webob: Any) -> None:
 
 
 def _webtest(patches: Patches, webtest: Any) -> None:
-    """Inside WebTest's lint, which then judges the middleware; where lint is off, WebOb's request wraps."""
+    """Inside WebTest's lint, which then checks the middleware; if lint is off, WebOb's request wraps."""
     lint: Any = importlib.import_module("webtest.lint")
     patches.argument(lint, "middleware")
     linted = lint.middleware

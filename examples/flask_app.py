@@ -27,13 +27,13 @@ app = Flask(__name__, template_folder=str(HERE))
 
 @app.get("/")
 def index() -> Response:
-    """The page whose media URLs name the session and the video."""
+    """The page with session and video in its media URLs."""
     return page(session_id=secrets.token_urlsafe(), photo_id=VIDEO["photo"])
 
 
 @app.get("/cookie")
 def cookie() -> Response:
-    """The same page, the session in a cookie and nothing but the path in its media URLs."""
+    """The same page with the session in a cookie and media URLs without a query."""
     response = page()
     if "session_id" not in request.cookies:
         response.set_cookie("session_id", secrets.token_urlsafe(), httponly=True, samesite="Lax")
@@ -59,7 +59,7 @@ def media(**video: str) -> Response:
 
 @app.get("/attachment" + PATH)
 def attachment(**video: str) -> Response:
-    """The clip, to be saved as a file."""
+    """The clip as a download."""
     if video != VIDEO:
         abort(404)
     return send_file(CLIP, conditional=True, as_attachment=True, download_name=f"{VIDEO['slug']}.mp4")

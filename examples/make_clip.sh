@@ -1,9 +1,9 @@
 #!/bin/sh
 # Makes clip.mp4 beside this file. Needs ffmpeg with libx264 and the fonts of Debian's fonts-dejavu-core.
 #
-# 40 s, the position readable in every frame: a clock, a bar that fills, and another chord every 10 s.
+# 40 s. Every frame shows its position by a clock and a bar that fills; the chord changes every 10 s.
 # A keyframe every 2 s keeps seeking precise; faststart puts the index (moov) first, so play starts at byte 0.
-# One encoder thread: with more, the rate limit makes every run differ in a few bytes.
+# One encoder thread: with more, the rate limit makes the result differ by a few bytes from run to run.
 set -eu
 cd "$(dirname "$0")"
 

@@ -2,9 +2,10 @@
 # Makes film.mp4 beside this file, for the demo: long enough to scrub in, and small enough to ship with it.
 # Needs ffmpeg with libx264 and the fonts of Debian's fonts-dejavu-core.
 #
-# 150 s in ten chapters, each with its colour and its chord; the clock shows where a scrub lands. About as many bytes
-# in each second, so that a place in the film is a place in the file. Few frames a second: the index (moov) comes
-# first and the player waits for it. One encoder thread: with more, every run differs in a few bytes.
+# 150 s in ten chapters, each with its own colour and chord; the clock shows where a scrub lands. Each second has about
+# the same number of bytes, so that a position in the film is the same position in the file. Few frames a second keep the
+# index (moov) small: it comes first, and the player waits for it. One encoder thread: with more, the result differs by a
+# few bytes from run to run.
 set -eu
 cd "$(dirname "$0")"
 
