@@ -56,7 +56,7 @@ CLOSE = 2048
 #: Lines of a server's log that say nothing of what happened: places in the code, requests, and what only we say.
 _IDLE = re.compile(
     r"^(\s|Traceback|During handling|The above exc|-{5}|$)|\" [0-9]{3} -?[0-9]*|HTTP/1\.[01] [0-9]{3}"
-    r"|T23Middleware is wrapped|Task queue depth|^\S+ - - \[|failed with \w+$"
+    r"|T23Middleware wraps the app twice|Task queue depth|^\S+ - - \[|failed with \w+$"
 )
 _ANOTHERS = re.compile(r"EVENT r[0-9]+ dropped")
 _VARIES = [
