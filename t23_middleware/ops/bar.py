@@ -7,7 +7,7 @@ import sys
 _WIDTH = 30
 
 
-class Bar:
+class ProgressBar:
     """The progress on a terminal; elsewhere nothing, since the end says it all."""
 
     def __init__(self) -> None:

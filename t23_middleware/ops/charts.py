@@ -60,7 +60,7 @@ class Chart(NamedTuple):
         return max(len(line.values) for line in self.lines)
 
 
-def drawn(chart: Chart, label: str) -> Markup:
+def as_svg(chart: Chart, label: str) -> Markup:
     """The chart as an ``<svg>`` element; *label* is its name for those who can't see it."""
     end = chart.unit.end(_highest(chart))
     known = any(value is not None for line in chart.lines for value in line.values)
@@ -98,7 +98,7 @@ def _nice_seconds(highest: float) -> float:
     return next((end for end in _NICE_SECONDS if end >= highest), max(highest, 0.1))
 
 
-def count_words(value: float) -> str:
+def count_label(value: float) -> str:
     """A number, short enough for an axis."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
@@ -106,7 +106,7 @@ def count_words(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
-def seconds_words(value: float) -> str:
+def seconds_label(value: float) -> str:
     """A time span in its largest fitting unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if value >= size:
@@ -114,8 +114,8 @@ def seconds_words(value: float) -> str:
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
-COUNT = Unit(_nice_count, count_words, whole=True)
-SECONDS = Unit(_nice_seconds, seconds_words, whole=False)
+COUNT = Unit(_nice_count, count_label, whole=True)
+SECONDS = Unit(_nice_seconds, seconds_label, whole=False)
 
 
 # Parts of the drawing.

@@ -29,11 +29,11 @@ from ..settings import Settings
 from ..state import StateFolder, lock_is_held
 from ..version import VERSION
 from . import text
-from .check_proxy import proxy_items
-from .counted import counted_items
-from .item import OK, WARN, WRONG, Item
+from .check_proxy import proxy_findings
+from .counted import counting_findings
+from .item import OK, WARN, WRONG, Finding
 from .owner import act_as_owner_of
-from .status import NOTHING, long_readers, reader_words, relay_words
+from .status import EMPTY_SNAPSHOT, blocking_readers, readers_sentence, relay_description
 
 #: Free bytes below which one should look, and below which SQLite and journals soon fail.
 LITTLE_SPACE, NO_SPACE = 64 << 20, 8 << 20
@@ -47,7 +47,7 @@ _NETWORK = re.compile(
     r"|fuse\.(?:sshfs|ceph\S*|glusterfs|s3\S*|gcsfuse|rclone|davfs\S*|goofys|blobfuse\S*|juicefs|lizardfs|moosefs)"
 )
 #: File systems that do not outlive the machine's or the container's end.
-_FLEETING = {
+_TEMPORARY = {
     "tmpfs": "is in memory, so what waits is gone after a restart",
     "ramfs": "is in memory, so what waits is gone after a restart",
     "overlay": "belongs to this container, so what waits is gone with it",
@@ -70,20 +70,23 @@ def run_check(trial: Trial | None = None) -> int:
         settings.refuse_without_site()
     except ConfigurationError as error:
         for problem in error.problems:
-            _print(Item(WRONG, "settings", problem))
+            _print(Finding(WRONG, "settings", problem))
         return 2
     act_as_owner_of(settings.state_path())
     wrong = 0
-    for item in _items(settings, trial):
-        _print(item)
-        wrong += item.level == WRONG
+    for finding in _findings(settings, trial):
+        _print(finding)
+        wrong += finding.level == WRONG
     print("\n" + text.wrapped(_verdict(wrong, trial), text.width()))
     return 1 if wrong else 0
 
 
-def _print(item: Item) -> None:
-    print(text.wrapped(item.text, text.width(), " " * 17, f"{item.level:5}  {item.name:8}  "), flush=True)
-    for line in item.lines.splitlines():
+def _print(finding: Finding) -> None:
+    print(
+        text.wrapped(finding.text, text.width(), " " * 17, f"{finding.level:5}  {finding.name:8}  "),
+        flush=True,
+    )
+    for line in finding.lines.splitlines():
         print(f"    {line}", flush=True)
 
 
@@ -94,16 +97,16 @@ def _verdict(wrong: int, trial: Trial | None) -> str:
     return f"Plays would be reported.{proof}"
 
 
-def _items(settings: Settings, trial: Trial | None) -> Iterator[Item]:
+def _findings(settings: Settings, trial: Trial | None) -> Iterator[Finding]:
     yield from _settings(settings)
     yield from _app(Settings.app_target())
     folder = StateFolder(settings.state_path())
     yield from _folder(folder)
     yield from _disk(folder.path, settings.ephemeral)
-    known, items = _outbox(folder)
-    yield from items
-    yield from proxy_items(settings, known)
-    yield from counted_items(settings, known.notes)
+    known, findings = _outbox(folder)
+    yield from findings
+    yield from proxy_findings(settings, known)
+    yield from counting_findings(settings, known.notes)
     yield _relay(settings, folder)
     client = AnalyticsClient(settings)
     try:
@@ -118,18 +121,20 @@ def _items(settings: Settings, trial: Trial | None) -> Iterator[Item]:
 # The settings and the app.
 
 
-def _settings(settings: Settings) -> Iterator[Item]:
+def _settings(settings: Settings) -> Iterator[Finding]:
     for warning in settings.warnings:
-        yield Item(WARN, "settings", warning)
+        yield Finding(WARN, "settings", warning)
     if not settings.enabled:
-        yield Item(WRONG, "settings", "T23_ENABLED=0: nothing is counted; take it away")
+        yield Finding(WRONG, "settings", "T23_ENABLED=0: nothing is counted; take it away")
     else:
-        yield Item(OK, "settings", f"T23_API_URL={settings.api_url}, T23_REPORT_PATH={settings.report_path}")
+        yield Finding(
+            OK, "settings", f"T23_API_URL={settings.api_url}, T23_REPORT_PATH={settings.report_path}"
+        )
 
 
-def _app(target: str | None) -> Iterator[Item]:
+def _app(target: str | None) -> Iterator[Finding]:
     if target is None:
-        yield Item(OK, "app", "T23_APP is not set, which is right where the app's own code wraps it")
+        yield Finding(OK, "app", "T23_APP is not set, which is right where the app's own code wraps it")
         return
     # In a process of its own: what an app does at import is its business.
     command = [sys.executable, "-c", _IMPORT, target]
@@ -138,24 +143,26 @@ def _app(target: str | None) -> Iterator[Item]:
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=IMPORT_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        yield Item(
+        yield Finding(
             WARN, "app", f"T23_APP={target} is not imported after {IMPORT_SECONDS:.0f} s; start it by hand"
         )
         return
     except OSError as error:
-        yield Item(
+        yield Finding(
             WARN, "app", f"T23_APP={target} can't be tried: this user can't start Python ({error.strerror})"
         )
         return
     if done.returncode == 0:
-        yield Item(OK, "app", f"T23_APP={target} can be imported")
+        yield Finding(OK, "app", f"T23_APP={target} can be imported")
         return
-    yield Item(WRONG, "app", _import_failure(target, done.stderr.decode(errors="replace"), done.returncode))
+    yield Finding(
+        WRONG, "app", _import_failure(target, done.stderr.decode(errors="replace"), done.returncode)
+    )
 
 
-def _import_failure(target: str, said: str, code: int) -> str:
+def _import_failure(target: str, stderr: str, code: int) -> str:
     """The last line of a traceback; our own errors say what to do themselves."""
-    why = (said.strip().splitlines() or [f"it exits with {code}"])[-1]
+    why = (stderr.strip().splitlines() or [f"it exits with {code}"])[-1]
     ours = why.removeprefix("t23_middleware.errors.ConfigurationError: ")
     return (
         ours
@@ -167,7 +174,7 @@ def _import_failure(target: str, said: str, code: int) -> str:
 # The state folder and the disk under it.
 
 
-def _folder(folder: StateFolder) -> Iterator[Item]:
+def _folder(folder: StateFolder) -> Iterator[Finding]:
     if not os.path.lexists(folder.path):
         yield _missing_folder(folder.path)
         return
@@ -175,63 +182,63 @@ def _folder(folder: StateFolder) -> Iterator[Item]:
     try:
         folder.create()
     except StateError as error:
-        yield Item(WRONG, "folder", str(error))
+        yield Finding(WRONG, "folder", str(error))
         return
-    yield Item(OK, "folder", f"{folder.path} belongs to user {os.geteuid()}, and to nobody else")
+    yield Finding(OK, "folder", f"{folder.path} belongs to user {os.geteuid()}, and to nobody else")
     if mode & 0o077:
-        yield Item(WARN, "folder", f"others could look into it (mode {mode:04o}); it has mode 0700 now")
+        yield Finding(WARN, "folder", f"others could look into it (mode {mode:04o}); it has mode 0700 now")
 
 
-def _missing_folder(path: Path) -> Item:
+def _missing_folder(path: Path) -> Finding:
     """Not made here: root's folder would lock the workers' user out."""
-    above = _nearest(path)
+    above = _nearest_existing(path)
     if os.geteuid() == 0:
-        return Item(
+        return Finding(
             WARN,
             "folder",
             f"{path} is not there yet; run this as the workers' user to know whether it can be made",
         )
     if os.access(above, os.W_OK | os.X_OK):
-        return Item(OK, "folder", f"{path} is not there yet; the first play makes it")
-    return Item(
+        return Finding(OK, "folder", f"{path} is not there yet; the first play makes it")
+    return Finding(
         WRONG,
         "folder",
         f"{path} is not there, and user {os.geteuid()} can't make it in {above}; make it, or set T23_STATE_DIR",
     )
 
 
-def _nearest(path: Path) -> Path:
+def _nearest_existing(path: Path) -> Path:
     """*path*, or the folder above it that is there."""
     while not os.path.exists(path) and path != path.parent:  # noqa: PTH110  # Path.exists() may raise
         path = path.parent
     return path
 
 
-def _disk(path: Path, ephemeral: bool) -> Iterator[Item]:
-    there = _nearest(path).resolve()
+def _disk(path: Path, ephemeral: bool) -> Iterator[Finding]:
+    there = _nearest_existing(path).resolve()
     kind = file_system(there, _mounts())
     free = shutil.disk_usage(there).free
     if _NETWORK.fullmatch(kind):
-        yield Item(
+        yield Finding(
             WRONG, "disk", f"{path} is on a network file system ({kind}); set T23_STATE_DIR to a local folder"
         )
-    elif kind in _FLEETING and not ephemeral:
+    elif kind in _TEMPORARY and not ephemeral:
         remedy = "use a volume, or T23_EPHEMERAL=1" if kind == "overlay" else "set T23_STATE_DIR to a disk"
-        yield Item(WARN, "disk", f"{path} {_FLEETING[kind]} ({kind}); {remedy}")
+        yield Finding(WARN, "disk", f"{path} {_TEMPORARY[kind]} ({kind}); {remedy}")
     else:
-        yield Item(OK, "disk", f"local ({kind or 'unknown'})")
+        yield Finding(OK, "disk", f"local ({kind or 'unknown'})")
     yield _space(free)
 
 
-def _space(free: int) -> Item:
-    said = f"{text.size(free)} free"
+def _space(free: int) -> Finding:
+    message = f"{text.size(free)} free"
     if free < NO_SPACE:
-        return Item(
-            WRONG, "space", f"{said}: reports are soon lost; make room, or set T23_STATE_DIR elsewhere"
+        return Finding(
+            WRONG, "space", f"{message}: reports are soon lost; make room, or set T23_STATE_DIR elsewhere"
         )
     if free < LITTLE_SPACE:
-        return Item(WARN, "space", f"{said}; make room, or set T23_STATE_DIR to a larger disk")
-    return Item(OK, "space", said)
+        return Finding(WARN, "space", f"{message}; make room, or set T23_STATE_DIR to a larger disk")
+    return Finding(OK, "space", message)
 
 
 def _mounts() -> str:
@@ -255,92 +262,98 @@ def file_system(path: Path, mounts: str) -> str:
     return kind
 
 
-def _outbox(folder: StateFolder) -> tuple[Snapshot, list[Item]]:
+def _outbox(folder: StateFolder) -> tuple[Snapshot, list[Finding]]:
     """What is in it, and what is to be said of that."""
     try:
         with OutboxView(folder.outbox) as view:
             known = view.snapshot()
     except NoOutbox:
-        return NOTHING, []
+        return EMPTY_SNAPSHOT, []
     except StateError as error:
-        return NOTHING, [Item(WRONG, "outbox", str(error))]
-    items = [Item(OK, "outbox", _outbox_words(known.stats))]
-    if names := long_readers(folder.outbox):
-        items.append(Item(WARN, "outbox", reader_words(names, log_size(folder.outbox))))
+        return EMPTY_SNAPSHOT, [Finding(WRONG, "outbox", str(error))]
+    findings = [Finding(OK, "outbox", _outbox_figures(known.stats))]
+    if names := blocking_readers(folder.outbox):
+        findings.append(Finding(WARN, "outbox", readers_sentence(names, log_size(folder.outbox))))
     if dead := known.stats.dead:
-        said = f"{text.reports(dead)} refused by the API; see 't23-middleware dead list'"
-        items.append(Item(WARN, "outbox", said))
-    return known, items
+        message = f"{text.reports(dead)} refused by the API; see 't23-middleware dead list'"
+        findings.append(Finding(WARN, "outbox", message))
+    return known, findings
 
 
-def _outbox_words(stats: Stats) -> str:
+def _outbox_figures(stats: Stats) -> str:
     return f"{stats.captured:,} captured, {stats.waiting:,} waiting, {stats.sent:,} sent, {stats.lost:,} lost"
 
 
 # Who delivers.
 
 
-def _relay(settings: Settings, folder: StateFolder) -> Item:
+def _relay(settings: Settings, folder: StateFolder) -> Finding:
     if not lock_is_held(folder.relay_lock):
         return _no_relay(settings, folder)
     holder = folder.relay_holder()
     if holder is None:
-        return Item(WARN, "relay", "one runs, but could not write down who it is; is the disk full?")
-    said = relay_words(holder)
+        return Finding(WARN, "relay", "one runs, but could not write down who it is; is the disk full?")
+    message = relay_description(holder)
     if holder.version != VERSION:
-        return Item(WARN, "relay", f"{said}; this is version {VERSION}: restart the app, or the service")
+        return Finding(
+            WARN, "relay", f"{message}; this is version {VERSION}: restart the app, or the service"
+        )
     if holder.digest != settings.relay_digest():
         remedy = "restart the app or the service, or run this with theirs"
-        return Item(WARN, "relay", f"{said}, with other settings than these; {remedy}")
+        return Finding(WARN, "relay", f"{message}, with other settings than these; {remedy}")
     if holder.automatic and settings.relay != "auto":
-        return Item(
+        return Finding(
             WARN,
             "relay",
-            f"{said}, though T23_RELAY={settings.relay}: it leaves with the workers; restart the app",
+            f"{message}, though T23_RELAY={settings.relay}: it leaves with the workers; restart the app",
         )
-    return Item(OK, "relay", said)
+    return Finding(OK, "relay", message)
 
 
-def _no_relay(settings: Settings, folder: StateFolder) -> Item:
+def _no_relay(settings: Settings, folder: StateFolder) -> Finding:
     match settings.relay:
         case "external":
             remedy = f"start 't23-middleware relay' on {folder.path} as a service, or take T23_RELAY away"
-            return Item(WRONG, "relay", f"none runs, and T23_RELAY=external: {remedy}")
+            return Finding(WRONG, "relay", f"none runs, and T23_RELAY=external: {remedy}")
         case "off":
-            return Item(WRONG, "relay", "none runs, and T23_RELAY=off: nobody delivers; take T23_RELAY away")
-    return Item(OK, "relay", "none runs; the next play starts one")
+            return Finding(
+                WRONG, "relay", "none runs, and T23_RELAY=off: nobody delivers; take T23_RELAY away"
+            )
+    return Finding(OK, "relay", "none runs; the next play starts one")
 
 
 # The API.
 
 
-def _api(settings: Settings, client: AnalyticsClient, host: str) -> Iterator[Item]:
+def _api(settings: Settings, client: AnalyticsClient, host: str) -> Iterator[Finding]:
     probe = client.probe(host)
     yield _answer(settings, client, host, probe)
     if probe.ahead is not None and abs(probe.ahead) > CLOCK_OFF:
         side = "ahead of" if probe.ahead > 0 else "behind"
         off = text.duration(abs(probe.ahead))
-        yield Item(WARN, "clock", f"{off} {side} the API's; synchronise this machine's clock (NTP)")
+        yield Finding(WARN, "clock", f"{off} {side} the API's; synchronise this machine's clock (NTP)")
     elif probe.ahead is not None:
-        yield Item(OK, "clock", "agrees with the API's")
+        yield Finding(OK, "clock", "agrees with the API's")
 
 
-def _answer(settings: Settings, client: AnalyticsClient, host: str, probe: Probe) -> Item:
+def _answer(settings: Settings, client: AnalyticsClient, host: str, probe: Probe) -> Finding:
     match probe.outcome:
         case Answer():
-            return Item(OK, "API", f"{probe.url} answers 'ok', even to a report that says nothing")
+            return Finding(OK, "API", f"{probe.url} answers 'ok', even to a report that says nothing")
         case Unexplained() as error:
-            return Item(WARN, "API", f"{probe.url} answers {error}, which no documentation lists; try --send")
+            return Finding(
+                WARN, "API", f"{probe.url} answers {error}, which no documentation lists; try --send"
+            )
         case Refused() as error:
-            return Item(
+            return Finding(
                 OK, "API", f"{probe.url} reads reports (it misses what an empty one lacks: {error.code})"
             )
         case NotAccepted() as error:
-            return Item(WRONG, "API", f"{error}{_other_path(settings, client, host, error)}")
+            return Finding(WRONG, "API", f"{error}{_other_path(settings, client, host, error)}")
         case Unreachable() as error:
-            return Item(WRONG, "API", f"{error}; look at T23_API_URL, the network, and a firewall")
+            return Finding(WRONG, "API", f"{error}; look at T23_API_URL, the network, and a firewall")
         case error:
-            return Item(WRONG, "API", f"{error}; reports wait until it answers")
+            return Finding(WRONG, "API", f"{error}; reports wait until it answers")
 
 
 def _other_path(settings: Settings, client: AnalyticsClient, host: str, error: NotAccepted) -> str:
@@ -361,11 +374,11 @@ def _is_method(probe: Probe) -> bool:
     return isinstance(probe.outcome, (Answer, Refused))
 
 
-def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator[Item]:
+def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator[Finding]:
     """To the path that is set and, where that takes no report, to the documented ones."""
     host = settings.hosts[0] if settings.per_host else ""
     report = Report(time.time_ns() // 1_000_000, host, trial.session_id, trial.photo_id, sent=1, skip=1)
-    yield Item(
+    yield Finding(
         OK, "send", f"a real report of 1 byte (skip=1) of video {trial.photo_id}; TwentyThree counts it"
     )
     refused = []
@@ -375,17 +388,19 @@ def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator
         except DeliveryError as error:
             refused.append(f"{path}: {error}")
             continue
-        yield _taken(settings, path, answer, refused)
+        yield _accepted(settings, path, answer, refused)
         return
-    yield Item(WRONG, "send", f"the answers: {'; '.join(refused)}")
+    yield Finding(WRONG, "send", f"the answers: {'; '.join(refused)}")
 
 
-def _taken(settings: Settings, path: str, answer: Answer, refused: list[str]) -> Item:
+def _accepted(settings: Settings, path: str, answer: Answer, refused: list[str]) -> Finding:
     if path != settings.report_path:
         lines = f"T23_REPORT_PATH={path}"
-        return Item(WRONG, "send", f"{path} takes reports, but not {'; '.join(refused)}. Set:", lines)
+        return Finding(WRONG, "send", f"{path} takes reports, but not {'; '.join(refused)}. Set:", lines)
     if answer.cached:
-        return Item(WARN, "send", "the answer came from the API's cache, so nothing was recorded; try again")
-    return Item(
+        return Finding(
+            WARN, "send", "the answer came from the API's cache, so nothing was recorded; try again"
+        )
+    return Finding(
         OK, "send", f"{path} took it after {answer.seconds:.2f} s; the answer: {answer.message or 'ok'}"
     )

@@ -8,19 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 #: Seconds that one has to end by itself, before it is killed.
-PATIENCE = 15.0
+STOP_SECONDS = 15.0
 
 
 @contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The process of *command*, out of reach of the terminal's Ctrl-C; ended at the end, with *options* as Popen's."""
-    child = subprocess.Popen(command, start_new_session=True, **options)
+    process = subprocess.Popen(command, start_new_session=True, **options)
     try:
-        yield child
+        yield process
     finally:
-        child.terminate()
+        process.terminate()
         try:
-            child.wait(PATIENCE)
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            process.kill()
+            process.wait()

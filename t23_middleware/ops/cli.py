@@ -16,10 +16,10 @@ from ..errors import ConfigurationError, T23Error, UsageError
 from ..settings import Settings
 from ..version import VERSION
 from . import text
-from .streams import flushed, located, open_missing
+from .streams import error_location, flush_output, open_missing_streams
 
 #: Exit codes: done; the thing asked about is not so; used or configured wrongly.
-DONE, NOT_SO, WRONG = 0, 1, 2
+SUCCESS, FAILURE, MISUSE = 0, 1, 2
 
 _EXAMPLES = """\
 The commands read the app's settings, which are variables (T23_...): run them
@@ -36,51 +36,53 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in *argv* (default: the process's own arguments); its exit code."""
-    open_missing()
+    open_missing_streams()
     try:
         arguments = _parser().parse_args(argv)
-        code = _outcome(arguments.command, arguments)
+        code = _exit_code(arguments.command, arguments)
     except SystemExit as error:  # argparse has printed a help or an error
-        raise SystemExit(flushed(int(error.code or DONE))) from None
-    return flushed(code)
+        raise SystemExit(flush_output(int(error.code or SUCCESS))) from None
+    return flush_output(code)
 
 
-def _outcome(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+def _exit_code(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """The command's exit code; of whatever goes wrong one sentence is printed, and never a traceback."""
     try:
         return command(arguments)
     except ConfigurationError as error:
         for problem in error.problems:
-            _complain(problem)
-        return WRONG
+            _print_error(problem)
+        return MISUSE
     except UsageError as error:
-        _complain(error)
-        return WRONG
+        _print_error(error)
+        return MISUSE
     except T23Error as error:
-        _complain(error)
-        return NOT_SO
+        _print_error(error)
+        return FAILURE
     except BrokenPipeError:
-        return DONE  # whoever read the output has seen enough
+        return SUCCESS  # whoever read the output has seen enough
     except OSError as error:
-        _complain(_about(error))
-        return NOT_SO
+        _print_error(_os_error_sentence(error))
+        return FAILURE
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        _complain(f"this is a fault of ours, please send us this line: {located(error)}")
-        return NOT_SO
+        _print_error(f"this is a fault of ours, please send us this line: {error_location(error)}")
+        return FAILURE
 
 
-def _about(error: OSError) -> str:
+def _os_error_sentence(error: OSError) -> str:
     why = error.strerror or str(error)
     if not error.filename:
         return f"something can't be read or written ({why}); look with 't23-middleware check'"
     return f"{os.fsdecode(error.filename)} can't be used by user {os.geteuid()} ({why}); mend that, or run this as its owner"
 
 
-def _complain(message: object) -> None:
+def _print_error(message: object) -> None:
     with contextlib.suppress(OSError):  # nobody reads it; the exit code says it too
-        print(text.error(str(message), text.width() if sys.stderr.isatty() else None), file=sys.stderr)
+        print(
+            text.error_message(str(message), text.width() if sys.stderr.isatty() else None), file=sys.stderr
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,13 +92,13 @@ class _Parser(argparse.ArgumentParser):
         """Print *message*, and exit with 2."""
         if message.startswith("the following arguments are required: ") and self._subparsers is not None:
             self.print_help(sys.stderr)
-            self.exit(WRONG)
+            self.exit(MISUSE)
         if (unknown := _UNKNOWN.match(message)) is not None:
             nearest = difflib.get_close_matches(unknown["given"], _choices(self), n=1)
             message = f"there is no {unknown['what'].lower()} {unknown['given']!r}"
             message += f"; did you mean {nearest[0]!r}?" if nearest else ""
-        _complain(f"{message}{' See' if message.endswith('?') else '; see'} '{self.prog} --help'")
-        self.exit(WRONG)
+        _print_error(f"{message}{' See' if message.endswith('?') else '; see'} '{self.prog} --help'")
+        self.exit(MISUSE)
 
 
 _UNKNOWN = re.compile(r"argument (?P<what>COMMAND|ACTION): invalid choice: '(?P<given>[^']*)'")
@@ -122,7 +124,7 @@ def _parser() -> _Parser:
     _add_status(commands)
     _add_ingest(commands)
     _add_dead(commands)
-    _add_trials(commands)
+    _add_trial_commands(commands)
     return parser
 
 
@@ -267,7 +269,7 @@ def _id(word: str) -> int:
     return int(word)
 
 
-def _add_trials(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_trial_commands(commands: argparse._SubParsersAction[_Parser]) -> None:
     standin = _add(
         commands,
         "standin",
@@ -305,12 +307,12 @@ def _config(arguments: argparse.Namespace) -> int:
 
     if arguments.markdown:
         print(config.markdown())
-        return DONE
+        return SUCCESS
     settings = Settings()
     print("\n".join(config.lines(settings)))
     for warning in settings.warnings:
-        _complain(warning)
-    return DONE
+        _print_error(warning)
+    return SUCCESS
 
 
 def _relay(arguments: argparse.Namespace) -> int:
@@ -320,7 +322,7 @@ def _relay(arguments: argparse.Namespace) -> int:
 
     if arguments.once and arguments.json:
         raise UsageError("--json is for a relay that stays; --once shows its progress to people")
-    settings = _with_site()
+    settings = _settings_with_site()
     act_as_owner_of(settings.state_path())
     if arguments.once:
         return _relay_once(settings)
@@ -330,9 +332,9 @@ def _relay(arguments: argparse.Namespace) -> int:
         run_relay(settings, automatic=automatic)
     except AnotherRelay:
         if automatic:
-            return DONE  # a sibling of the worker that started us was faster
+            return SUCCESS  # a sibling of the worker that started us was faster
         raise UsageError(f"another relay works on {settings.state_path()}; stop it first") from None
-    return DONE
+    return SUCCESS
 
 
 def _relay_once(settings: Settings) -> int:
@@ -378,14 +380,14 @@ def _dead_list(arguments: argparse.Namespace) -> int:
 def _dead_retry(arguments: argparse.Namespace) -> int:
     from . import dead
 
-    ids = dead.chosen(arguments.ids, arguments.all, "t23-middleware dead retry 17 18")
+    ids = dead.selected_ids(arguments.ids, arguments.all, "t23-middleware dead retry 17 18")
     return dead.run_retry(_as_owner(), ids)
 
 
 def _dead_purge(arguments: argparse.Namespace) -> int:
     from . import dead
 
-    ids = dead.chosen(arguments.ids, arguments.all, "t23-middleware dead purge 17 18")
+    ids = dead.selected_ids(arguments.ids, arguments.all, "t23-middleware dead purge 17 18")
     return dead.run_purge(_as_owner(), ids)
 
 
@@ -393,12 +395,12 @@ def _as_owner() -> Settings:
     """The settings, and this process as the owner of their state folder."""
     from .owner import act_as_owner_of
 
-    settings = _with_site()
+    settings = _settings_with_site()
     act_as_owner_of(settings.state_path())
     return settings
 
 
-def _with_site() -> Settings:
+def _settings_with_site() -> Settings:
     """The settings; with ``T23_ENABLED=0`` they may name no site, and these commands need it all the same."""
     settings = Settings()
     settings.refuse_without_site()

@@ -10,13 +10,13 @@ from ..state import StateFolder
 
 def lines(settings: Settings) -> Iterator[str]:
     """Each setting with its value and where it came from, then the state folder."""
-    width = max(len(variable(item)) for item in declared())
-    for item in declared():
-        source = settings.sources[item.name]
-        shown = as_text(getattr(settings, item.name))
-        if item.metadata["secret"] and shown:
+    width = max(len(variable(setting)) for setting in declared())
+    for setting in declared():
+        source = settings.sources[setting.name]
+        shown = as_text(getattr(settings, setting.name))
+        if setting.metadata["secret"] and shown:
             shown = "(set, not shown)"
-        yield f"{variable(item):{width}}  {shown or '(none)'}  [{source}]"
+        yield f"{variable(setting):{width}}  {shown or '(none)'}  [{source}]"
     if not settings.enabled:
         yield "\nT23_ENABLED=0: nothing is counted."
     yield f"\n{_place(settings)}"
@@ -31,9 +31,9 @@ def _place(settings: Settings) -> str:
 def markdown() -> str:
     """The README's table: variable, default, meaning."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for item in declared():
-        default = f"`{as_text(item.default)}`" if as_text(item.default) else "none"
-        if item.name == "api_url":
+    for setting in declared():
+        default = f"`{as_text(setting.default)}`" if as_text(setting.default) else "none"
+        if setting.name == "api_url":
             default = "required"
-        rows.append(f"| `{variable(item)}` | {default} | {item.metadata['help']} |")
+        rows.append(f"| `{variable(setting)}` | {default} | {setting.metadata['help']} |")
     return "\n".join(rows)

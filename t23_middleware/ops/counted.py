@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from ..relay.health import ACKED, BY_PROXY, ELSEWHERE, OFF
 from ..settings import Settings
-from .item import OK, WARN, Item
+from .item import OK, WARN, Finding
 
 _HANDED_OVER = "what the server handed over; what a client left unread in between counts too"
 
 
-def counted_words(notes: Mapping[str, str]) -> str:
+def counting_description(notes: Mapping[str, str]) -> str:
     """What is counted; ``""`` where no relay told yet."""
     problem = notes.get(ACKED)
     if problem is None:
@@ -23,25 +23,25 @@ def counted_words(notes: Mapping[str, str]) -> str:
     return "what clients' kernels acknowledged, where the server's socket can be reached"
 
 
-def counted_items(settings: Settings, notes: Mapping[str, str]) -> Iterator[Item]:
+def counting_findings(settings: Settings, notes: Mapping[str, str]) -> Iterator[Finding]:
     """The same for ``check``, with the remedy where the kernel can't be asked."""
     problem, elsewhere = notes.get(ACKED), notes.get(ELSEWHERE, "0")
     if settings.proxy_log:
         return  # check_proxy tells of that
     if not settings.acked:
-        yield Item(OK, "counting", f"{_HANDED_OVER} (T23_ACKED=0)")
+        yield Finding(OK, "counting", f"{_HANDED_OVER} (T23_ACKED=0)")
     elif problem and problem not in (OFF, BY_PROXY):
-        said = (
+        message = (
             f"{_HANDED_OVER}: the relay can't ask the kernel ({problem}). Allow it AF_NETLINK (systemd:"
             " RestrictAddressFamilies=, containers: the seccomp profile), or set T23_ACKED=0"
         )
-        yield Item(WARN, "counting", said)
+        yield Finding(WARN, "counting", message)
     elif elsewhere.isdigit() and int(elsewhere):
-        said = (
+        message = (
             f"{_HANDED_OVER}: {elsewhere} {'worker is' if elsewhere == '1' else 'workers are'} in another network namespace than the relay, which can't ask"
             " about their connections. Run the relay in the workers' network (Compose: network_mode: service:app;"
             " Kubernetes: one pod), or set T23_ACKED=0"
         )
-        yield Item(WARN, "counting", said)
+        yield Finding(WARN, "counting", message)
     elif problem == "":
-        yield Item(OK, "counting", counted_words(notes))
+        yield Finding(OK, "counting", counting_description(notes))

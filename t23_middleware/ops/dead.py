@@ -14,11 +14,11 @@ from ..relay.outbox import DeadLetters, DeadReport, NoOutbox, OutboxView
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
 from . import text
-from .status import refuse_if_closed
+from .status import refuse_unless_readable
 
 _HEAD = ("ID", "SINCE", "VIDEO", "SESSION", "BYTES", "SKIP", "THE API'S ANSWER")
 _FIGURES = (0, 4, 5)
-_NEXT = "'t23-middleware dead retry ID' sends one again, 't23-middleware dead purge ID' throws it away; --all: each."
+_HINT = "'t23-middleware dead retry ID' sends one again, 't23-middleware dead purge ID' throws it away; --all: each."
 
 
 def run_list(settings: Settings, *, machine: bool) -> int:
@@ -28,7 +28,7 @@ def run_list(settings: Settings, *, machine: bool) -> int:
         print(json.dumps([_as_json(each) for each in dead], indent=2))
     elif dead:
         print("\n".join(text.table(_HEAD, [_row(each) for each in dead], _FIGURES, text.width())))
-        print("\n" + text.wrapped(_NEXT, text.width()))
+        print("\n" + text.wrapped(_HINT, text.width()))
     else:
         print("No report is dead: the API refused none for good.")
     return 0
@@ -46,8 +46,10 @@ def run_retry(settings: Settings, ids: Sequence[int] | None) -> int:
         owned.touch(folder.unfinished)
     if done or not ids:
         what = "waits to be sent again" if len(done) == 1 else "wait to be sent again"
-        print(text.wrapped(f"{text.reports(len(done))} {what}{_who_sends(folder, len(done))}", text.width()))
-    return _missing(ids, done)
+        print(
+            text.wrapped(f"{text.reports(len(done))} {what}{_sender_words(folder, len(done))}", text.width())
+        )
+    return _report_missing(ids, done)
 
 
 def run_purge(settings: Settings, ids: Sequence[int] | None) -> int:
@@ -60,10 +62,10 @@ def run_purge(settings: Settings, ids: Sequence[int] | None) -> int:
     if done or not ids:
         what = "is thrown away, and counts" if len(done) == 1 else "are thrown away, and count"
         print(f"{text.reports(len(done))} {what} as lost (purged).")
-    return _missing(ids, done)
+    return _report_missing(ids, done)
 
 
-def chosen(ids: Sequence[int], every: bool, command: str) -> Sequence[int] | None:
+def selected_ids(ids: Sequence[int], every: bool, command: str) -> Sequence[int] | None:
     """What a command line chose; ``None`` for all.
 
     Raises :class:`~t23_middleware.errors.UsageError` where it chose nothing, or both.
@@ -77,7 +79,7 @@ def chosen(ids: Sequence[int], every: bool, command: str) -> Sequence[int] | Non
 
 def _folder(settings: Settings) -> StateFolder:
     folder = StateFolder(settings.state_path())
-    refuse_if_closed(folder.path)
+    refuse_unless_readable(folder.path)
     return folder
 
 
@@ -118,13 +120,13 @@ def _as_json(dead: DeadReport) -> dict[str, Any]:
     }
 
 
-def _who_sends(folder: StateFolder, number: int) -> str:
+def _sender_words(folder: StateFolder, number: int) -> str:
     if not number or lock_is_held(folder.relay_lock):
         return "."
     return "; no relay runs: the app's next play starts one, or 't23-middleware relay --once' sends now."
 
 
-def _missing(ids: Sequence[int] | None, done: Sequence[int]) -> int:
+def _report_missing(ids: Sequence[int] | None, done: Sequence[int]) -> int:
     missing = sorted(set(ids or ()) - set(done))
     if not missing:
         return 0

@@ -28,24 +28,24 @@ from ..settings import PREFIX, Settings, process_environment
 from ..state import StateFolder, lock_is_held, lock_owner
 from . import demo_nginx
 from .child import running
-from .demo_api import Plug
+from .demo_api import APISwitch
 from .demo_page import DemoPage
 from .demo_site import example_module, media_path
-from .standin import StandIn, StandInServer, say
+from .standin import StandIn, StandInServer, print_line
 from .standin_http import HTTPServer
 
 log = logging.getLogger(__name__)
 
 #: Seconds that the server may take to answer, and that the relay may take to leave.
-PATIENCE = 15.0
+PATIENCE_SECONDS = 15.0
 #: Seconds between two looks at the journals and at the server.
-LOOK_EVERY = 0.2
+POLL_SECONDS = 0.2
 #: Seconds that the relay has to leave by itself before it is told to.
-LEAVES_WITHIN = 3.0
+STOP_AFTER_SECONDS = 3.0
 #: Reports that the stand-in remembers: a demo may be left open for days.
-REMEMBERED = 1000
+MAX_RECORDED = 1000
 #: Seconds for one report. Shorter than the default, so that an API that hangs is soon seen to.
-TIMEOUT = 3
+TIMEOUT_SECONDS = 3
 
 
 def run_demo(port: int = 0, open_browser: bool = False, nginx: bool = False) -> int:
@@ -61,27 +61,30 @@ def run_demo(port: int = 0, open_browser: bool = False, nginx: bool = False) -> 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     port = _free_port(port)
-    with StandInServer(app=StandIn(say=say, limit=REMEMBERED)) as api, _state_folder() as state:
+    with (
+        StandInServer(app=StandIn(print_line=print_line, limit=MAX_RECORDED)) as api,
+        _state_folder() as state,
+    ):
         environ = _environment(api.url, state)
         behind = port
         if nginx:
             behind = _free_port(0)
             environ["T23_PROXY_LOG"] = str(demo_nginx.log_in(state.parent / "nginx"))
         with (
-            _plug(api, environ) as plug,
-            _page(environ, api, plug) as (page, page_port),
+            _switch(api, environ) as switch,
+            _page(environ, api, switch) as (page, page_port),
             demo_nginx.before(behind, port, state.parent / "nginx") if nginx else nullcontext(),
             _server(behind, page_port, environ) as server,
         ):
             _wait_until_it_answers(server, behind)
-            _introduce(port, api.url, open_browser, nginx)
-            _watch(page, server, stop)
+            _print_introduction(port, api.url, open_browser, nginx)
+            _follow_until(page, server, stop)
     return 0
 
 
-def _watch(page: DemoPage, server: subprocess.Popen[bytes], stop: threading.Event) -> None:
+def _follow_until(page: DemoPage, server: subprocess.Popen[bytes], stop: threading.Event) -> None:
     """Follow the journals, whether anybody looks at the page or not, until *stop*."""
-    while not stop.wait(LOOK_EVERY):
+    while not stop.wait(POLL_SECONDS):
         if server.poll() is not None:
             raise UsageError("the demo's server ended by itself; its own words stand above")
         try:
@@ -105,12 +108,12 @@ It is a plain Flask app under gunicorn, started with 't23-middleware run'. Witho
 _NGINX = "nginx stands before it, and its log says what it sent: each report is what that tells.\n"
 
 
-def _introduce(port: int, api: str, open_browser: bool, nginx: bool) -> None:
+def _print_introduction(port: int, api: str, open_browser: bool, nginx: bool) -> None:
     page = f"http://127.0.0.1:{port}/"
     video = importlib.import_module(example_module()).VIDEO
     media = media_path(video).lstrip("/")
     before = _NGINX if nginx else ""
-    say(_INTRODUCTION.format(page=page, api=api, media=media, photo=video["photo"], nginx=before))
+    print_line(_INTRODUCTION.format(page=page, api=api, media=media, photo=video["photo"], nginx=before))
     if open_browser:
         webbrowser.open(page)
 
@@ -137,22 +140,22 @@ def _state_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="t23-demo-", ignore_cleanup_errors=True) as name:
         path = Path(name) / "state"
         yield path
-        _wait_until_left(StateFolder(path))
+        _wait_for_relay_end(StateFolder(path))
 
 
-def _wait_until_left(folder: StateFolder) -> None:
+def _wait_for_relay_end(folder: StateFolder) -> None:
     """The relay leaves once all is delivered; one whose API is off would wait for it, and is told to leave."""
     began = time.monotonic()
-    told = 0
-    while lock_is_held(folder.relay_lock) and time.monotonic() - began < PATIENCE:
+    signalled = 0
+    while lock_is_held(folder.relay_lock) and time.monotonic() - began < PATIENCE_SECONDS:
         relay = lock_owner(folder.relay_lock)
-        if relay and relay != told and time.monotonic() - began > LEAVES_WITHIN:
-            told = relay
-            _tell_to_leave(relay)
+        if relay and relay != signalled and time.monotonic() - began > STOP_AFTER_SECONDS:
+            signalled = relay
+            _stop_relay(relay)
         time.sleep(0.1)
 
 
-def _tell_to_leave(relay: int) -> None:
+def _stop_relay(relay: int) -> None:
     try:
         os.kill(relay, signal.SIGTERM)
     except ProcessLookupError:
@@ -166,23 +169,25 @@ def _environment(api_url: str, state: Path) -> dict[str, str]:
         "T23_API_URL": api_url,
         "T23_STATE_DIR": str(state),
         "T23_PHOTO_PATTERN": "twentythree",
-        "T23_TIMEOUT": str(TIMEOUT),
+        "T23_TIMEOUT": str(TIMEOUT_SECONDS),
     }
 
 
 @contextmanager
-def _plug(api: StandInServer, environ: Mapping[str, str]) -> Iterator[Plug]:
-    plug = Plug(api, environ)
+def _switch(api: StandInServer, environ: Mapping[str, str]) -> Iterator[APISwitch]:
+    switch = APISwitch(api, environ)
     try:
-        yield plug
+        yield switch
     finally:
-        plug.close()
+        switch.close()
 
 
 @contextmanager
-def _page(environ: Mapping[str, str], api: StandInServer, plug: Plug) -> Iterator[tuple[DemoPage, int]]:
+def _page(
+    environ: Mapping[str, str], api: StandInServer, switch: APISwitch
+) -> Iterator[tuple[DemoPage, int]]:
     """The page, and the port at which the site finds it."""
-    page = DemoPage(Settings(environ=environ), api, plug)
+    page = DemoPage(Settings(environ=environ), api, switch)
     server = HTTPServer("127.0.0.1", 0, page)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="page", daemon=True)
     thread.start()
@@ -192,7 +197,7 @@ def _page(environ: Mapping[str, str], api: StandInServer, plug: Plug) -> Iterato
         server.shutdown()
         thread.join()
         server.server_close()
-        server.hang_up()
+        server.close_connections()
 
 
 def _server(
@@ -214,10 +219,10 @@ def _server(
         "--log-level",
         "warning",
     ]
-    return running([*command, *options], env=environ, cwd=_folder_to_start_in())
+    return running([*command, *options], env=environ, cwd=_working_folder())
 
 
-def _folder_to_start_in() -> Path:
+def _working_folder() -> Path:
     """Not the one that one stands in: gunicorn looks there first, and in a clone finds the package without its
     example instead of the installed one."""
     if example_module().startswith("t23_middleware."):
@@ -226,7 +231,7 @@ def _folder_to_start_in() -> Path:
 
 
 def _wait_until_it_answers(server: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
         try:

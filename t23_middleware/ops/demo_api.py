@@ -14,7 +14,7 @@ WELL, DENY, HANG, DOWN = "well", "deny", "hang", "down"
 CONDITIONS: Mapping[str, str | None] = {WELL: None, DENY: "deny", HANG: "hang", DOWN: None}
 
 
-class Plug:
+class APISwitch:
     """Turns the API off and on; *environ* is that of the site, for the relay that delivers once it is back."""
 
     def __init__(self, api: StandInServer, environ: Mapping[str, str]) -> None:
@@ -23,13 +23,13 @@ class Plug:
         self.delivered = 0
         self._api = api
         self._environ = environ
-        self._turning, self._delivering = threading.Lock(), threading.Lock()
+        self._switching, self._delivering = threading.Lock(), threading.Lock()
         self._relay: subprocess.Popen[bytes] | None = None
         self._closed = False
 
-    def turn(self, condition: str) -> None:
+    def switch_to(self, condition: str) -> None:
         """From now on the API is so; *condition* is one of :data:`CONDITIONS`."""
-        with self._turning:
+        with self._switching:
             if condition == self.condition:
                 return
             if condition == DOWN:

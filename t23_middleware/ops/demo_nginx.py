@@ -16,7 +16,7 @@ from ..relay.proxy_line import NGINX_LINES
 from .child import running
 
 #: Seconds that nginx may take to begin.
-PATIENCE = 10.0
+PATIENCE_SECONDS = 10.0
 #: Where Debian and others have it: on the search path of administrators only.
 PLACES = ("/usr/sbin", "/usr/local/sbin")
 
@@ -80,7 +80,7 @@ def _configured(upstream: int, port: int, folder: Path) -> str:
 
 
 def _wait_until_it_listens(nginx: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline and nginx.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()

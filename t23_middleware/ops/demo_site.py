@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..capture import counter as counted
-from .loopback import foreign
+from .loopback import request_refusal
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -29,13 +29,13 @@ RATE, BURST = 40_000, 96 << 10
 #: Where the page's own files and figures are.
 PAGES = "/demo/"
 #: What the demo's process decides by whether it answers.
-_WHO_ASKS = {"HTTP_HOST": "Host", "HTTP_ORIGIN": "Origin", "HTTP_SEC_FETCH_SITE": "Sec-Fetch-Site"}
+_FORWARDED_HEADERS = {"HTTP_HOST": "Host", "HTTP_ORIGIN": "Origin", "HTTP_SEC_FETCH_SITE": "Sec-Fetch-Site"}
 #: Longest body that is handed through.
-_LONGEST = 1024
+_MAX_BODY = 1024
 #: Seconds for the demo's process to answer.
-_PATIENCE = 5.0
+_TIMEOUT_SECONDS = 5.0
 _RATE = re.compile(r"(?:^|&)rate=([1-9]\d{0,8})(?:&|$)")
-_NOT_THERE = b"The demo's own process does not answer.\n"
+_NO_ANSWER = b"The demo's own process does not answer.\n"
 
 #: The film beside the example's clip: a video of its own, with a media URL of the same form.
 FILM = {
@@ -63,7 +63,7 @@ def media_path(video: dict[str, str]) -> str:
     return re.sub(r"<(\w+)>", lambda part: video[part[1]], path)
 
 
-class Throttled:
+class ThrottledBody:
     """A body that is handed on at *rate* bytes a second, after a first *burst* of them."""
 
     def __init__(self, body: Any, rate: int, burst: int = BURST) -> None:
@@ -93,13 +93,13 @@ def site(port: int) -> WSGIApplication:
     def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path == "/" or path.startswith(PAGES):
-            return _handed_through(port, environ, start_response)
-        if refused := foreign(environ, any_short_name=True):
+            return _forward(port, environ, start_response)
+        if refused := request_refusal(environ, any_short_name=True):
             start_response("403 Forbidden", [("Content-Type", "text/plain")])
             return [f"{refused}\n".encode()]
         answer: Iterable[bytes] = example.app(environ, start_response)
         asked = _RATE.search(environ.get("QUERY_STRING", ""))
-        return answer if asked is None else Throttled(answer, int(asked[1]))
+        return answer if asked is None else ThrottledBody(answer, int(asked[1]))
 
     return app
 
@@ -113,20 +113,20 @@ def _add_film(example: Any) -> None:
     example.app.add_url_rule(media_path(FILM), "film", film)
 
 
-def _handed_through(port: int, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
+def _forward(port: int, environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_SECONDS)
     headers = {"Content-Type": environ.get("CONTENT_TYPE", "")}
-    headers |= {name: environ[key] for key, name in _WHO_ASKS.items() if key in environ}
+    headers |= {name: environ[key] for key, name in _FORWARDED_HEADERS.items() if key in environ}
     path = quote(environ["PATH_INFO"], encoding="latin-1")
     length = environ.get("CONTENT_LENGTH") or "0"
-    sent = environ["wsgi.input"].read(min(int(length), _LONGEST)) if length.isdecimal() else b""
+    sent = environ["wsgi.input"].read(min(int(length), _MAX_BODY)) if length.isdecimal() else b""
     try:
         connection.request(environ["REQUEST_METHOD"], path, sent, headers)
         answer = connection.getresponse()
         content = answer.read()
     except (OSError, http.client.HTTPException):
         start_response("502 Bad Gateway", [("Content-Type", "text/plain"), ("Cache-Control", "no-store")])
-        return [_NOT_THERE]
+        return [_NO_ANSWER]
     finally:
         connection.close()
     kept = [(name, value) for name, value in answer.getheaders() if name.lower() not in ("date", "server")]

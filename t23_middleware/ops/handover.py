@@ -17,7 +17,7 @@ from ..settings import Settings
 from ..state import Holder, StateFolder, lock_is_held, lock_owner
 
 #: Seconds for another relay to finish what it has in flight.
-HANDOVER = 15.0
+HANDOVER_SECONDS = 15.0
 
 R = TypeVar("R", bound=Relay)
 
@@ -28,16 +28,16 @@ def take_over(folder: StateFolder, make: Callable[[], R]) -> tuple[R, bool]:
     Raises :class:`~t23_middleware.errors.UsageError` where a relay runs that is not ours to stop, and
     :class:`~t23_middleware.errors.StateError` where one does not end within :data:`HANDOVER`.
     """
-    told: set[int] = set()
-    until = time.monotonic() + HANDOVER
+    signalled: set[int] = set()
+    until = time.monotonic() + HANDOVER_SECONDS
     while True:
         try:
-            return make(), bool(told)
+            return make(), bool(signalled)
         except AnotherRelay:
-            _ask_to_leave(folder, told)
+            _ask_to_stop(folder, signalled)
         if time.monotonic() > until:
             raise StateError(
-                f"the relay of the workers (process {max(told, default=0)}) does not end; look at {folder.relay_log}"
+                f"the relay of the workers (process {max(signalled, default=0)}) does not end; look at {folder.relay_log}"
             )
         time.sleep(0.01)
 
@@ -45,10 +45,10 @@ def take_over(folder: StateFolder, make: Callable[[], R]) -> tuple[R, bool]:
 def hand_back(settings: Settings, folder: StateFolder) -> None:
     """Workers that saw our lock rely on a relay: start them theirs again."""
     if any(lock_is_held(folder.journals / name) for name in owned.names(folder.journals, ".lock")):
-        start(settings, folder)
+        start_workers_relay(settings, folder)
 
 
-def start(settings: Settings, folder: StateFolder) -> None:
+def start_workers_relay(settings: Settings, folder: StateFolder) -> None:
     """An automatic relay, as a worker starts it; where that fails, the reason is told."""
     try:
         start_relay(settings, folder)
@@ -56,17 +56,17 @@ def start(settings: Settings, folder: StateFolder) -> None:
         print(f"t23-middleware: the workers' relay can't be started again ({error})", file=sys.stderr)
 
 
-def _ask_to_leave(folder: StateFolder, told: set[int]) -> None:
+def _ask_to_stop(folder: StateFolder, signalled: set[int]) -> None:
     """SIGTERM to the relay that holds the lock, once each: a worker may start another in between."""
     pid, holder = lock_owner(folder.relay_lock), folder.relay_holder()
-    if pid is None or pid in told:
+    if pid is None or pid in signalled:
         return
     if holder is not None and not holder.left:
-        _refuse_what_is_elsewhere(folder, holder)
+        _refuse_other_container(folder, holder)
     if holder is None or (pid and pid != holder.pid):
         return  # it has only now taken the lock, and will say who it is
-    _refuse_what_is_not_ours(folder, holder, pid)
-    told.add(pid)
+    _refuse_service(folder, holder, pid)
+    signalled.add(pid)
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
@@ -77,7 +77,7 @@ def _ask_to_leave(folder: StateFolder, told: set[int]) -> None:
         ) from None
 
 
-def _refuse_what_is_elsewhere(folder: StateFolder, holder: Holder) -> None:
+def _refuse_other_container(folder: StateFolder, holder: Holder) -> None:
     if holder.is_elsewhere:
         raise UsageError(
             f"a relay in another container (process {holder.pid} there) delivers from {folder.path};"
@@ -85,7 +85,7 @@ def _refuse_what_is_elsewhere(folder: StateFolder, holder: Holder) -> None:
         )
 
 
-def _refuse_what_is_not_ours(folder: StateFolder, holder: Holder, pid: int) -> None:
+def _refuse_service(folder: StateFolder, holder: Holder, pid: int) -> None:
     if not holder.automatic:
         raise UsageError(
             f"a relay that runs as a service (process {holder.pid}) delivers from {folder.path};"

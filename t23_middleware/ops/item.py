@@ -8,7 +8,7 @@ from typing import NamedTuple
 OK, WARN, WRONG = "ok", "warn", "WRONG"
 
 
-class Item(NamedTuple):
+class Finding(NamedTuple):
     """One thing that was looked at."""
 
     level: str

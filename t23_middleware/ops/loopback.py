@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 
-def foreign(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
+def request_refusal(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
     """Why the request is refused, as a sentence; ``""`` where it may be answered.
 
     *any_short_name* as for :func:`foreign_host`.
     """
-    if refused := foreign_host(environ, any_short_name=any_short_name):
+    if refused := host_refusal(environ, any_short_name=any_short_name):
         return refused
     host = environ.get("HTTP_HOST", "").strip().lower()
     origin = environ.get("HTTP_ORIGIN", "").strip().lower()
@@ -29,7 +29,7 @@ def foreign(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
     return ""
 
 
-def foreign_host(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
+def host_refusal(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
     """Why the request's ``Host`` is refused, as a sentence; ``""`` where it is a name of this machine's loopback.
 
     *any_short_name*: one without a dot, or none, will do. Nobody on the internet can own such a name.

@@ -71,7 +71,10 @@ class _Collector:
         yield _counter("t23_plays", "Reports that started a viewing (skip=0).", totals.get(PLAYS, 0))
         yield _counter("t23_streamed_bytes", "Bytes handed over, as reported.", totals.get(BYTES, 0))
         yield _counters(
-            "t23_events", "What was seen and not reported, or went wrong.", "event", self._status.ignored
+            "t23_events",
+            "What was seen and not reported, or went wrong.",
+            "event",
+            self._status.other_counters,
         )
 
     def _delivery(self) -> Iterator[Metric]:
@@ -110,7 +113,7 @@ class _Collector:
         yield _gauge(
             "t23_plays_awaited",
             "Plays that wait for their line in the proxy's log.",
-            status.awaited.number,
+            status.waiting_for_proxy.number,
         )
         yield _gauge(
             "t23_journal_unread_bytes", "Bytes in journals that no relay took in yet.", status.journal_bytes

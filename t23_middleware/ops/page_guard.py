@@ -19,7 +19,7 @@ DELAY = 0.1
 #: Wrong tokens of one address that are looked at in a row; then one each :data:`REFILL` seconds.
 BURST, REFILL = 12, 1.0
 #: Addresses that are remembered; the one that was quiet for longest is forgotten first.
-MOST_ADDRESSES = 1000
+MAX_ADDRESSES = 1000
 #: Seconds between two lines in the log.
 LOG_EVERY = 60.0
 
@@ -49,7 +49,7 @@ class Guard:
         """Note a wrong token of *address*, and delay its answer unless another one is being delayed."""
         forgiven = max(self._forgiven.pop(address, 0.0), self._clock())
         self._forgiven[address] = forgiven + REFILL
-        if len(self._forgiven) > MOST_ADDRESSES:
+        if len(self._forgiven) > MAX_ADDRESSES:
             self._forgiven.popitem(last=False)
         self.log(address)
         if not self._waiting:

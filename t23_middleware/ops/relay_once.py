@@ -11,11 +11,11 @@ from ..relay.process import stopped_by_signals
 from ..settings import Settings
 from ..state import StateFolder
 from . import text
-from .bar import Bar
+from .bar import ProgressBar
 from .handover import hand_back, take_over
 
 #: Seconds in which all of it is over.
-LIMIT = 30.0
+LIMIT_SECONDS = 30.0
 
 
 def run_once(settings: Settings) -> int:
@@ -24,15 +24,17 @@ def run_once(settings: Settings) -> int:
     Raises :class:`~t23_middleware.errors.UsageError` where a relay runs that is not ours to stop.
     """
     os.umask(0o077)
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + LIMIT_SECONDS
     folder = StateFolder(settings.state_path())
     if not folder.path.exists():
         print(f"Nothing is left: there is no state folder {folder.path} yet.")
         return 0
-    bar = Bar()
+    bar = ProgressBar()
 
     def make() -> RelayOnce:
-        return RelayOnce(settings, folder, deadline=deadline, tell=lambda progress: _show(bar, progress))
+        return RelayOnce(
+            settings, folder, deadline=deadline, tell=lambda progress: _show_progress(bar, progress)
+        )
 
     relay, took_over = take_over(folder, make)
     try:
@@ -42,10 +44,10 @@ def run_once(settings: Settings) -> int:
         bar.end()
         if took_over:
             hand_back(settings, folder)
-    return _say(ending)
+    return _print_result(ending)
 
 
-def _say(ending: Ending) -> int:
+def _print_result(ending: Ending) -> int:
     progress = ending.progress
     print(f"Sent {text.reports(progress.sent)}.")
     if progress.refused:
@@ -60,7 +62,7 @@ def _say(ending: Ending) -> int:
     return 1
 
 
-def _show(bar: Bar, progress: Progress) -> None:
+def _show_progress(bar: ProgressBar, progress: Progress) -> None:
     done = progress.sent + progress.refused + progress.lost
     total = done + progress.waiting
     figures = f"{done:,} of {total:,}" + (f", {progress.refused:,} refused" if progress.refused else "")

@@ -56,7 +56,7 @@ class _Command:
                 raise UsageError(f"{OURS} can't wrap itself; name your own app, as in '{_EXAMPLE}'")
         return Placement([*self.start, *arguments], target)
 
-    def as_it_is(self) -> Placement:
+    def unchanged(self) -> Placement:
         return Placement([*self.start, *self.arguments], None)
 
     def line(self, *more: str) -> str:
@@ -120,7 +120,7 @@ def _program(name: str, environ: Mapping[str, str]) -> str:
     return found
 
 
-def _of_server(module: str) -> Any:
+def _server_module(module: str) -> Any:
     """A server's own module, to read its command line as it does."""
     try:
         return importlib.import_module(module)
@@ -136,7 +136,7 @@ def _gunicorn(command: _Command) -> Placement:
     """gunicorn/app/wsgiapp.py: the first positional names the app, whatever the configuration file says."""
     options = _gunicorn_options(command.arguments)
     if options is None:
-        return command.as_it_is()
+        return command.unchanged()
     from_environment = _gunicorn_options(shlex.split(command.environ.get("GUNICORN_CMD_ARGS", "")))
     for given in (options, from_environment):
         _refuse_no_wsgi(given)
@@ -146,21 +146,21 @@ def _gunicorn(command: _Command) -> Placement:
         )
     app = options.args[0]
     return command.with_app(
-        _with_ours_for(app, command.arguments), app if ":" in app else f"{app}:application"
+        _with_app_replaced(app, command.arguments), app if ":" in app else f"{app}:application"
     )
 
 
 def _gunicorn_options(arguments: list[str]) -> Any:
     """The parsed arguments, or None where gunicorn answers by itself (``--help``, ``--version``)."""
-    parser = _of_server("gunicorn.config").Config(prog="gunicorn").parser()
-    said = io.StringIO()
+    parser = _server_module("gunicorn.config").Config(prog="gunicorn").parser()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return parser.parse_args(arguments)
     except SystemExit as stop:
         if not stop.code:
             return None
-    last = said.getvalue().strip().rpartition("\n")[2]
+    last = output.getvalue().strip().rpartition("\n")[2]
     raise UsageError(f"{last.replace(': error:', ':')}; see 'gunicorn --help'")
 
 
@@ -202,7 +202,7 @@ def _wsgi_app_in(file: Path) -> str | None:
     return None
 
 
-def _with_ours_for(app: str, arguments: list[str]) -> list[str]:
+def _with_app_replaced(app: str, arguments: list[str]) -> list[str]:
     """*arguments* with the one *app* that is gunicorn's positional exchanged; ``-n video:app`` stays."""
     for index in (index for index, word in enumerate(arguments) if word == app):
         exchanged = [*arguments[:index], OURS, *arguments[index + 1 :]]
@@ -215,7 +215,7 @@ def _waitress(command: _Command) -> Placement:
     """waitress/runner.py: ``[--call] [options] module:app``; newer ones also take ``--app``."""
     options, apps = _waitress_options(command)
     if any(name == "--help" for name, _ in options):
-        return command.as_it_is()
+        return command.unchanged()
     apps += [str(value) for name, value in options if name == "--app"]
     if len(apps) != 1:
         raise UsageError(
@@ -224,12 +224,12 @@ def _waitress(command: _Command) -> Placement:
     factory = any(name == "--call" for name, _ in options)
     kept = [(name, value) for name, value in options if name not in ("--call", "--app")]
     words = [name if value is None else f"{name}={value}" for name, value in kept]
-    return command.with_app([*words, OURS], _made_by(apps[0]) if factory else apps[0])
+    return command.with_app([*words, OURS], _factory_call(apps[0]) if factory else apps[0])
 
 
 def _waitress_options(command: _Command) -> tuple[list[tuple[str, str | None]], list[str]]:
     """Options by their whole names, those without a value with None, and what stands behind them."""
-    adjustments = _of_server("waitress.adjustments")
+    adjustments = _server_module("waitress.adjustments")
     # As its parse_args does; that of newer ones also imports the app.
     params = [(name.replace("_", "-"), cast) for name, cast in adjustments.Adjustments._params]
     flags = [name for name, cast in params if cast is adjustments.asbool]
@@ -246,7 +246,7 @@ def _waitress_line(command: _Command) -> str:
     return shlex.join(["t23-middleware", "run", *command.start, "--listen=127.0.0.1:8080", "video:app"])
 
 
-def _made_by(factory: str) -> str:
+def _factory_call(factory: str) -> str:
     """``video:create`` or ``video.create``, which waitress calls, as the call it is."""
     module, _, name = factory.partition(":") if ":" in factory else factory.rpartition(".")
     if not module or not name:
@@ -259,7 +259,7 @@ def _made_by(factory: str) -> str:
 def _uwsgi(command: _Command) -> Placement:
     """uwsgi: our ``--module`` last, where it wins over a ``module`` and is loaded before any ``wsgi-file``."""
     if {"--help", "-h", "--version", "--usage"} & set(command.arguments):
-        return command.as_it_is()
+        return command.unchanged()
     loaded = uwsgi_config.read(command.arguments, command.environ, command.cwd)
     target = loaded.target()
     if target is None:
@@ -273,7 +273,7 @@ def _flask(command: _Command) -> Placement:
     """flask/cli.py: the last ``--app`` before the subcommand wins over ``FLASK_APP``."""
     options, rest = _flask_options(command.arguments)
     if not rest or options.get("help") or options.get("version"):
-        return command.as_it_is()
+        return command.unchanged()
     target = options.get("app") or _flask_variables(command, options.get("env_file")).get("FLASK_APP")
     at = len(command.arguments) - len(rest)
     if command.arguments[:at][-1:] == ["--"]:
@@ -285,7 +285,7 @@ def _flask(command: _Command) -> Placement:
 
 def _flask_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Options that stand before Flask's subcommand, and the words from the subcommand on."""
-    group, click = _of_server("flask.cli").cli, _of_server("click")
+    group, click = _server_module("flask.cli").cli, _server_module("click")
     try:
         options, rest, _ = group.make_parser(click.Context(group)).parse_args(list(arguments))
     except click.UsageError as error:
@@ -346,7 +346,7 @@ _SERVERS: dict[str, Callable[[_Command], Placement]] = {
 }
 
 #: Programs that start another: ours goes behind them.
-_STARTER = re.compile(
+_LAUNCHER = re.compile(
     "env|exec|nice|nohup|sudo|setsid|uv|poetry|pipenv|pdm|hatch|rye|conda|doppler|dotenv|honcho"
 )
 #: Servers that take a WSGI app, with the options that they need for it and how they write it.
@@ -369,7 +369,7 @@ def _advice(words: list[str]) -> str:
             f"run can't place {name}; set WSGI_APPLICATION = 't23_middleware.wsgi.application' in Django's settings "
             "and T23_APP=mysite.wsgi:application in the environment, and start it without 't23-middleware run'"
         )
-    if _STARTER.fullmatch(name):
+    if _LAUNCHER.fullmatch(name):
         return f"put 't23-middleware run' right before the server: {name} … t23-middleware run gunicorn video:app"
     if name in _OTHER_SERVERS:
         return f"run can't place {name}; if the app is WSGI, write: {_line_for(words, *_OTHER_SERVERS[name])}"

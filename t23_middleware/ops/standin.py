@@ -28,9 +28,9 @@ from werkzeug.http import http_date
 from werkzeug.wrappers import Request, Response
 
 from t23_middleware.errors import UsageError
-from t23_middleware.ops.loopback import foreign, foreign_host
-from t23_middleware.ops.standin_answers import DENIED, REPORTED, Answer, Call, refusal, rendered
-from t23_middleware.ops.standin_faults import Fault, FaultSwitch, disturb, falsified, page
+from t23_middleware.ops.loopback import host_refusal, request_refusal
+from t23_middleware.ops.standin_answers import DENIED, REPORTED, Call, StandInAnswer, encoded, refusal
+from t23_middleware.ops.standin_faults import Fault, FaultSwitch, changed_answer, page, with_fault
 from t23_middleware.ops.standin_http import HTTPServer
 from t23_middleware.relay.report import REPORT_PATHS
 
@@ -58,7 +58,7 @@ class StandIn:
         unknown_photos: Collection[str] = (),
         clock: Callable[[], float] = time.time,
         limit: int = 1_000_000,
-        say: Callable[[str], None] | None = None,
+        print_line: Callable[[str], None] | None = None,
     ) -> None:
         self.whitelisted = whitelisted
         #: Paths at which it takes reports.
@@ -70,8 +70,8 @@ class StandIn:
         self._unknown_photos = frozenset(unknown_photos)
         self._clock = clock
         self._limit = limit
-        self._say = say
-        self._news = threading.Condition()
+        self._print_line = print_line
+        self._changed = threading.Condition()
         # JSON text takes a third of the memory that a report's dict would.
         self._rows: deque[str] = deque(maxlen=limit)
         self._cache: dict[bytes, float] = {}
@@ -87,20 +87,20 @@ class StandIn:
 
     def recorded(self) -> list[dict[str, Any]]:
         """The reports, oldest first: fields as they came; received (epoch s), method, path, host, cookies."""
-        with self._news:
+        with self._changed:
             rows = list(self._rows)
         return [json.loads(row) for row in rows]
 
     def wait_for(self, count: int, timeout: float = 10.0) -> list[dict[str, Any]]:
         """The reports as soon as there are so many; TimeoutError after `timeout` seconds."""
-        with self._news:
-            if not self._news.wait_for(lambda: len(self._rows) >= count, timeout):
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._rows) >= count, timeout):
                 raise TimeoutError(f"{len(self._rows)} of {count} reports were recorded in {timeout} s")
         return self.recorded()
 
     def clear(self) -> None:
         """Forgets the reports and the cached answers."""
-        with self._news:
+        with self._changed:
             self._rows.clear()
             self._cache.clear()
             self.dropped = 0
@@ -109,48 +109,48 @@ class StandIn:
         control = request.path.startswith("/_")
         # A report is taken from anybody who can send one; what the developer turns and sees is the developer's own.
         environ = request.environ
-        if refused := foreign(environ) if control else foreign_host(environ, any_short_name=True):
+        if refused := request_refusal(environ) if control else host_refusal(environ, any_short_name=True):
             return _as_json({"error": refused}, 403)
         if control:
-            return self._control(request)
+            return self._control_response(request)
         if not request.path.startswith("/api/"):
             return page(404, "There is no such page")
         call = Call.of(request)
-        met = self.faults.take(call.fields.get("photo_id", ""))
-        if met is None:
-            return rendered(self._answer(call), call)
-        fault, released = met
+        matched = self.faults.next_fault(call.fields.get("photo_id", ""))
+        if matched is None:
+            return encoded(self._answer(call), call)
+        fault, released = matched
         answer = self._answer(call) if fault.record else REPORTED
-        return disturb(rendered(falsified(answer, fault, self._clock()), call), fault, released)
+        return with_fault(encoded(changed_answer(answer, fault, self._clock()), call), fault, released)
 
-    def _answer(self, call: Call) -> Answer:
+    def _answer(self, call: Call) -> StandInAnswer:
         if call.path not in self.methods:
-            return Answer(f"There is no method {call.path}", "invalid_method")
+            return StandInAnswer(f"There is no method {call.path}", "invalid_method")
         if call.method not in ("GET", "POST"):
-            return Answer(f"The method {call.path} takes GET and POST only", "invalid_method")
+            return StandInAnswer(f"The method {call.path} takes GET and POST only", "invalid_method")
         if not self.whitelisted:
             return DENIED
         refused = refusal(call, self._cookie)
         if refused is not None:
             return refused
         if call.fields["photo_id"] in self._unknown_photos:
-            return Answer("There is no video with this photo_id", "no_such_photo")
-        return self._reported(call)
+            return StandInAnswer("There is no video with this photo_id", "no_such_photo")
+        return self._record_report(call)
 
-    def _reported(self, call: Call) -> Answer:
+    def _record_report(self, call: Call) -> StandInAnswer:
         now, session = self._clock(), call.session(self._cookie)
-        with self._news:
-            cached_at = self._remember(call.digest(session), now)
+        with self._changed:
+            cached_at = self._cached_since(call.digest(session), now)
             if cached_at is not None:
                 return replace(REPORTED, cached_at=int(cached_at))
             self._record(call, now)
-        if self._say is not None:
-            self._say(_line(call, session, now))
+        if self._print_line is not None:
+            self._print_line(_report_line(call, session, now))
             if self.dropped == 1:
-                self._say(f"More than {self._limit} reports: the oldest are dropped from now on.")
+                self._print_line(f"More than {self._limit} reports: the oldest are dropped from now on.")
         return REPORTED
 
-    def _remember(self, digest: bytes, now: float) -> float | None:
+    def _cached_since(self, digest: bytes, now: float) -> float | None:
         """When the answer to this request was put into the cache, or None if that is now."""
         while self._cache:
             oldest = next(iter(self._cache))
@@ -166,58 +166,58 @@ class StandIn:
         facts = {"received": now, "method": call.method, "path": call.path, "host": call.host}
         self.dropped += len(self._rows) == self._limit
         self._rows.append(json.dumps({**call.fields, **facts, "cookies": dict(call.cookies)}))
-        self._news.notify_all()
+        self._changed.notify_all()
 
-    def _control(self, request: Request) -> Response:
+    def _control_response(self, request: Request) -> Response:
         match request.method, request.path:
             case "GET" | "HEAD", "/_recorded":
-                return self._shown()
+                return self._recorded_response()
             case ("DELETE", "/_recorded") | ("POST", "/_clear"):
                 self.clear()
             case "GET" | "HEAD", "/_faults":
                 pass
             case "POST", "/_faults":
-                return self._turn(request)
+                return self._set_fault(request)
             case "DELETE", "/_faults":
-                self.faults.turn(None)
+                self.faults.set_fault(None)
             case _:
                 return _as_json(
                     {"error": "There are /_recorded (GET, DELETE), /_faults (GET, POST, DELETE)"}, 404
                 )
-        return self._shown_faults() if request.path == "/_faults" else Response(status=204)
+        return self._fault_response() if request.path == "/_faults" else Response(status=204)
 
-    def _shown(self) -> Response:
-        with self._news:
+    def _recorded_response(self) -> Response:
+        with self._changed:
             rows, dropped = list(self._rows), self.dropped
         headers = {"T23-Dropped": str(dropped)}
         return Response(f"[{','.join(rows)}]\n", headers=headers, mimetype="application/json")
 
-    def _shown_faults(self) -> Response:
+    def _fault_response(self) -> Response:
         fault = self.faults.fault
         return _as_json([] if fault is None else [fault.shown()])
 
-    def _turn(self, request: Request) -> Response:
+    def _set_fault(self, request: Request) -> Response:
         asked = request.get_json(silent=True) if request.is_json else request.form.to_dict()
         try:
             if not isinstance(asked, dict):
                 raise UsageError("A fault is a form, or one JSON object, with at least a kind.")
-            self.faults.turn(Fault.parse(asked))
+            self.faults.set_fault(Fault.parse(asked))
         except UsageError as error:
             return _as_json({"error": str(error)}, 400)
-        return self._shown_faults()
+        return self._fault_response()
 
 
 def _as_json(value: object, status: int = 200) -> Response:
     return Response(json.dumps(value) + "\n", status, mimetype="application/json")
 
 
-def _line(call: Call, session: str, now: float) -> str:
+def _report_line(call: Call, session: str, now: float) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(now))
     photo, size, skip = call.fields["photo_id"], int(call.fields["bytes_total"]), call.fields.get("skip", "0")
-    return f"{clock} video {photo}, session {_masked(session)}, {size:,} bytes, skip {skip}"
+    return f"{clock} video {photo}, session {_masked_session(session)}, {size:,} bytes, skip {skip}"
 
 
-def _masked(session: str) -> str:
+def _masked_session(session: str) -> str:
     shown = session[: min(4, len(session) // 2)]
     return (shown if shown.isprintable() else "") + "…"
 
@@ -260,9 +260,9 @@ class StandInServer:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
-        for thread in self._server.hang_up():
+        for thread in self._server.close_connections():
             while thread.is_alive():  # it may only now begin to wait
-                self.app.faults.let_go()
+                self.app.faults.release_waiting()
                 thread.join(0.1)
         self._server = self._thread = None
 
@@ -288,11 +288,11 @@ class StandInServer:
 
     def fault(self, kind: str, **options: object) -> None:
         """Turns a fault on in the place of the one before; UsageError if there is no such fault or option."""
-        self.app.faults.turn(Fault.parse({"kind": kind, **options}))
+        self.app.faults.set_fault(Fault.parse({"kind": kind, **options}))
 
     def heal(self) -> None:
         """Turns the fault off, and lets the requests go on that wait because of it."""
-        self.app.faults.turn(None)
+        self.app.faults.set_fault(None)
 
 
 def _unavailable(host: str, port: int, error: OSError | OverflowError) -> str:
@@ -311,8 +311,10 @@ def run_standin(host: str = "127.0.0.1", port: int = DEFAULT_PORT, **options: An
     ends = {signal.SIGINT, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     try:
-        with StandInServer(host, port, say=say, **options) as server:
-            say(f"The stand-in answers at {server.url} (T23_API_URL={server.url}); each report follows here.")
+        with StandInServer(host, port, print_line=print_line, **options) as server:
+            print_line(
+                f"The stand-in answers at {server.url} (T23_API_URL={server.url}); each report follows here."
+            )
             signal.sigwait(ends)
     finally:
         while signal.sigpending() & ends:  # a second Ctrl-C says the same
@@ -321,7 +323,7 @@ def run_standin(host: str = "127.0.0.1", port: int = DEFAULT_PORT, **options: An
     return 0
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print *line*, whatever the terminal can show of it; ends the command where nobody reads it any more."""
     encoding = sys.stdout.encoding or "utf-8"
     try:

@@ -49,7 +49,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Answer:
+class StandInAnswer:
     """What the API says: an error if it has a code; `cached_at` (epoch seconds) if it came from the cache."""
 
     message: str
@@ -65,17 +65,21 @@ class Answer:
                 "permission_level": "anonymous",
                 "message": self.message,
             }
-        said = {"status": "ok", "permission_level": "anonymous", "message": self.message, "cached": "0"}
-        return said if self.cached_at is None else said | {"cached": "1", "cache_time": str(self.cached_at)}
+        attributes = {"status": "ok", "permission_level": "anonymous", "message": self.message, "cached": "0"}
+        return (
+            attributes
+            if self.cached_at is None
+            else attributes | {"cached": "1", "cache_time": str(self.cached_at)}
+        )
 
 
 #: The answer to a report that was taken, in the words of the method's page.
-REPORTED = Answer("The download was reported")
+REPORTED = StandInAnswer("The download was reported")
 #: The answer to every report from a server that is not whitelisted.
-DENIED = Answer("This server is not whitelisted for the method", "permission_denied")
+DENIED = StandInAnswer("This server is not whitelisted for the method", "permission_denied")
 
 
-def refusal(call: Call, cookie: str) -> Answer | None:
+def refusal(call: Call, cookie: str) -> StandInAnswer | None:
     """The error that this report's parameters deserve, if any."""
     fields = call.fields
     for name in ("photo_id", "bytes_total"):
@@ -92,11 +96,11 @@ def refusal(call: Call, cookie: str) -> Answer | None:
     return None
 
 
-def _invalid(message: str) -> Answer:
-    return Answer(message, "invalid_input")
+def _invalid(message: str) -> StandInAnswer:
+    return StandInAnswer(message, "invalid_input")
 
 
-def rendered(answer: Answer, call: Call) -> Response:
+def encoded(answer: StandInAnswer, call: Call) -> Response:
     """The answer as XML, JSON or JavaScript, whichever the request asked for; always with HTTP 200."""
     if call.fields.get("format") != "json":
         attributes = " ".join(f"{name}={quoteattr(value)}" for name, value in answer.attributes().items())
@@ -113,7 +117,7 @@ def rendered(answer: Answer, call: Call) -> Response:
     )
 
 
-def _json(answer: Answer, call: Call) -> dict[str, object]:
+def _json(answer: StandInAnswer, call: Call) -> dict[str, object]:
     if answer.code:
         return {**answer.attributes(), "endpoint": call.path}
     site = {"domain": call.host, "secure_domain": call.host}

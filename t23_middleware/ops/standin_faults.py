@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from werkzeug.wrappers import Response
 
 from t23_middleware.errors import UsageError
-from t23_middleware.ops.standin_answers import DENIED, Answer
+from t23_middleware.ops.standin_answers import DENIED, StandInAnswer
 from t23_middleware.ops.standin_http import Hangup
 
 
-class Kind(NamedTuple):
+class FaultKind(NamedTuple):
     """What a kind of fault does, whether its reports are recorded by default, and the options only it takes."""
 
     does: str
@@ -28,24 +28,26 @@ class Kind(NamedTuple):
     seconds: float = 0.0
 
 
-KINDS: Mapping[str, Kind] = {
-    "refuse": Kind("resets the connection as soon as the request was read", False),
-    "hang": Kind("waits until healed, then answers what was recorded and hangs up on the rest", False),
-    "status": Kind("answers with this HTTP status and a page", False, ("status", "retry_after", "location")),
-    "deny": Kind("answers permission_denied", False),
-    "error": Kind("answers with this error", False, ("code", "message")),
-    "html": Kind("answers with a page and HTTP 200", False),
-    "cut": Kind("hangs up in the middle of the answer", True),
-    "huge": Kind("answers with `size` bytes too many", True, ("size",)),
-    "slow": Kind("waits `seconds` before each byte of the answer", True, ("seconds",), 0.05),
-    "latency": Kind("waits `seconds` before the answer", True, ("seconds",), 1.0),
-    "cached": Kind("says that the answer is from the cache", False),
+FAULT_KINDS: Mapping[str, FaultKind] = {
+    "refuse": FaultKind("resets the connection as soon as the request was read", False),
+    "hang": FaultKind("waits until healed, then answers what was recorded and hangs up on the rest", False),
+    "status": FaultKind(
+        "answers with this HTTP status and a page", False, ("status", "retry_after", "location")
+    ),
+    "deny": FaultKind("answers permission_denied", False),
+    "error": FaultKind("answers with this error", False, ("code", "message")),
+    "html": FaultKind("answers with a page and HTTP 200", False),
+    "cut": FaultKind("hangs up in the middle of the answer", True),
+    "huge": FaultKind("answers with `size` bytes too many", True, ("size",)),
+    "slow": FaultKind("waits `seconds` before each byte of the answer", True, ("seconds",), 0.05),
+    "latency": FaultKind("waits `seconds` before the answer", True, ("seconds",), 1.0),
+    "cached": FaultKind("says that the answer is from the cache", False),
 }
 _COMMON = ("kind", "count", "record", "photo_id")
 _BODILESS = (204, 304)
 #: Stands in the answer where a huge one has its many bytes: they are sent piece by piece, and never kept.
-_MANY = "(many bytes)"
-_PIECE = 65536
+_FILLER = "(many bytes)"
+_PIECE_BYTES = 65536
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class Fault:
     def parse(cls, asked: Mapping[str, object]) -> Fault:
         """The fault that the names and values of a form, or of a JSON object, ask for; else UsageError."""
         name = str(asked.get("kind", ""))
-        if name not in KINDS:
-            raise UsageError(f"No fault of kind {name!r}; kinds are {', '.join(KINDS)}.")
-        kind = KINDS[name]
+        if name not in FAULT_KINDS:
+            raise UsageError(f"No fault of kind {name!r}; kinds are {', '.join(FAULT_KINDS)}.")
+        kind = FAULT_KINDS[name]
         allowed = (*_COMMON, *kind.options)
         unknown = [option for option in asked if option not in allowed]
         if unknown:
@@ -83,7 +85,7 @@ class Fault:
 
     def shown(self) -> dict[str, object]:
         """The options that count for this kind, as `GET /_faults` shows them."""
-        names = (*_COMMON, *KINDS[self.kind].options)
+        names = (*_COMMON, *FAULT_KINDS[self.kind].options)
         return {name: value for name, value in asdict(self).items() if name in names and value is not None}
 
 
@@ -99,21 +101,21 @@ def _value(name: str, value: object) -> object:
             case "record":
                 return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
             case "count" | "size" | "status":
-                return _within(int(text), *_LIMITS[name])
+                return _within(int(text), *_RANGES[name])
             case "seconds":
-                return _within(float(text), *_LIMITS[name])
+                return _within(float(text), *_RANGES[name])
         return _printable(text)
     except (KeyError, ValueError):
-        raise UsageError(f"The fault's {name} can't be {text!r}; it is {_MEANING[name]}.") from None
+        raise UsageError(f"The fault's {name} can't be {text!r}; it is {_ALLOWED[name]}.") from None
 
 
-_LIMITS = {
+_RANGES = {
     "count": (1, 1_000_000_000),
     "size": (1, 64 * 1024 * 1024),
     "status": (200, 599),
     "seconds": (0, 86_400),
 }
-_MEANING = {
+_ALLOWED = {
     "record": "true or false",
     "count": "a number of requests from 1",
     "size": "a number of bytes from 1 to 67108864",
@@ -148,18 +150,18 @@ class FaultSwitch:
         """The fault that is on, with the count that it has left."""
         return self._fault
 
-    def turn(self, fault: Fault | None) -> None:
+    def set_fault(self, fault: Fault | None) -> None:
         """Puts this fault in the place of the one before, whose waiting requests go on; None heals."""
         with self._lock:
             self._fault = fault
             self._release()
 
-    def let_go(self) -> None:
+    def release_waiting(self) -> None:
         """Lets the requests go on that wait now, and leaves the fault on."""
         with self._lock:
             self._release()
 
-    def take(self, photo_id: str) -> tuple[Fault, threading.Event] | None:
+    def next_fault(self, photo_id: str) -> tuple[Fault, threading.Event] | None:
         """The fault that a request for this video meets now, and the event that ends its wait."""
         with self._lock:
             fault = self._fault
@@ -174,21 +176,21 @@ class FaultSwitch:
         self._released = threading.Event()
 
 
-def falsified(answer: Answer, fault: Fault, now: float) -> Answer:
+def changed_answer(answer: StandInAnswer, fault: Fault, now: float) -> StandInAnswer:
     """What the API itself says in this answer's place while it has the fault."""
     match fault.kind:
         case "deny":
             return DENIED
         case "error":
-            return Answer(fault.message, fault.code)
+            return StandInAnswer(fault.message, fault.code)
         case "cached":
             return replace(answer, cached_at=int(now))
         case "huge":
-            return replace(answer, message=answer.message + _MANY)
+            return replace(answer, message=answer.message + _FILLER)
     return answer
 
 
-def disturb(response: Response, fault: Fault, released: threading.Event) -> Response:
+def with_fault(response: Response, fault: Fault, released: threading.Event) -> Response:
     """What becomes of this answer on its way to the client; `Hangup` where nothing does."""
     match fault.kind:
         case "refuse":
@@ -236,8 +238,8 @@ def _streamed(response: Response, body: Iterator[bytes]) -> Response:
 
 
 def _hugely(response: Response, size: int) -> Response:
-    before, _, after = response.get_data().rpartition(_MANY.encode())
-    dots = (b"." * min(_PIECE, size - at) for at in range(0, size, _PIECE))
+    before, _, after = response.get_data().rpartition(_FILLER.encode())
+    dots = (b"." * min(_PIECE_BYTES, size - at) for at in range(0, size, _PIECE_BYTES))
     huge = Response(chain([before], dots, [after]), response.status, response.headers.copy())
     huge.headers["Content-Length"] = str(len(before) + size + len(after))
     return huge

@@ -55,7 +55,7 @@ class HTTPServer(ThreadingMixIn, TCPServer):
         finally:
             del self._open[threading.current_thread()]
 
-    def hang_up(self) -> list[threading.Thread]:
+    def close_connections(self) -> list[threading.Thread]:
         """Closes every connection; gives the threads that are about to end."""
         open_now = dict(self._open)
         for connection in open_now.values():
@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: HTTPServer
 
     def do_GET(self) -> None:
-        refused = self._unreadable()
+        refused = self._body_error_status()
         if refused:
             self.close_connection = True  # what follows can't be told from the next request
             return self.send_error(refused)
@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_POST = do_HEAD = do_DELETE = do_PUT = do_PATCH = do_OPTIONS = do_GET
 
-    def _unreadable(self) -> int:
+    def _body_error_status(self) -> int:
         """The HTTP status of a body that can't be read, or 0."""
         length = self.headers.get("Content-Length", "0")
         if self.headers.get("Transfer-Encoding"):

@@ -33,17 +33,17 @@ from ..relay.outbox import LONG_LOG, UNCOUNTED, NoOutbox, OutboxView, Snapshot, 
 from ..settings import Settings
 from ..state import Holder, StateFolder, lock_is_held
 from . import text
-from .counted import counted_words
+from .counted import counting_description
 
 #: Seconds between two screens of ``--watch``.
 REFRESH = 2.0
 #: Counters that are shown by themselves.
 _FIGURES = ("captured", "sent")
 #: What is known where no relay ever ran.
-NOTHING = Snapshot(Stats(0, 0, 0, 0, 0), [], None, {}, [], {}, {})
+EMPTY_SNAPSHOT = Snapshot(Stats(0, 0, 0, 0, 0), [], None, {}, [], {}, {})
 
 
-class Awaited(NamedTuple):
+class WaitingForProxy(NamedTuple):
     """Plays that only their line in the proxy's log is missing of, as the relay knew last."""
 
     number: int
@@ -52,12 +52,12 @@ class Awaited(NamedTuple):
     last_line_ms: int
 
 
-def awaited(outbox: Snapshot) -> Awaited:
+def waiting_for_proxy(outbox: Snapshot) -> WaitingForProxy:
     """What the relay noted of the proxy."""
-    return Awaited(*(_noted(outbox, name) for name in (AWAITED, AWAITED_SINCE, LAST_LINE)))
+    return WaitingForProxy(*(_number_in_notes(outbox, name) for name in (AWAITED, AWAITED_SINCE, LAST_LINE)))
 
 
-def _noted(outbox: Snapshot, name: str) -> int:
+def _number_in_notes(outbox: Snapshot, name: str) -> int:
     noted = outbox.notes.get(name, "")
     return int(noted) if noted.isascii() and noted.isdigit() else 0
 
@@ -100,17 +100,17 @@ class Status:
     @property
     def open_responses(self) -> int:
         """Counted responses that are under way, as the relay knew last."""
-        return _noted(self.outbox, OPEN_RESPONSES)
+        return _number_in_notes(self.outbox, OPEN_RESPONSES)
 
     @property
     def draining(self) -> int:
         """Responses that are over for the server and not for the client's kernel, as the relay knew last."""
-        return _noted(self.outbox, DRAINING)
+        return _number_in_notes(self.outbox, DRAINING)
 
     @property
-    def awaited(self) -> Awaited:
+    def waiting_for_proxy(self) -> WaitingForProxy:
         """Plays that wait for the proxy."""
-        return awaited(self.outbox)
+        return waiting_for_proxy(self.outbox)
 
     @property
     def lost_by_reason(self) -> dict[str, int]:
@@ -121,7 +121,7 @@ class Status:
         return dict(total)
 
     @property
-    def ignored(self) -> dict[str, int]:
+    def other_counters(self) -> dict[str, int]:
         """Every other counter: what was seen and not reported, and what went wrong."""
         return {name: value for name, value in self.outbox.counters.items() if name not in _FIGURES}
 
@@ -131,7 +131,7 @@ class Status:
         oldest = self.outbox.oldest_ms
         return None if oldest is None else max(self.now_ms - oldest, 0) / 1000
 
-    def troubled(self, state: str) -> dict[str, Health]:
+    def waiting_apis(self, state: str) -> dict[str, Health]:
         """The APIs in *state* that reports wait for."""
         return {
             host: api for host, api in self.apis.items() if api.state == state and host in self.outbox.hosts
@@ -143,19 +143,19 @@ class Status:
         if not self.stats.waiting and not self.journal_bytes:
             return "idle"
         for state in (PAUSED, FAILING):
-            if self.troubled(state):
+            if self.waiting_apis(state):
                 return state
         return "delivering" if self.relay else "no_relay"
 
 
-def look(settings: Settings) -> Status:
+def read_status(settings: Settings) -> Status:
     """What is known of the state folder now.
 
     Raises :class:`~t23_middleware.errors.UsageError` where this user may not look into it, and
     :class:`~t23_middleware.errors.StateError` where its database can't be read.
     """
     folder = StateFolder(settings.state_path())
-    refuse_if_closed(folder.path)
+    refuse_unless_readable(folder.path)
     held = lock_is_held(folder.relay_lock)
     outbox = _snapshot(folder.outbox)
     return Status(
@@ -165,23 +165,23 @@ def look(settings: Settings) -> Status:
         now_ms=time.time_ns() // 1_000_000,
         outbox=outbox,
         foreign_journals=len(folder.foreign_journals()),
-        journal_bytes=_not_taken_in(folder, outbox),
+        journal_bytes=_unread_bytes(folder, outbox),
         relay=(folder.relay_holder() or Holder(0, "", "", False)) if held else None,
         relay_mode=settings.relay,
         follows_log=bool(settings.proxy_log),
         log_bytes=log_size(folder.outbox),
-        readers=long_readers(folder.outbox),
+        readers=blocking_readers(folder.outbox),
     )
 
 
-def long_readers(outbox: Path) -> tuple[str, ...]:
+def blocking_readers(outbox: Path) -> tuple[str, ...]:
     """Where the log of *outbox* is long: who keeps it so; a name for nobody that can be seen."""
     if log_size(outbox) <= LONG_LOG:
         return ()
     return tuple(readers(outbox)) or ("a process that can't be seen from here",)
 
 
-def reader_words(names: tuple[str, ...], log_bytes: int) -> str:
+def readers_sentence(names: tuple[str, ...], log_bytes: int) -> str:
     """What to do about them."""
     return (
         f"{', '.join(names)} keeps the outbox open for reading, and its log (outbox.db-wal) takes"
@@ -189,7 +189,7 @@ def reader_words(names: tuple[str, ...], log_bytes: int) -> str:
     )
 
 
-def refuse_if_closed(folder: Path) -> None:
+def refuse_unless_readable(folder: Path) -> None:
     """Raise :class:`~t23_middleware.errors.UsageError` where this user may not look into *folder*.
 
     Raises :class:`~t23_middleware.errors.StateError` where it is another user's, and open to all.
@@ -208,10 +208,10 @@ def _snapshot(path: Path) -> Snapshot:
         with OutboxView(path) as view:
             return view.snapshot()
     except NoOutbox:
-        return NOTHING
+        return EMPTY_SNAPSHOT
 
 
-def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
+def _unread_bytes(folder: StateFolder, outbox: Snapshot) -> int:
     """Looked at after the outbox: what was taken in and removed since is no longer there to be counted."""
     total = 0
     for path in folder.readable_journals():
@@ -234,27 +234,27 @@ def as_json(status: Status) -> dict[str, Any]:
         "oldest_waiting_seconds": status.oldest_seconds,
         "open_responses": status.open_responses,
         "draining": status.draining,
-        "waiting_for_proxy": status.awaited.number,
+        "waiting_for_proxy": status.waiting_for_proxy.number,
         "journal_bytes": status.journal_bytes,
         "foreign_journals": status.foreign_journals,
         "log_bytes": status.log_bytes,
         "readers": list(status.readers),
         "lost_by_reason": status.lost_by_reason,
         "losses": [loss._asdict() for loss in status.outbox.losses],
-        "counters": status.ignored,
-        "relay": None if status.relay is None else _holder(status.relay),
-        "apis": {host: _api(health) for host, health in status.apis.items()},
+        "counters": status.other_counters,
+        "relay": None if status.relay is None else _relay_json(status.relay),
+        "apis": {host: _api_json(health) for host, health in status.apis.items()},
         "folder": str(status.folder),
         "time": status.now_ms / 1000,
     }
 
 
-def _holder(holder: Holder) -> dict[str, Any]:
+def _relay_json(holder: Holder) -> dict[str, Any]:
     pid = None if holder.is_elsewhere else holder.pid
     return {"pid": pid, "version": holder.version, "automatic": holder.automatic}
 
 
-def _api(health: Health) -> dict[str, Any]:
+def _api_json(health: Health) -> dict[str, Any]:
     return {
         "state": health.state,
         "reason": health.reason,
@@ -265,20 +265,25 @@ def _api(health: Health) -> dict[str, Any]:
 
 def sentences(status: Status) -> list[str]:
     """How it goes, in words: what matters first."""
-    return [*_of_delivery(status), *_of_readers(status), *_of_the_proxy(status), *_unknown(status)]
+    return [
+        *_delivery_sentences(status),
+        *_reader_sentences(status),
+        *_proxy_sentences(status),
+        *_uncounted_sentences(status),
+    ]
 
 
-def _of_readers(status: Status) -> list[str]:
-    return [reader_words(status.readers, status.log_bytes)] if status.readers else []
+def _reader_sentences(status: Status) -> list[str]:
+    return [readers_sentence(status.readers, status.log_bytes)] if status.readers else []
 
 
-def _unknown(status: Status) -> Iterator[str]:
+def _uncounted_sentences(status: Status) -> Iterator[str]:
     if status.outbox.counters.get(UNCOUNTED):
         yield "What a corrupt outbox held could not all be counted; relay.log names the file, which is set aside."
 
 
-def _of_the_proxy(status: Status) -> list[str]:
-    offloaded = status.ignored.get("offloaded", 0)
+def _proxy_sentences(status: Status) -> list[str]:
+    offloaded = status.other_counters.get("offloaded", 0)
     if not offloaded or status.follows_log:
         return []
     return [
@@ -287,36 +292,36 @@ def _of_the_proxy(status: Status) -> list[str]:
     ]
 
 
-def _of_delivery(status: Status) -> list[str]:
+def _delivery_sentences(status: Status) -> list[str]:
     match status.state:
         case "idle":
-            return [_idle(status)]
+            return [_idle_sentence(status)]
         case "paused":
-            said = [
-                f"Paused{_of(host, api, status)}: {api.reason}"
-                for host, api in status.troubled(PAUSED).items()
+            lines = [
+                f"Paused{_for_host_since(host, api, status)}: {api.reason}"
+                for host, api in status.waiting_apis(PAUSED).items()
             ]
         case "failing":
-            said = [
-                f"The API is down{_of(host, api, status)}: {api.reason}. Reports wait here until it is back."
-                for host, api in status.troubled(FAILING).items()
+            lines = [
+                f"The API is down{_for_host_since(host, api, status)}: {api.reason}. Reports wait here until it is back."
+                for host, api in status.waiting_apis(FAILING).items()
             ]
         case "delivering":
             return ["Delivering."]
         case _:
-            said = []
-    return said if status.relay else [*said, _no_relay(status)]
+            lines = []
+    return lines if status.relay else [*lines, _no_relay_sentence(status)]
 
 
-def _of(host: str, api: Health, status: Status) -> str:
+def _for_host_since(host: str, api: Health, status: Status) -> str:
     where = f" for {host}" if host else ""
     return (
         f"{where} since {text.moment(api.since_ms)} ({text.duration((status.now_ms - api.since_ms) / 1000)})"
     )
 
 
-def _idle(status: Status) -> str:
-    if status.awaited.number:
+def _idle_sentence(status: Status) -> str:
+    if status.waiting_for_proxy.number:
         return "Nothing waits to be delivered, but plays wait for their lines in the proxy's log."
     if status.draining:
         return (
@@ -334,7 +339,7 @@ def _idle(status: Status) -> str:
     return "Nothing waits: all that was captured was sent."
 
 
-def _no_relay(status: Status) -> str:
+def _no_relay_sentence(status: Status) -> str:
     what = text.reports(status.stats.waiting) if status.stats.waiting else "what the workers wrote"
     wait = f"No relay runs, so {what} {'waits' if status.stats.waiting <= 1 else 'wait'}"
     if status.relay_mode == "external":
@@ -352,11 +357,11 @@ def screen(status: Status, columns: int) -> Iterator[str]:
     for name, value, remark in _figures(status):
         yield text.wrapped(remark, columns, " " * 32, f"  {name:15} {value:>12,}  ")
     yield ""
-    for name, words in _circumstances(status):
+    for name, words in _details(status):
         yield text.wrapped(words, columns, " " * 18, f"  {name:15} ")
-    if status.ignored:
+    if status.other_counters:
         yield "\n  Counted aside:"
-    for name, value in sorted(status.ignored.items()):
+    for name, value in sorted(status.other_counters.items()):
         yield f"    {name:30}{value:>12,}"
 
 
@@ -370,13 +375,13 @@ def _figures(status: Status) -> Iterator[tuple[str, int, str]]:
     yield "lost", stats.lost, ", ".join(f"{reason} {number:,}" for reason, number in reasons)
 
 
-def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
+def _details(status: Status) -> Iterator[tuple[str, str]]:
     yield "open responses", f"{status.open_responses:,}"
     if status.draining:
         yield "draining", f"{status.draining:,} are sent and not yet acknowledged by their clients"
-    if words := counted_words(status.outbox.notes):
+    if words := counting_description(status.outbox.notes):
         yield "counted", words
-    plays = status.awaited
+    plays = status.waiting_for_proxy
     if plays.number:
         age = text.duration((status.now_ms - plays.since_ms) / 1000)
         yield "proxy", f"{plays.number:,} plays wait for their lines in its log, the oldest for {age}"
@@ -386,7 +391,7 @@ def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
             "",
             f"{status.foreign_journals:,} of another version of t23_middleware, whose relay can read them",
         )
-    yield "relay", relay_words(status.relay)
+    yield "relay", relay_description(status.relay)
     answered_ms = max((api.answered_ms for api in status.apis.values()), default=0)
     if answered_ms:
         ago = text.duration((status.now_ms - answered_ms) / 1000)
@@ -395,7 +400,7 @@ def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
     yield "state folder", str(status.folder)
 
 
-def relay_words(relay: Holder | None) -> str:
+def relay_description(relay: Holder | None) -> str:
     """Which relay runs."""
     if relay is None:
         return "none runs"
@@ -415,7 +420,7 @@ def run_status(settings: Settings, *, machine: bool, watch: bool) -> int:
     """Print it, with *machine* as JSON; with *watch* again each 2 seconds until Ctrl-C."""
     try:
         while True:
-            _show(look(settings), machine=machine, again=watch)
+            _show(read_status(settings), machine=machine, repeated=watch)
             if not watch:
                 return 0
             time.sleep(REFRESH)
@@ -423,14 +428,14 @@ def run_status(settings: Settings, *, machine: bool, watch: bool) -> int:
         return 0
 
 
-def _show(status: Status, *, machine: bool, again: bool) -> None:
+def _show(status: Status, *, machine: bool, repeated: bool) -> None:
     if machine:
-        print(json.dumps(as_json(status), indent=None if again else 2), flush=True)
+        print(json.dumps(as_json(status), indent=None if repeated else 2), flush=True)
         return
     lines = [*screen(status, text.width())]
-    if again:
+    if repeated:
         lines.append(f"\n{text.moment(status.now_ms)}, again each {REFRESH:.0f} s; Ctrl-C ends")
-    if again and sys.stdout.isatty():
+    if repeated and sys.stdout.isatty():
         # To the top, and erase what is left of each line and below: a cleared screen would flicker.
         print("\x1b[H" + "\n".join(lines).replace("\n", "\x1b[K\n") + "\x1b[K\n\x1b[J", end="", flush=True)
     else:

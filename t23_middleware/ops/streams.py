@@ -8,7 +8,7 @@ import sys
 import traceback
 
 
-def open_missing() -> None:
+def open_missing_streams() -> None:
     """Put /dev/null where a standard stream was closed: else the next file that is opened would get its number."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -19,7 +19,7 @@ def open_missing() -> None:
             setattr(sys, name, open(number, mode, closefd=False, errors="replace"))  # noqa: SIM115
 
 
-def flushed(code: int) -> int:
+def flush_output(code: int) -> int:
     """Write what is still buffered; *code*, or 1 where the output could not be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -42,7 +42,7 @@ def _discard(number: int) -> None:
     os.close(descriptor)
 
 
-def located(error: Exception) -> str:
+def error_location(error: Exception) -> str:
     """The kind of *error* and the place that it comes from; not its words, in which a session may be."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "t23_middleware" in frame.filename] or frames

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 #: What stays on one line, since it is copied: a command in quotes; its spaces are held by a character that is none.
 _QUOTED = re.compile(r"'t23-middleware [^']{1,60}'")
-_HELD = "\0"
+_KEPT_SPACE = "\0"
 #: A command at the end of an error, to be typed as it stands.
-_TYPED = re.compile(r": (?P<typed>(?:T23_\w+=\S+ )*(?:T23_APP=\S+|t23-middleware) \S.*)$")
+_COMMAND_AT_END = re.compile(r": (?P<typed>(?:T23_\w+=\S+ )*(?:T23_APP=\S+|t23-middleware) \S.*)$")
 #: Columns that a screen is made for; a narrower terminal gets narrower ones.
 WIDTH = 80
 
@@ -28,7 +28,7 @@ def wrapped(text: str, columns: int, indent: str = "", first: str | None = None)
     What has no spaces, as most paths, stays whole on a line that may be longer: it is there to be copied.
     """
     start = indent if first is None else first
-    whole = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _HELD), text)
+    whole = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _KEPT_SPACE), text)
     lines = textwrap.wrap(
         whole,
         columns,
@@ -37,21 +37,21 @@ def wrapped(text: str, columns: int, indent: str = "", first: str | None = None)
         break_on_hyphens=False,
         break_long_words=False,
     )
-    return "\n".join(lines or [start.rstrip()]).replace(_HELD, " ")
+    return "\n".join(lines or [start.rstrip()]).replace(_KEPT_SPACE, " ")
 
 
-def error(message: str, columns: int | None) -> str:
+def error_message(message: str, columns: int | None) -> str:
     """*message* as the commands say it; on a terminal of *columns* in lines, and what is to be typed on its own.
 
     ``None`` for what is no terminal, where a message is one line.
     """
-    said = f"t23-middleware: {message}"
+    line = f"t23-middleware: {message}"
     if columns is None:
-        return said
-    sentence, colon, typed = said, "", ""
-    if (found := _TYPED.search(said)) is not None:
-        sentence, colon, typed = said[: found.start()], ":", f"\n  {found['typed']}"
-    return wrapped(sentence + colon, columns, "  ", "") + typed
+        return line
+    sentence, colon, command = line, "", ""
+    if (found := _COMMAND_AT_END.search(line)) is not None:
+        sentence, colon, command = line[: found.start()], ":", f"\n  {found['typed']}"
+    return wrapped(sentence + colon, columns, "  ", "") + command
 
 
 def table(

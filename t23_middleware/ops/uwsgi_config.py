@@ -26,7 +26,7 @@ _APP_OPTIONS = {
 #: Options that read an ini file where they stand.
 _INI_OPTIONS = ("ini", "include")
 #: Options that load apps in ways that one wrapped module can't stand in for, or that are read after all others.
-_ELSEWHERE = {
+_UNSUPPORTED = {
     **dict.fromkeys(("emperor", "zerg", "vassals-inherit"), "starts other instances"),
     **dict.fromkeys(("mount", "worker-mount"), "loads apps by mount point"),
     **dict.fromkeys(("paste", "ini-paste", "ini-paste-logged"), "loads a PasteDeploy file"),
@@ -37,7 +37,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("inherit", "declare-option", "declare-option2"), "is read after the command line"),
     "python-worker-override": "replaces the worker",
 }
-_VALUES_HERE = {*_APP_OPTIONS, *_INI_OPTIONS, *_ELSEWHERE}
+_RELEVANT = {*_APP_OPTIONS, *_INI_OPTIONS, *_UNSUPPORTED}
 _SHORT = {"w": "module", "x": "xml", "y": "yaml", "j": "json"}
 _CONFIG_FILE = re.compile(r".*\.(ini|xml|ya?ml|json|js)", re.DOTALL)
 #: Flags that often stand right before a positional file; other options could mean that file as their value.
@@ -49,9 +49,9 @@ _FLAG = re.compile(
     "disable-write-exception|so-keepalive|tcp-nodelay|[MCTLimacr]"
 )
 #: ``%d`` and ``%(…)``, ``$(…)``, ``@(…)``: uWSGI puts other text there.
-_MAGIC = re.compile(r"%|[$@]\(")
+_PLACEHOLDER = re.compile(r"%|[$@]\(")
 #: ``core/uwsgi.c``, the options of "opt logic".
-_LOGIC = re.compile(r"if(-.*|[a-z]*)|for(-glob|-times|-readline)?|end-?(if|for)?")
+_CONDITIONAL = re.compile(r"if(-.*|[a-z]*)|for(-glob|-times|-readline)?|end-?(if|for)?")
 
 
 @dataclass
@@ -99,16 +99,16 @@ def read(arguments: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Loa
     """
     loaded = Loaded()
     for name, value in [*_from_environment(environ), *_from_command_line(arguments, loaded)]:
-        _take(loaded, name, value, cwd)
+        _apply(loaded, name, value, cwd)
     for file in loaded.positional:
-        _take(loaded, file.rpartition(".")[2], file, cwd)
+        _apply(loaded, file.rpartition(".")[2], file, cwd)
     return loaded
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for variable, value in environ.items():
         name = variable.removeprefix("UWSGI_").lower().replace("_", "-")
-        if variable.startswith("UWSGI_") and name in _VALUES_HERE:
+        if variable.startswith("UWSGI_") and name in _RELEVANT:
             yield name, value
 
 
@@ -125,7 +125,7 @@ def _from_command_line(arguments: Sequence[str], loaded: Loaded) -> list[tuple[s
         loaded.arguments.append(word)
         name, value = _as_option(word)
         before = name if value is None else ""
-        if name in _VALUES_HERE:
+        if name in _RELEVANT:
             if value is None:
                 value = next(words, "")
                 loaded.arguments.append(value)
@@ -158,38 +158,38 @@ def _is_positional(word: str, before: str) -> bool:
     return True
 
 
-def _take(loaded: Loaded, name: str, value: str, cwd: Path, *, within: str = "", depth: int = 0) -> None:
+def _apply(loaded: Loaded, name: str, value: str, cwd: Path, *, within: str = "", depth: int = 0) -> None:
     """Takes one option; *within* says what it depends on."""
-    doubt = f"{name} = {value} {within}" if within else _doubt(name, value)
+    uncertainty = f"{name} = {value} {within}" if within else _uncertainty(name, value)
     if name in _APP_OPTIONS:
         loaded.options[_APP_OPTIONS[name]] = value
         loaded.unknown.pop(_APP_OPTIONS[name], None)
-        if doubt:
-            loaded.unknown[_APP_OPTIONS[name]] = doubt
-    elif name in _ELSEWHERE:
-        raise UsageError(_advice(f"uwsgi: {name} = {value} {_ELSEWHERE[name]}"))
-    elif doubt:
-        raise UsageError(_advice(f"uwsgi: {doubt}"))
+        if uncertainty:
+            loaded.unknown[_APP_OPTIONS[name]] = uncertainty
+    elif name in _UNSUPPORTED:
+        raise UsageError(_with_remedy(f"uwsgi: {name} = {value} {_UNSUPPORTED[name]}"))
+    elif uncertainty:
+        raise UsageError(_with_remedy(f"uwsgi: {uncertainty}"))
     else:
-        _take_ini(loaded, value, cwd, depth)
+        _apply_ini(loaded, value, cwd, depth)
 
 
-def _doubt(name: str, value: str) -> str:
-    if _MAGIC.search(value):
+def _uncertainty(name: str, value: str) -> str:
+    if _PLACEHOLDER.search(value):
         return f"{name} = {value} holds a placeholder that only uWSGI can fill in"
     if name == "include" and not re.search(r"\.ini(:[^/]*)?$|^:", value):
         return f"{name} = {value} is no ini file"
     return ""
 
 
-def _advice(wrong: str) -> str:
+def _with_remedy(wrong: str) -> str:
     return (
         f"{wrong}; write 'module = t23_middleware.wsgi:application' in the instance's own configuration, "
         "with 'env = T23_APP=video:app' before it, and start uwsgi without 't23-middleware run'"
     )
 
 
-def _take_ini(loaded: Loaded, spec: str, cwd: Path, depth: int) -> None:
+def _apply_ini(loaded: Loaded, spec: str, cwd: Path, depth: int) -> None:
     """Takes the options of the ini file *spec*, ``path`` or ``path:section``."""
     path, section = spec.rsplit(":", 1) if ":" in spec else (spec, "")
     file = cwd / path
@@ -199,7 +199,7 @@ def _take_ini(loaded: Loaded, spec: str, cwd: Path, depth: int) -> None:
         )
     for name, value, within in _ini_options(_text_of(file), section or "uwsgi", spec):
         whole = f"{path}{value}" if name in _INI_OPTIONS and value.startswith(":") else value
-        _take(loaded, name, whole, cwd, within=within, depth=depth + 1)
+        _apply(loaded, name, whole, cwd, within=within, depth=depth + 1)
 
 
 def _text_of(file: Path) -> str:
@@ -218,9 +218,9 @@ def _ini_options(text: str, section: str, spec: str) -> Iterator[tuple[str, str,
     """
     condition = ""
     for name, value in _ini_lines(text, section):
-        if _LOGIC.fullmatch(name):
+        if _CONDITIONAL.fullmatch(name):
             condition = "" if name.startswith("end") else name
-        elif name in _VALUES_HERE:
+        elif name in _RELEVANT:
             yield name, value, f"in {spec} depends on '{condition}'" if condition else ""
     if condition:
         raise UsageError(

@@ -166,4 +166,4 @@ def test_place_of_an_error_is_ours():
     try:
         json.loads("{")
     except ValueError as error:
-        assert streams.located(error).startswith("JSONDecodeError at ")
+        assert streams.error_location(error).startswith("JSONDecodeError at ")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from t23_middleware.ops import page
-from t23_middleware.ops.page_guard import BURST, DELAY, MOST_ADDRESSES, REFILL, Guard, address_of
+from t23_middleware.ops.page_guard import BURST, DELAY, MAX_ADDRESSES, REFILL, Guard, address_of
 from t23_middleware.relay.outbox import Ingest, OutboxView, SQLiteOutbox
 from t23_middleware.relay.report import Report
 from t23_middleware.settings import Settings
@@ -177,9 +177,9 @@ def test_guard_forgives_with_time():
 
 def test_guard_remembers_few_addresses():
     guard = Guard(clock=lambda: 0.0, sleep=lambda seconds: None)
-    for number in range(3 * MOST_ADDRESSES):
+    for number in range(3 * MAX_ADDRESSES):
         guard.wrong(str(number))
-    assert len(guard._forgiven) == MOST_ADDRESSES
+    assert len(guard._forgiven) == MAX_ADDRESSES
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from t23_middleware.ops.status import look
+from t23_middleware.ops.status import read_status
 from t23_middleware.relay.outbox import GivenUp, Ingest, SQLiteOutbox
 from t23_middleware.relay.proxy_line import NGINX_LINES
 from t23_middleware.settings import Settings
@@ -172,7 +172,7 @@ def test_a_note_that_is_no_number_is_none(site: Site, noted: str):
     outbox = SQLiteOutbox(site.folder.outbox)
     outbox.note({"awaited": noted})
     outbox.close()
-    assert look(Settings(environ=site.environ)).awaited == (0, 0, 0)
+    assert read_status(Settings(environ=site.environ)).awaited == (0, 0, 0)
 
 
 # What waits in vain, and why.

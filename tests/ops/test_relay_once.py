@@ -101,7 +101,7 @@ def test_it_ends_when_the_time_is_up_though_the_api_hangs(site: Site):
     done = site.python(
         "import sys\n"
         "from t23_middleware.ops import cli, relay_once\n"
-        "relay_once.LIMIT = 4.0\n"
+        "relay_once.LIMIT_SECONDS = 4.0\n"
         "sys.exit(cli.main(['relay', '--once']))",
         T23_TIMEOUT="600",
     )
@@ -155,7 +155,7 @@ def test_it_waits_no_longer_than_it_may_for_a_holder_that_says_nothing(site: Sit
         done = site.python(
             "import sys\n"
             "from t23_middleware.ops import cli, handover\n"
-            "handover.HANDOVER = 0.5\n"
+            "handover.HANDOVER_SECONDS = 0.5\n"
             "sys.exit(cli.main(['relay', '--once']))"
         )
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.ops import text
-from t23_middleware.ops.status import look
+from t23_middleware.ops.status import read_status
 from t23_middleware.relay.outbox import SQLiteOutbox
 from t23_middleware.settings import Settings
 from t23_middleware.state import lock_is_held
@@ -112,22 +112,22 @@ def test_each_look_adds_up_while_a_relay_takes_in_and_delivers(site: Site):
         for _ in range(10):
             site.play(40)
             for _ in range(20):
-                stats = look(settings).stats
+                stats = read_status(settings).stats
                 assert stats.captured == stats.waiting + stats.sent + stats.dead + stats.lost
-        assert until(lambda: look(settings).stats.sent == 400)
+        assert until(lambda: read_status(settings).stats.sent == 400)
 
 
 LOOKING_WRITER = """
 import sys
 from pathlib import Path
 from t23_middleware.journal import JournalWriter
-from t23_middleware.ops.status import look
+from t23_middleware.ops.status import read_status
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder
 state = sys.argv[1]
 writer = JournalWriter(StateFolder(Path(state)), "0.1.0", "digest")
 assert writer.write(b"rubbish\\n")
-found = look(Settings(environ={"T23_API_URL": "http://127.0.0.1:9", "T23_STATE_DIR": state}))
+found = read_status(Settings(environ={"T23_API_URL": "http://127.0.0.1:9", "T23_STATE_DIR": state}))
 assert found.journal_bytes > 0
 print(writer.name, flush=True)
 sys.stdin.read()
