@@ -1,4 +1,4 @@
-"""Servers that a command starts for itself, and ends with it."""
+"""Server processes that a command starts, and stops at its end."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-#: Seconds that one has to end by itself, before it is killed.
+#: Seconds between SIGTERM and SIGKILL.
 STOP_SECONDS = 15.0
 
 
 @contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """The process of *command*, out of reach of the terminal's Ctrl-C; ended at the end, with *options* as Popen's."""
+    """Run *command* with Popen's *options* in its own session, where Ctrl-C does not reach it; stop it at the end."""
     process = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield process

@@ -1,4 +1,4 @@
-"""The settings as people read them: with values on the terminal, with their meaning in the README."""
+"""The settings in text form: with values for the terminal, with their meaning for the README."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..state import StateFolder
 
 
 def lines(settings: Settings) -> Iterator[str]:
-    """Each setting with its value and where it came from, then the state folder."""
+    """Each setting with its value and source, then the state folder."""
     width = max(len(variable(setting)) for setting in declared())
     for setting in declared():
         source = settings.sources[setting.name]
@@ -25,11 +25,11 @@ def lines(settings: Settings) -> Iterator[str]:
 def _place(settings: Settings) -> str:
     if settings.api_url is None and settings.state_dir is None:
         return "The state folder is named after the site in T23_API_URL, which is not set."
-    return f"The state folder of this user is {StateFolder(settings.state_path()).path}"
+    return f"The state folder for this user is {StateFolder(settings.state_path()).path}"
 
 
 def markdown() -> str:
-    """The README's table: variable, default, meaning."""
+    """The README's table: variable, default and meaning."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for setting in declared():
         default = f"`{as_text(setting.default)}`" if as_text(setting.default) else "none"

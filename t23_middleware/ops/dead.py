@@ -1,4 +1,4 @@
-"""``t23-middleware dead list|retry|purge``: the reports that the API refused for good, with its answer."""
+"""``t23-middleware dead list|retry|purge``: the reports that the API refused permanently, with its answer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from .status import refuse_unless_readable
 
 _HEAD = ("ID", "SINCE", "VIDEO", "SESSION", "BYTES", "SKIP", "THE API'S ANSWER")
 _FIGURES = (0, 4, 5)
-_HINT = "'t23-middleware dead retry ID' sends one again, 't23-middleware dead purge ID' throws it away; --all: each."
+_HINT = (
+    "'t23-middleware dead retry ID' sends a report again, 't23-middleware dead purge ID' deletes it;"
+    " --all instead of ID: all reports."
+)
 
 
 def run_list(settings: Settings, *, machine: bool) -> int:
-    """Print them, the oldest first; with *machine* as JSON."""
+    """Print the dead reports, oldest first; as JSON if *machine*."""
     dead = _dead(_folder(settings))
     if machine:
         print(json.dumps([_as_json(each) for each in dead], indent=2))
@@ -30,12 +33,12 @@ def run_list(settings: Settings, *, machine: bool) -> int:
         print("\n".join(text.table(_HEAD, [_row(each) for each in dead], _FIGURES, text.width())))
         print("\n" + text.wrapped(_HINT, text.width()))
     else:
-        print("No report is dead: the API refused none for good.")
+        print("No report is dead: the API refused none permanently.")
     return 0
 
 
 def run_retry(settings: Settings, ids: Sequence[int] | None) -> int:
-    """Let them wait again; 1 where an id is none of theirs. *ids* ``None`` means all."""
+    """Let dead reports wait for delivery again; *ids* ``None`` means all. Returns 1 if one of *ids* is not dead."""
     folder = _folder(settings)
     try:
         with DeadLetters(folder.outbox) as letters:
@@ -53,26 +56,26 @@ def run_retry(settings: Settings, ids: Sequence[int] | None) -> int:
 
 
 def run_purge(settings: Settings, ids: Sequence[int] | None) -> int:
-    """Throw them away, counted as lost; 1 where an id is none of theirs. *ids* ``None`` means all."""
+    """Delete dead reports, which count as lost; *ids* ``None`` means all. Returns 1 if one of *ids* is not dead."""
     try:
         with DeadLetters(_folder(settings).outbox) as letters:
             done = letters.purge(ids, time.time_ns() // 1_000_000)
     except NoOutbox:
         done = []
     if done or not ids:
-        what = "is thrown away, and counts" if len(done) == 1 else "are thrown away, and count"
+        what = "is deleted and counts" if len(done) == 1 else "are deleted and count"
         print(f"{text.reports(len(done))} {what} as lost (purged).")
     return _report_missing(ids, done)
 
 
 def selected_ids(ids: Sequence[int], every: bool, command: str) -> Sequence[int] | None:
-    """What a command line chose; ``None`` for all.
+    """The ids that a command line names; ``None`` for all.
 
-    Raises :class:`~t23_middleware.errors.UsageError` where it chose nothing, or both.
+    Raises :class:`~t23_middleware.errors.UsageError` if it has neither ids nor ``--all``, or both.
     """
     if bool(ids) == every:
         raise UsageError(
-            f"say which reports: ids as 't23-middleware dead list' shows them, or --all ({command})"
+            f"name the reports: either ids from 't23-middleware dead list', or --all ({command})"
         )
     return None if every else ids
 
@@ -99,7 +102,7 @@ def _row(dead: DeadReport) -> tuple[str, ...]:
 
 
 def _answer(dead: DeadReport) -> str:
-    """The code, then the API's words; both came from outside."""
+    """The code and the API's message, without control characters: both come from outside."""
     answer = dead.answer if dead.answer.startswith(dead.code) else f"{dead.code}: {dead.answer}"
     return "".join(char for char in answer if char.isprintable())
 
@@ -123,7 +126,9 @@ def _as_json(dead: DeadReport) -> dict[str, Any]:
 def _sender_words(folder: StateFolder, number: int) -> str:
     if not number or lock_is_held(folder.relay_lock):
         return "."
-    return "; no relay runs: the app's next play starts one, or 't23-middleware relay --once' sends now."
+    return (
+        "; no relay runs: the app's next play starts one, or run 't23-middleware relay --once' to send now."
+    )
 
 
 def _report_missing(ids: Sequence[int] | None, done: Sequence[int]) -> int:

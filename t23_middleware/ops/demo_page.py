@@ -1,7 +1,7 @@
-"""The demo's page, a WSGI app: the player, and what is captured and reported of it, live.
+"""The demo's page, a WSGI app: the player, and live what is captured and reported.
 
-Bars come from the journals, what waits from the outbox, what arrived from the stand-in. The page's script asks for
-all of it some times a second; what is kept for that is bounded, and sessions leave this process shortened only.
+Served ranges come from the journals, waiting reports from the outbox, sent reports from the stand-in. The page's script
+polls all of it several times per second. The data kept for it is bounded, and it contains sessions in short form only.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from .status import Status, read_status
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-#: Reports that are shown.
+#: Reports that are shown, at most.
 MAX_REPORTS = 30
-#: Seconds for which the figures are not made anew, however many pages ask.
+#: Seconds for which the figures are cached, for any number of open pages.
 CACHE_SECONDS = 0.1
 
 _POLICY = (
@@ -53,7 +53,7 @@ _TYPES = {"svg": "image/svg+xml", "css": "text/css; charset=utf-8", "js": "text/
 
 
 class DemoPage:
-    """The page of one demo. *settings* are those of its site, *plug* turns its *api* off and on."""
+    """The page of one demo. *settings* are those of its site, *switch* sets the condition of its *api*."""
 
     def __init__(self, settings: Settings, api: StandInServer, switch: APISwitch) -> None:
         self._settings = settings
@@ -62,7 +62,7 @@ class DemoPage:
         self._rows = ViewingRows(StateFolder(settings.state_path()))
         self._lock = threading.Lock()
         self._cached: tuple[float, bytes] = 0.0, b""
-        #: Names of sessions for the page, that say nothing of the session; and this run's own name.
+        #: Key for hashing sessions into ids for the page; and the id of this run.
         self._key = secrets.token_bytes(16)
         self._run = secrets.token_hex(4)
 
@@ -78,7 +78,7 @@ class DemoPage:
         return response(environ, start_response)
 
     def follow(self) -> None:
-        """Take in what the workers wrote; to be called some times a second, whether anybody looks or not."""
+        """Read the new journal lines. Call this several times per second, also while no browser shows the page."""
         with self._lock:
             self._rows.follow()
 
@@ -104,7 +104,7 @@ class DemoPage:
         raise MethodNotAllowed(["GET"])
 
     def _html(self) -> str:
-        """The page with a session of its own, so that a reload is a new viewing."""
+        """The page with a new session, so that each reload starts a new viewing."""
         session = secrets.token_urlsafe(16)
         query = {"session_id": session, "photo_id": FILM["photo"], "rate": RATE}
         return Markup(_file("demo_page.html")).format(
@@ -116,7 +116,7 @@ class DemoPage:
         )
 
     def _set_condition(self, request: Request) -> Response:
-        """Only JSON: a page of another origin can't send that without asking, and is not answered."""
+        """Accept only JSON: a page of another origin can't send it without a preflight request, which is refused."""
         if request.mimetype != JSON:
             raise UnsupportedMediaType("The demo's own page sends JSON.")
         fields = request.get_json(silent=True)
@@ -130,7 +130,7 @@ class DemoPage:
             self._cached = 0.0, b""
         return Response(self._state(), content_type=JSON)
 
-    # What is told.
+    # The state as JSON.
 
     def _state(self) -> bytes:
         with self._lock:
@@ -180,7 +180,7 @@ class DemoPage:
         }
 
     def _reports(self) -> list[dict[str, object]]:
-        """The latest, the newest first. One that arrived and is not ticked off yet is in both; it arrived."""
+        """The latest reports, newest first. One in the stand-in and still in the outbox is shown as sent."""
         waiting, dead = self._from_outbox()
         rows = {
             report_row["id"]: report_row
@@ -219,7 +219,7 @@ class DemoPage:
         return report_row | {"said": dead.answer}
 
     def _recorded(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A report as it reached the stand-in, which anybody may send one to."""
+        """A report from the stand-in. It may be from any local client, so its fields are not trusted."""
         received_ms = int(fields["received"] * 1000)
         sent_ms = str(fields.get("time", ""))
         at_ms = int(sent_ms) if sent_ms.isdecimal() and len(sent_ms) < 15 else received_ms
@@ -254,7 +254,7 @@ class DemoPage:
 
 
 def _demo_sentences(status: Status) -> list[str]:
-    """As the operator's page puts it, but for what a newcomer can't know yet."""
+    """The sentences of the operator's page, with two exceptions for newcomers."""
     if not status.stats.captured and not status.journal_bytes:
         return ["Nothing was streamed yet: press play."]
     if status.state == "delivering" and status.stats.waiting:

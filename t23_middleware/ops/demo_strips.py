@@ -1,7 +1,7 @@
-"""Who was streamed what of a file, live: the journals as the relay reads them, judged by the relay's own rule.
+"""What was streamed of each file, live: read from the journals in the relay's way and judged by the relay's rules.
 
-A strip is one viewing, a bar on it the part of the file that one response handed over. All of it is bounded: the
-latest viewings, and of each the latest responses.
+A row is one viewing; a served range is the part of the file that one response sent. Both are bounded: only the latest
+viewings are kept, and of each only the latest responses.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from ..relay.viewing import Viewing
 from ..state import StateFolder
 from ..transfer import APP, Acknowledged, Opening, Play, Progress, Transfer
 
-#: Viewings that are kept, and responses of each.
+#: Viewings that are kept, and responses of each, at most.
 MAX_VIEWINGS = 12
 MAX_RANGES = 100
 
 
 @dataclass(eq=False)
 class ServedRange:
-    """What one response handed over. Offsets and sizes are bytes, times are ms since the epoch."""
+    """The bytes that one response sent. Offsets and sizes are bytes, times are ms since the epoch."""
 
     writer: str
     number: int
     first: int
-    #: Bytes that it has if nobody cuts it off.
+    #: Bytes of the response if it is not cut off.
     size: int | None
     started_ms: int
-    #: As it is told, or would be if it ended now.
+    #: ``skip`` of its report, or of the report if the response ended now.
     skip: int
-    #: Whether the player went there from elsewhere.
+    #: Whether the player jumped to this offset.
     jump: bool
     sent: int = 0
     ended_ms: int | None = None
 
     @property
     def end(self) -> int:
-        """Offset behind its last byte."""
+        """Offset after its last byte."""
         return self.first + self.sent
 
 
@@ -60,12 +60,12 @@ class ViewingRow:
     ranges: deque[ServedRange] = field(default_factory=lambda: deque(maxlen=MAX_RANGES))
 
     def ends_near(self, offset: int) -> bool:
-        """Whether what was handed over so far ends at *offset*, so that what starts there goes on from it."""
+        """Whether a served range ends near *offset*, so that a response from there continues it."""
         return any(abs(served.end - offset) <= self.viewing.near for served in self.ranges)
 
 
 class ViewingRows:
-    """Those of the state folder *folder*, the latest last; each :meth:`follow` takes in what was written since."""
+    """The viewings of the state folder *folder*, the latest last. :meth:`follow` reads the new journal lines."""
 
     def __init__(self, folder: StateFolder) -> None:
         self._journals = Journals(folder, {})
@@ -77,11 +77,11 @@ class ViewingRows:
 
     @property
     def open_responses(self) -> int:
-        """How many are under way, also on strips that are no longer kept."""
+        """Number of responses in progress, also of viewings that are no longer kept."""
         return sum(1 for _ in self._playback.open_responses())
 
     def follow(self) -> None:
-        """Take in what the workers wrote."""
+        """Read the new journal lines."""
         more = True
         while more:
             reading = self._journals.read(time.monotonic_ns() - LATE_NS)
@@ -93,7 +93,7 @@ class ViewingRows:
         self._end_responses_of_dead_workers(reading.until_ns)
         self._playback.advance(reading.until_ns, _now_ms())
         for _ in self._playback.changed():
-            pass  # nothing of it is kept
+            pass  # the demo stores no state
 
     def _apply(self, fact: Fact) -> None:
         if isinstance(fact.what, Acknowledged):
@@ -113,7 +113,7 @@ class ViewingRows:
     def _begin(self, writer: str, opening: Opening) -> None:
         found = self._playback.at_open(writer, opening.number)
         if found is None:
-            return  # it asks whether ranges work, and plays nothing
+            return  # a probe for range support, which plays nothing
         viewing, response = found
         row = self._row_of(viewing, opening)
         first = response.first or 0
@@ -150,7 +150,7 @@ class ViewingRows:
                     self._rows.remove(row)
 
     def _end_responses_of_dead_workers(self, at_ns: int) -> None:
-        """As the relay does it: a worker that was killed leaves its responses open."""
+        """End open responses of workers that were killed, like the relay."""
         open_now = list(self._playback.open_responses())
         dead = self._journals.dead_writers({writer for writer, _ in open_now}) if open_now else set()
         for writer, number in open_now:
@@ -160,7 +160,7 @@ class ViewingRows:
                     served.ended_ms = _now_ms()
 
     def _find(self, writer: str, number: int) -> list[tuple[ViewingRow, ServedRange]]:
-        """The open bar of that name, with its strip, where it is still kept."""
+        """The open range of this response, with its row, if it is still kept."""
         return [
             (row, served)
             for row in self._rows
@@ -170,7 +170,7 @@ class ViewingRows:
 
 
 def _counted_by_app(what: Step) -> Step:
-    """Behind nginx too: its log is not followed here, and without it a response would never end."""
+    """Count by the app, also behind nginx: its log is not read here, and without its line no response would end."""
     if isinstance(what, Opening):
         return what._replace(counted_by=APP)
     return what._replace(opening=what.opening._replace(counted_by=APP))

@@ -1,4 +1,4 @@
-"""``t23-middleware ingest``: read a rotated log of the proxy once, as the relay would have."""
+"""``t23-middleware ingest``: read a rotated log of the proxy once, in the same way as the relay."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from . import text
 from .bar import ProgressBar
 from .handover import hand_back, start_workers_relay, take_over
 
-#: First bytes of what gzip, xz, zstd and bzip2 make.
+#: First bytes of files from gzip, xz, zstd and bzip2.
 _COMPRESSED = (b"\x1f\x8b", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"BZh")
 
 
 def run_ingest(settings: Settings, files: Sequence[str]) -> int:
-    """Take in what *files* tell of plays that are not reported yet; 0 where all of it was read, else 1.
+    """Read *files* and report the plays in them that are not reported yet. Returns 0 if all was read, else 1.
 
-    Raises :class:`~t23_middleware.errors.UsageError` for a file that can't be one, and where a relay runs that is
-    not ours to stop.
+    Raises :class:`~t23_middleware.errors.UsageError` for a file that can't be a log, and if a relay runs that this
+    command may not stop.
     """
     os.umask(0o077)
     paths = _oldest_first([Path(file) for file in dict.fromkeys(files)])
@@ -35,8 +35,8 @@ def run_ingest(settings: Settings, files: Sequence[str]) -> int:
     folder = StateFolder(settings.state_path())
     if not folder.path.exists():
         raise UsageError(
-            f"there is no state folder {folder.path}, so no play that a log could tell of; run this with the app's own"
-            " settings, as its user"
+            f"there is no state folder {folder.path}, so no play waits for a line; run this with the app's own settings, as"
+            " its user"
         )
     taken = _ingest(settings, folder, paths)
     return _print_result(taken, paths, settings, folder)
@@ -59,7 +59,7 @@ def _ingest(settings: Settings, folder: StateFolder, paths: Sequence[Path]) -> T
 
 
 def _oldest_first(paths: Sequence[Path]) -> list[Path]:
-    """The oldest first, as its plays were."""
+    """*paths* by modification time, oldest first: plays have to be read in their order."""
     return sorted(paths, key=lambda path: path.stat().st_mtime if path.exists() else 0.0)
 
 
@@ -67,20 +67,24 @@ def _refuse_unless_log(path: Path) -> None:
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            raise UsageError(f"{path} is {_file_type(mode)}; name a file, such as /var/log/nginx/t23.log.1")
+            raise UsageError(
+                f"{path} is {_file_type(mode)}; name a file, for example /var/log/nginx/t23.log.1"
+            )
         with path.open("rb") as file:
             head = file.read(6)
     except FileNotFoundError:
-        raise UsageError(f"there is no file {path}; look for it with: ls -l {path.parent}") from None
+        raise UsageError(f"there is no file {path}; to find it, run: ls -l {path.parent}") from None
     except PermissionError:
         raise UsageError(
-            f"{path} can't be read by this user; copy it to where the app's user may read it, and name the copy"
+            f"{path} can't be read by this user; copy it to a place where the app's user may read it, and name the copy"
         ) from None
     except OSError as error:
-        raise UsageError(f"{path} can't be read ({error.strerror}); mend or copy it first") from None
+        raise UsageError(
+            f"{path} can't be read ({error.strerror}); correct that, or copy the file first"
+        ) from None
     if head.startswith(_COMPRESSED):
         raise UsageError(
-            f"{path} is compressed; unpack a copy (zcat {path} > /tmp/{path.stem}) and name that"
+            f"{path} is compressed; unpack it into a copy (zcat {path} > /tmp/{path.stem}) and name the copy"
         )
     log = ProxyLog(path, [])
     log.read()
@@ -98,7 +102,7 @@ def _print_result(taken: Taken, paths: Sequence[Path], settings: Settings, folde
     print(f"{text.reports(taken.reports).capitalize()} from {files}.")
     for name, number in sorted(taken.counts.items()):
         if name.startswith("proxy_"):
-            print(f"Counted aside: {name} {number:,}.")
+            print(f"Not reported: {name} {number:,}.")
     if taken.waiting:
         print(_delivery_sentence(taken.waiting, settings, folder))
     if taken.why:

@@ -1,7 +1,7 @@
-"""The operator's pages, a WSGI app: HTML, JSON and metrics of what the relay wrote down.
+"""The operator's pages, a WSGI app: figures from the outbox as HTML, JSON and metrics.
 
-Whoever knows ``T23_STATUS_TOKEN`` may look, nobody can change anything here. A look opens the outbox read only, in
-one short transaction, and no journal or writer's lock: closing one would drop the app's own lock (``fcntl(2)``).
+The pages need ``T23_STATUS_TOKEN``, and they change nothing. A request opens the outbox read-only, in one short
+transaction. It opens no journal and no writer's lock: closing one would release the app's own lock (``fcntl(2)``).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which the history is not read anew: it is kept per minute, and whoever asks each second should not
-#: cost the app what a worker could stream with.
+#: Seconds for which the history is cached. It has one value per minute, so reading it for each of many requests would
+#: only take time from the app.
 HISTORY_SECONDS = 1.0
 
-#: Where those pages are that were asked for beside ``<path>/``.
+#: Path after ``T23_STATUS_PATH`` -> path of the page that it redirects to.
 _REDIRECTS = {"": "/", ".json": "/status.json"}
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
-#: Of every answer: nothing is stored, guessed, passed on, framed or found.
+#: Headers of every response: no caching, type guessing, referrer, framing or indexing.
 SAFE_HEADERS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
@@ -67,12 +67,12 @@ class _PageResponse(NamedTuple):
     status: HTTPStatus
     content_type: str
     body: bytes
-    #: Headers beside those of every answer.
+    #: Headers in addition to those of every response.
     headers: tuple[tuple[str, str], ...] = ()
 
 
 class _CachedHistory:
-    """The history as it was read at one time, and the charts of it."""
+    """The history as read at one time, with its charts."""
 
     def __init__(self, history: History) -> None:
         self.history = history
@@ -84,7 +84,7 @@ class _CachedHistory:
 
 
 class Pages:
-    """The pages of one middleware, at ``T23_STATUS_PATH``. Errors of ours are answers, never raised."""
+    """The pages of one middleware, at ``T23_STATUS_PATH``. Our own errors become responses and are never raised."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -102,7 +102,7 @@ class Pages:
     def _respond(self, environ: WSGIEnvironment) -> _PageResponse:
         if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
             return _text_response(
-                HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are answered here.", ("Allow", "GET, HEAD")
+                HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are allowed here.", ("Allow", "GET, HEAD")
             )
         page = environ.get("PATH_INFO", "").removeprefix(self._settings.status_path)
         if page in _REDIRECTS:
@@ -110,9 +110,9 @@ class Pages:
         return self._refusal(environ) or self._serve(environ, page)
 
     def _redirect(self, environ: WSGIEnvironment, to: str) -> _PageResponse:
-        """The address where a browser keeps the token to the pages: it sends it along below ``<path>/`` only.
+        """A redirect to *to* below ``<path>/``, where a browser sends the token to these pages only.
 
-        It is a relative one, so that it is right behind any prefix, and no request can make it another site's.
+        The location is relative: it is correct behind any prefix, and no request can point it to another site.
         """
         where = self._settings.status_path.rpartition("/")[2] + to
         if _wants_refresh(environ):
@@ -120,18 +120,18 @@ class Pages:
         return _text_response(HTTPStatus.MOVED_PERMANENTLY, f"See {where}\n", ("Location", where))
 
     def _refusal(self, environ: WSGIEnvironment) -> _PageResponse | None:
-        """The answer to who does not carry the token; ``None`` for who does."""
+        """The response to a request without the right token; ``None`` for a request that has it."""
         authorization, address = environ.get("HTTP_AUTHORIZATION", ""), address_of(environ)
         if authorization and self._guard.is_closed_to(address):
             self._guard.log(address)
-            words = "Too many wrong tokens came from here: try again in a moment.\n"
+            words = "Too many wrong tokens came from this address; try again in a moment.\n"
             return _text_response(HTTPStatus.TOO_MANY_REQUESTS, words, ("Retry-After", "1"))
         if is_allowed(authorization, self._token):
             return None
         if authorization:
             self._guard.wrong(address)
         challenge = ("WWW-Authenticate", 'Basic realm="t23_middleware", charset="UTF-8"')
-        words = "The token is needed: as the password of any user, or as Bearer.\n"
+        words = "This page needs the token (T23_STATUS_TOKEN): as the password of any user, or as Bearer.\n"
         return _text_response(HTTPStatus.UNAUTHORIZED, words, challenge)
 
     def _serve(self, environ: WSGIEnvironment, page: str) -> _PageResponse:
@@ -155,10 +155,10 @@ class Pages:
             return _unavailable(str(error), as_data, page)
         except Exception:
             log.exception(
-                "the operator's page could not be made; the app is not touched",
+                "the operator's page failed; the app is not affected",
                 extra={"t23_event": "page_failed"},
             )
-            return _unavailable("This page could not be made; the app's log says why.", as_data, page)
+            return _unavailable("This page failed; the app's log has the reason.", as_data, page)
 
     def _history(self, now_ms: int) -> _CachedHistory:
         cached = self._cached
@@ -187,7 +187,7 @@ def _prefers_json(accept: str) -> bool:
 
 
 def data(status: Status, history: History) -> dict[str, object]:
-    """The figures and the history for programs; times are seconds since the epoch, or minutes where they say so."""
+    """The figures and the history for programs. Times are seconds since the epoch, or minutes if the name says so."""
     return {
         **as_json(status),
         "text": " ".join(status_sentences(status)),
@@ -218,7 +218,7 @@ def _text_response(status: HTTPStatus, words: str, *headers: tuple[str, str]) ->
 
 
 def _unavailable(words: str, as_data: bool, page: str) -> _PageResponse:
-    """503: the figures can't be had now, and a monitor shall not take that for none."""
+    """503: the figures can't be read now. With another status a monitor could take this for figures of zero."""
     if as_data:
         return _PageResponse(HTTPStatus.SERVICE_UNAVAILABLE, JSON, json.dumps({"error": words}).encode())
     if page == "/metrics":

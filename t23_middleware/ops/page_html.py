@@ -1,4 +1,4 @@
-"""The operator's page as HTML. Every text goes through :class:`markupsafe.Markup`, which escapes what it is given."""
+"""The operator's page as HTML. All text is inserted by :class:`markupsafe.Markup`, which escapes it."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from .charts import COUNT, SECONDS, Chart, Line, as_svg, seconds_label
 from .page_style import STYLE
 from .status import Status, relay_description, sentences
 
-#: Seconds after which the page loads itself anew, where that is wished.
+#: Seconds between two automatic refreshes of the page, if they are on.
 REFRESH = 30
-#: Errors that are shown.
+#: Errors that are shown, at most.
 MOST_ERRORS = 12
 
 _TONES = {"idle": "good", "delivering": "good", "no_relay": "warn", "failing": "bad", "paused": "bad"}
-#: What came of a try, in the order of the bars: its words and its colour.
+#: Result of an attempt -> label and colour, in the order of the bars.
 _ANSWERS = {
     "accepted": ("accepted", 3),
-    "refused": ("this report refused", 4),
-    "denied": ("all denied", 5),
+    "refused": ("report refused", 4),
+    "denied": ("server denied", 5),
     "busy": ("“not now”", 2),
     "no_answer": ("no answer", 1),
     "unreachable": ("not reached", 6),
@@ -77,7 +77,7 @@ _PAGE = Markup("""\
 <div class="tables">{videos}</div>
 <h2>Recent errors</h2>
 {errors}
-{aside}
+{not_reported}
 </main>
 <footer>{footer}</footer>
 </body>
@@ -86,7 +86,7 @@ _PAGE = Markup("""\
 
 
 class Links(NamedTuple):
-    """Where the pages are for this request."""
+    """Addresses of the pages, for this request."""
 
     page: str
     json: str
@@ -94,7 +94,7 @@ class Links(NamedTuple):
 
 
 def html(status: Status, history: History, charts: Markup, links: Links, *, refreshing: bool) -> str:
-    """The whole page, with the *charts* of :func:`drawn_charts`; with *again* it loads itself anew each 30 seconds."""
+    """The whole page, with *charts* from :func:`charts_html`; if *refreshing*, it reloads every 30 seconds."""
     state = status_sentences(status)
     return _PAGE.format(
         title=f"{state[0].partition(':')[0].partition('.')[0]} · t23_middleware",
@@ -113,13 +113,13 @@ def html(status: Status, history: History, charts: Markup, links: Links, *, refr
         charts=charts,
         videos=_videos(history),
         errors=_errors(status, history),
-        aside=_not_reported(status),
+        not_reported=_not_reported(status),
         footer=_footer(status),
     )
 
 
 def status_sentences(status: Status) -> list[str]:
-    """How it goes, in words: what matters first."""
+    """The state in sentences, the most important first."""
     return [*_about_the_disk(status), *sentences(status)]
 
 
@@ -129,11 +129,11 @@ def _about_the_disk(status: Status) -> list[str]:
     space = space_at(status.folder)
     if space.free >= space.low_water:
         return []
-    return [f"The disk is nearly full: {text.size(space.free)} left where reports are kept. Make room."]
+    return [f"The disk is nearly full: {text.size(space.free)} free for the state folder. Free some space."]
 
 
 def tone(status: Status) -> str:
-    """How bad it is, as a class of the style sheet: ``good``, ``warn`` or ``bad``."""
+    """Severity of the state, as a class of the style sheet: ``good``, ``warn`` or ``bad``."""
     return "bad" if _about_the_disk(status) else _TONES[status.state]
 
 
@@ -143,11 +143,11 @@ def _repeat(pattern: str, rows: Iterable[Sequence[object]]) -> Markup:
 
 def _links(links: Links, refreshing: bool) -> Markup:
     toggle = (
-        (links.page, "Stop loading anew")
+        (links.page, "Stop refreshing")
         if refreshing
-        else (f"{links.page}?refresh", f"Load anew each {REFRESH} s")
+        else (f"{links.page}?refresh", f"Refresh every {REFRESH} s")
     )
-    rows = [(f"{links.page}?refresh" if refreshing else links.page, "Load now"), toggle]
+    rows = [(f"{links.page}?refresh" if refreshing else links.page, "Refresh now"), toggle]
     return _repeat('<a href="{}">{}</a>', [*rows, (links.json, "JSON"), (links.metrics, "Metrics")])
 
 
@@ -156,25 +156,25 @@ def _links(links: Links, refreshing: bool) -> Markup:
 
 def _figures(status: Status, history: History) -> Iterator[tuple[str, str, object]]:
     stats, oldest, day = status.stats, status.oldest_seconds, history.day
-    yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in a day"
+    yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in 24 hours"
     if status.draining:
-        yield "Draining", f"{status.draining:,}", "sent, and not yet acknowledged by their clients"
+        yield "Draining", f"{status.draining:,}", "sent, but not yet acknowledged by their clients"
     if plays := status.waiting_for_proxy.number:
         age = text.duration((status.now_ms - status.waiting_for_proxy.since_ms) / 1000)
         yield "Waiting for the proxy", f"{plays:,}", f"for their lines in its log, the oldest for {age}"
-    yield "Captured", f"{stats.captured:,}", f"{text.size(day.total(BYTES))} streamed in a day"
+    yield "Captured", f"{stats.captured:,}", f"{text.size(day.total(BYTES))} streamed in 24 hours"
     yield "Waiting", f"{stats.waiting:,}", "to be delivered"
     yield "Oldest waiting", "–" if oldest is None else text.duration(oldest), "since its stream ended"
     yield "Sent", f"{stats.sent:,}", _last_answer(status)
-    yield "Dead", f"{stats.dead:,}", "see ‘t23-middleware dead list’" if stats.dead else "refused by the API"
+    yield "Dead", f"{stats.dead:,}", "run ‘t23-middleware dead list’" if stats.dead else "refused by the API"
     reasons = [
         f"{number:,} {_with_spaces(reason)}" for reason, number in sorted(status.lost_by_reason.items())
     ]
-    yield "Lost", f"{stats.lost:,}", ", ".join(reasons) or "given up"
+    yield "Lost", f"{stats.lost:,}", ", ".join(reasons) or "never delivered"
     yield (
         "Delivered within",
         _within(history.hour, 0.5),
-        f"half; 95 % within {_within(history.hour, 0.95)} (last hour)",
+        f"50 % of reports; 95 % within {_within(history.hour, 0.95)} (last hour)",
     )
 
 
@@ -200,18 +200,18 @@ def _with_spaces(name: str) -> str:
 
 
 class _ChartSpec(NamedTuple):
-    """One figure, shown over the hour and over the day."""
+    """One figure, which gets a chart of the last hour and one of the last day."""
 
     title: str
-    #: Unit of the axis; ``{}`` stands for a step.
+    #: Unit of the axis; ``{}`` is replaced by the length of a step.
     unit: str
     chart: Callable[[Series], Chart]
-    #: What a line's legend says of its time.
-    words: Callable[[Series, Line], str]
+    #: The value in a line's legend.
+    legend_value: Callable[[Series, Line], str]
 
 
 def charts_html(history: History) -> Markup:
-    """All charts: most of what a page costs, and the same for a while."""
+    """All charts. They take most of a page's time, so the caller caches them."""
     return Markup("").join(_charts(history))
 
 
@@ -232,7 +232,7 @@ def _figure(spec: _ChartSpec, series: Series, over: str) -> Markup:
             line.colour,
             " dashed" if number == 2 and not chart.piled else "",
             line.label,
-            spec.words(series, line),
+            spec.legend_value(series, line),
         )
         for number, line in enumerate(chart.lines, 1)
     ]
@@ -245,7 +245,7 @@ def _figure(spec: _ChartSpec, series: Series, over: str) -> Markup:
 
 
 def _line_chart(*lines: tuple[str, str, int]) -> Callable[[Series], Chart]:
-    """A chart of the figures of these names, with these labels and colours."""
+    """A chart with one line per tuple of name, label and colour."""
 
     def chart(series: Series) -> Chart:
         drawn_lines = [Line(label, series.of(name), colour) for name, label, colour in lines]
@@ -260,12 +260,12 @@ def _line_chart(*lines: tuple[str, str, int]) -> Callable[[Series], Chart]:
 
 
 def _without_unfinished_step(values: Sequence[float | None]) -> Sequence[float | None]:
-    """Without the step under way, unless it is higher than the one before already: it has only begun."""
+    """Omit the last step, which is not over, unless it is higher than the one before: it would look like a fall."""
     return values if (values[-1] or 0) > (values[-2] or 0) else [*values[:-1], None]
 
 
 def _quantile_chart(series: Series) -> Chart:
-    lines = [Line("half within", quantiles(series, 0.5), 1), Line("95 % within", quantiles(series, 0.95), 2)]
+    lines = [Line("50 % within", quantiles(series, 0.5), 1), Line("95 % within", quantiles(series, 0.95), 2)]
     return Chart(lines, SECONDS, series.first, series.step)
 
 
@@ -284,7 +284,7 @@ def _loss_chart(series: Series) -> Chart:
 
 
 def _without_empty(lines: list[Line]) -> list[Line]:
-    """The first, whatever it shows, and of the others what is not all nothing."""
+    """The first line, and the others that have a value other than 0."""
     return [line for number, line in enumerate(lines) if number == 0 or any(line.values)]
 
 
@@ -307,7 +307,7 @@ def _longest(series: Series, line: Line) -> str:
 
 
 def _share(series: Series, line: Line) -> str:
-    return _within(series, 0.5 if line.label.startswith("half") else 0.95)
+    return _within(series, 0.5 if line.label.startswith("50") else 0.95)
 
 
 _CHART_SPECS = (
@@ -321,7 +321,7 @@ _CHART_SPECS = (
     _ChartSpec("Reports waiting", "reports", _line_chart((WAITING, "at most", 2)), _highest),
     _ChartSpec("Oldest report waiting", "age", _line_chart((OLDEST, "at most", 2)), _longest),
     _ChartSpec("Delivery time, from the stream’s end to the API’s answer", "time", _quantile_chart, _share),
-    _ChartSpec("The API’s answers", "tries per {}", _answer_chart, _sum),
+    _ChartSpec("The API’s answers", "attempts per {}", _answer_chart, _sum),
     _ChartSpec("Dead and lost", "reports per {}", _loss_chart, _sum),
 )
 
@@ -331,7 +331,7 @@ _CHART_SPECS = (
 
 def _videos(history: History) -> Markup:
     if not history.by_bytes:
-        return Markup("<p>None was watched.</p>")
+        return Markup("<p>No video was watched.</p>")
     played = [video for video in history.by_plays if video.plays]
     return _table_of_videos("Most bytes", history.by_bytes) + _table_of_videos("Most plays", played)
 
@@ -355,14 +355,14 @@ def _table_of_videos(caption: str, videos: Sequence[Watched]) -> Markup:
 
 
 class RecentError(NamedTuple):
-    """Something that went wrong, or went right again."""
+    """An error, or the end of one."""
 
     at_ms: int
     what: str
 
 
 def recent_errors(status: Status, history: History) -> list[RecentError]:
-    """The latest errors of the APIs and refusals, the newest first."""
+    """The latest API errors and refusals, newest first."""
     errors = [
         RecentError(each.at_ms, _trouble_sentence(each.state, each.reason, each.host))
         for each in troubles_of(status.outbox.notes)
@@ -372,7 +372,7 @@ def recent_errors(status: Status, history: History) -> list[RecentError]:
 
 
 def _grouped(refused: Iterable[Fatality]) -> Iterable[list[Fatality]]:
-    """Those with the same answer of the same API together, the newest first."""
+    """Refusals grouped by API and answer, newest first."""
     groups: dict[tuple[str, str, str], list[Fatality]] = {}
     for each in refused:
         groups.setdefault((each.host, each.code, each.answer), []).append(each)
@@ -416,8 +416,8 @@ def _not_reported(status: Status) -> Markup:
     if not rows:
         return Markup("")
     return Markup(
-        '<details><summary>Counted aside: what was seen and not reported</summary><div class="wide"><table>'
-        '<thead><tr><th scope="col">What</th><th scope="col" class="right">How often</th></tr></thead>'
+        '<details><summary>Not reported, or unusual</summary><div class="wide"><table>'
+        '<thead><tr><th scope="col">Counter</th><th scope="col" class="right">Count</th></tr></thead>'
         "<tbody>{}</tbody></table></div></details>"
     ).format(_repeat('<tr><th scope="row">{}</th><td class="right">{}</td></tr>', rows))
 
@@ -425,7 +425,7 @@ def _not_reported(status: Status) -> Markup:
 def _footer(status: Status) -> Markup:
     lines = [
         f"Relay: {relay_description(status.relay)}.",
-        f"Journals: {text.size(status.journal_bytes)} not taken in yet.",
+        f"Journals: {text.size(status.journal_bytes)} not read yet.",
         f"State folder: {status.folder}.",
     ]
     return Markup("{}<p>As of <time datetime='{}'>{}</time>.</p>").format(
@@ -438,7 +438,7 @@ def _iso(ms: int) -> str:
 
 
 def error_page(words: str) -> str:
-    """What is shown where the figures can't be had."""
+    """The page that is shown if the figures can't be read."""
     return Markup(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{0}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

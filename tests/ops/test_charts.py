@@ -38,7 +38,7 @@ def test_a_gap_parts_the_line_and_a_lone_value_is_a_dot():
 
 
 def test_where_nothing_is_known_it_says_so():
-    assert texts(chart(None, None), "nothing") == ["nothing known of this time"]
+    assert texts(chart(None, None), "nothing") == ["no data for this time"]
     assert texts(chart(0, None), "nothing") == []
     assert paths(chart(None, None), "line") == []
 

@@ -57,7 +57,7 @@ def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path: Path):
         port = taken.getsockname()[1]
         running = Demo(tmp_path / "demo", "--port", str(port))
         assert running.process.wait(30) == 2
-    assert running.output.startswith(f"t23-middleware: port {port} can't be had")
+    assert running.output.startswith(f"t23-middleware: port {port} can't be used")
     assert "choose another with --port" in running.output
     assert running.output.count("\n") == 1
 

@@ -100,7 +100,10 @@ def test_who_has_no_token_is_asked_for_it_and_told_nothing(past: PagesSite, path
     answer = past.ask(path, token=None, **headers)
     assert answer.status == 401
     assert answer.headers["WWW-Authenticate"].startswith('Basic realm="')
-    assert answer.body == "The token is needed: as the password of any user, or as Bearer.\n"
+    assert (
+        answer.body
+        == "This page needs the token (T23_STATUS_TOKEN): as the password of any user, or as Bearer.\n"
+    )
 
 
 @pytest.mark.parametrize("token", [None, TOKEN, "wrong"])
@@ -408,7 +411,7 @@ def test_a_fault_of_ours_is_an_answer_and_a_line_in_the_log(
     def broken(settings: Settings) -> None:
         raise RuntimeError("our own fault")
 
-    monkeypatch.setattr(page, "look", broken)
+    monkeypatch.setattr(page, "read_status", broken)
     with caplog.at_level(logging.ERROR):
         answer = past.ask("/_t23/")
     assert answer.status == 503

@@ -831,7 +831,7 @@ def test_a_port_in_use_is_told_in_one_sentence_with_its_remedy(api):
     with pytest.raises(UsageError) as told:
         StandInServer("127.0.0.1", api.port).start()
     assert str(told.value) == (
-        f"Port {api.port} of 127.0.0.1 is in use already; choose another with --port, or 0 for a free one."
+        f"Port {api.port} of 127.0.0.1 is already in use; choose another with --port, or 0 for a free one."
     )
 
 
