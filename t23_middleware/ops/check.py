@@ -125,7 +125,7 @@ def _settings(settings: Settings) -> Iterator[Finding]:
     for warning in settings.warnings:
         yield Finding(WARN, "settings", warning)
     if not settings.enabled:
-        yield Finding(WRONG, "settings", "T23_ENABLED=0: nothing is counted; remove it")
+        yield Finding(WRONG, "settings", "T23_ENABLED=0: nothing is counted; remove this setting")
     else:
         yield Finding(
             OK, "settings", f"T23_API_URL={settings.api_url}, T23_REPORT_PATH={settings.report_path}"
@@ -240,10 +240,10 @@ def _space(free: int) -> Finding:
         return Finding(
             WRONG,
             "space",
-            f"{message}: reports will soon be lost; free space, or set T23_STATE_DIR to another disk",
+            f"{message}: reports will soon be lost; delete files, or set T23_STATE_DIR to another disk",
         )
     if free < LITTLE_SPACE:
-        return Finding(WARN, "space", f"{message}; free space, or set T23_STATE_DIR to a larger disk")
+        return Finding(WARN, "space", f"{message}; delete files, or set T23_STATE_DIR to a larger disk")
     return Finding(OK, "space", message)
 
 

@@ -182,15 +182,9 @@ class DemoPage:
     def _reports(self) -> list[dict[str, object]]:
         """The latest reports, newest first. One in the stand-in and still in the outbox is shown as sent."""
         waiting, dead = self._from_outbox()
-        rows = {
-            report_row["id"]: report_row
-            for report_row in (*map(self._dead, dead), *map(self._waiting, waiting))
-        }
-        rows |= {
-            report_row["id"]: report_row
-            for report_row in map(self._recorded, self._api.recorded()[-MAX_REPORTS:])
-        }
-        latest = sorted(rows.values(), key=lambda report_row: int(report_row["at"]), reverse=True)
+        rows = {row["id"]: row for row in (*map(self._dead, dead), *map(self._waiting, waiting))}
+        rows |= {row["id"]: row for row in map(self._recorded, self._api.recorded()[-MAX_REPORTS:])}
+        latest = sorted(rows.values(), key=lambda row: int(row["at"]), reverse=True)
         return [*islice(latest, MAX_REPORTS)]
 
     def _from_outbox(self) -> tuple[list[Waiting], list[DeadReport]]:
@@ -213,10 +207,10 @@ class DemoPage:
 
     def _dead(self, dead: DeadReport) -> dict[str, Any]:
         report = dead.report
-        report_row = self._report_row(
+        row = self._report_row(
             report.session_id, report.photo_id, report.time_ms, report.sent, report.skip, "refused"
         )
-        return report_row | {"said": dead.answer}
+        return row | {"said": dead.answer}
 
     def _recorded(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """A report from the stand-in. It may be from any local client, so its fields are not trusted."""
@@ -224,7 +218,7 @@ class DemoPage:
         sent_ms = str(fields.get("time", ""))
         at_ms = int(sent_ms) if sent_ms.isdecimal() and len(sent_ms) < 15 else received_ms
         session = fields.get("session_id") or fields.get("seesion_id") or ""
-        report_row = self._report_row(
+        row = self._report_row(
             session,
             fields["photo_id"],
             at_ms,
@@ -232,7 +226,7 @@ class DemoPage:
             int(fields.get("skip", 0)),
             "sent",
         )
-        return report_row | {"took": max(received_ms - at_ms, 0)}
+        return row | {"took": max(received_ms - at_ms, 0)}
 
     def _report_row(
         self, session: str, photo: str, at_ms: int, sent: int, skip: int, state: str

@@ -145,7 +145,7 @@ class Pages:
                 return _metrics(status, history, environ.get("HTTP_ACCEPT", ""))
             if as_data:
                 return _PageResponse(
-                    HTTPStatus.OK, JSON, json.dumps(data(status, history), indent=2).encode()
+                    HTTPStatus.OK, JSON, json.dumps(figures_json(status, history), indent=2).encode()
                 )
             page_text = html(
                 status, history, cached.charts, self._links(environ), refreshing=_wants_refresh(environ)
@@ -186,7 +186,7 @@ def _prefers_json(accept: str) -> bool:
     return kinds.best_match(["text/html", "application/json"], default="text/html") == "application/json"
 
 
-def data(status: Status, history: History) -> dict[str, object]:
+def figures_json(status: Status, history: History) -> dict[str, object]:
     """The figures and the history for programs. Times are seconds since the epoch, or minutes if the name says so."""
     return {
         **as_json(status),

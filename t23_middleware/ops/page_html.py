@@ -129,7 +129,9 @@ def _about_the_disk(status: Status) -> list[str]:
     space = space_at(status.folder)
     if space.free >= space.low_water:
         return []
-    return [f"The disk is nearly full: {text.size(space.free)} free for the state folder. Free some space."]
+    return [
+        f"The disk is nearly full: {text.size(space.free)} free for the state folder. Delete files, or enlarge the disk."
+    ]
 
 
 def tone(status: Status) -> str:
