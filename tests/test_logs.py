@@ -122,7 +122,7 @@ def test_a_relay_writes_json_for_programs_and_tells_of_alike_refusals_once(site:
 def test_json_is_for_a_relay_that_stays(site: Site):
     done = site.run("relay", "--once", "--json")
     assert done.returncode == 2
-    assert "--json is for a relay that stays" in done.stderr
+    assert "--json is for a relay that keeps running" in done.stderr
 
 
 SECRET, FLASK_SECRET = "the-key-that-signs-sessions", "the-key-of-flask-itself"

@@ -1,1 +1,1 @@
-"""What people look at: the commands, the stand-in API, the demo."""
+"""For operators and developers: the commands, the operator's pages, the stand-in API and the demo."""

@@ -1,4 +1,4 @@
-"""A bar that fills while a command works."""
+"""A progress bar for commands."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 _WIDTH = 30
 
 
-class Bar:
-    """The progress on a terminal; elsewhere nothing, since the end says it all."""
+class ProgressBar:
+    """Shows progress if stdout is a terminal. Otherwise it prints nothing: the command's last line has the result."""
 
     def __init__(self) -> None:
         self._shown = False
 
     def show(self, done: int, total: int, figures: str) -> None:
-        """*done* of *total*, with the *figures* behind the bar."""
+        """Show *done* of *total*, and the *figures* after the bar."""
         if not sys.stdout.isatty():
             return
         self._shown = True
@@ -22,6 +22,6 @@ class Bar:
         print(f"\r[{'#' * filled}{'.' * (_WIDTH - filled)}] {figures}\x1b[K", end="", flush=True)
 
     def end(self) -> None:
-        """What follows stands on a line of its own."""
+        """End the bar's line, so that the next output starts on a new line."""
         if self._shown:
             print()

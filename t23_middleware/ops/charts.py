@@ -1,6 +1,6 @@
-"""Small charts as SVG, made here so that they can be read without a script: axes with units, and gaps where nothing is known.
+"""Small charts as SVG: axes with units, and gaps where no value is known. They need no script in the browser.
 
-Pure. Colours are classes ``c1`` to ``c6``, which the page's style sheet fills for light and dark.
+Pure functions. Colours are the classes ``c1`` to ``c6`` of the page's style sheet.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-#: Size of the drawing, and of the plot in it: left, right, top, bottom.
+#: Size of the drawing, and edges of the plot in it: left, right, top, bottom.
 WIDTH, HEIGHT = 420, 158
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 410, 12, 126
 
-#: Ends of a time axis, in seconds: each divides into halves that are easily read.
+#: Possible ends of an axis of time spans, in seconds: half of each is easy to read, too.
 _NICE_SECONDS = (
     (0.1, 0.2, 0.4, 1, 2, 4, 10, 20, 30, 60, 120, 240, 600, 1200, 1800, 3600, 7200, 4 * 3600, 12 * 3600)
     + (24 * 3600, 48 * 3600, 4 * 86400, 8 * 86400, 16 * 86400, 32 * 86400)
@@ -24,11 +24,11 @@ _NICE_SECONDS = (
 
 
 class Unit(NamedTuple):
-    """How an axis is divided and written."""
+    """How an axis is scaled and labelled."""
 
-    #: The highest value -> the axis's end.
+    #: Highest value -> end of the axis.
     end: Callable[[float], float]
-    words: Callable[[float], str]
+    label: Callable[[float], str]
     #: Whether only whole numbers make sense.
     whole: bool
 
@@ -37,31 +37,31 @@ class Line(NamedTuple):
     """One figure over time."""
 
     label: str
-    #: A value per step, ``None`` where nothing is known.
+    #: One value per step, ``None`` if it is not known.
     values: Sequence[float | None]
-    #: Number of its colour, 1 to 6.
+    #: Number of the colour, 1 to 6.
     colour: int
 
 
 class Chart(NamedTuple):
-    """Figures of the same unit over the same time."""
+    """Lines of the same unit over the same time."""
 
     lines: Sequence[Line]
     unit: Unit
-    #: Minutes since the epoch at which the first step begins, and minutes of a step.
+    #: Start of the first step in minutes since the epoch, and length of a step in minutes.
     first: int
     step: int
-    #: Piled up as bars, instead of lines.
+    #: Draw stacked bars instead of lines.
     piled: bool = False
 
     @property
     def steps(self) -> int:
-        """How many values each line has."""
+        """Number of values of each line."""
         return max(len(line.values) for line in self.lines)
 
 
-def drawn(chart: Chart, label: str) -> Markup:
-    """The chart as an ``<svg>`` element; *label* is its name for those who can't see it."""
+def as_svg(chart: Chart, label: str) -> Markup:
+    """The chart as an ``<svg>`` element; *label* is its name for screen readers."""
     end = chart.unit.end(_highest(chart))
     known = any(value is not None for line in chart.lines for value in line.values)
     marks = _bars(chart, end) if chart.piled else _lines(chart, end)
@@ -87,7 +87,7 @@ def _highest(chart: Chart) -> float:
 
 
 def _nice_count(highest: float) -> float:
-    """1, 2, 4, 10, 20, 40 …: halves of these are whole, but for the first."""
+    """1, 2, 4, 10, 20, 40 …: half of each is a whole number, except for 1."""
     if highest <= 1:
         return 1
     power = 10.0 ** math.floor(math.log10(highest))
@@ -98,24 +98,24 @@ def _nice_seconds(highest: float) -> float:
     return next((end for end in _NICE_SECONDS if end >= highest), max(highest, 0.1))
 
 
-def count_words(value: float) -> str:
-    """A number, short enough for an axis."""
+def count_label(value: float) -> str:
+    """A number in a short form for an axis."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             return f"{value / (1e3 if letter == 'k' else size):g}{letter}"
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
-def seconds_words(value: float) -> str:
-    """A time span in its largest fitting unit."""
+def seconds_label(value: float) -> str:
+    """A time span in the largest unit that fits."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
 
 
-COUNT = Unit(_nice_count, count_words, whole=True)
-SECONDS = Unit(_nice_seconds, seconds_words, whole=False)
+COUNT = Unit(_nice_count, count_label, whole=True)
+SECONDS = Unit(_nice_seconds, seconds_label, whole=False)
 
 
 # Parts of the drawing.
@@ -133,7 +133,7 @@ def _y_axis(unit: Unit, end: float) -> Markup:
     ticks = (0, end) if unit.whole and end < 2 else (0, end / 2, end)
     return Markup("").join(
         Markup('<path class="grid" d="M{} {:.1f}H{}"/><text x="{}" y="{:.1f}" class="y">{}</text>').format(
-            _LEFT, _y(value, end), _RIGHT, _LEFT - 6, _y(value, end) + 4, unit.words(value) if value else "0"
+            _LEFT, _y(value, end), _RIGHT, _LEFT - 6, _y(value, end) + 4, unit.label(value) if value else "0"
         )
         for value in ticks
     )
@@ -149,7 +149,7 @@ def _x_axis(chart: Chart) -> Markup:
 
 
 def _times(chart: Chart) -> Iterator[tuple[float, str]]:
-    """Place and name of the round times: the quarters of an hour, or each sixth hour of a day."""
+    """Position and label of the round times: quarters of an hour, or every sixth hour of a day."""
     for at in range(chart.steps):
         moment = time.localtime((chart.first + at * chart.step) * 60)
         round_time = moment.tm_hour % 6 == 0 and moment.tm_min < chart.step
@@ -167,7 +167,7 @@ def _lines(chart: Chart, end: float) -> Iterator[Markup]:
 
 
 def _runs(values: Sequence[float | None]) -> Iterator[list[tuple[int, float]]]:
-    """The values between the gaps, with their places."""
+    """The values between the gaps, with their step numbers."""
     run: list[tuple[int, float]] = []
     for at, value in enumerate([*values, None]):
         if value is not None:
@@ -178,7 +178,7 @@ def _runs(values: Sequence[float | None]) -> Iterator[list[tuple[int, float]]]:
 
 
 def _stroke(points: list[tuple[float, float]]) -> str:
-    """A line; of one point a dot, which round caps make of a line without length."""
+    """A line as an SVG path. One point becomes a line without length, which round caps show as a dot."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + ("h.01" if len(points) == 1 else "")
 
 
@@ -206,6 +206,6 @@ def _path(kind: str, line: Line, path: str) -> Markup:
 
 
 def _nothing() -> Markup:
-    return Markup('<text x="{}" y="{}" class="nothing">nothing known of this time</text>').format(
+    return Markup('<text x="{}" y="{}" class="nothing">no data for this time</text>').format(
         (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
     )

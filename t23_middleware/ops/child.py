@@ -1,4 +1,4 @@
-"""Servers that a command starts for itself, and ends with it."""
+"""Server processes that a command starts, and stops at its end."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-#: Seconds that one has to end by itself, before it is killed.
-PATIENCE = 15.0
+#: Seconds between SIGTERM and SIGKILL.
+STOP_SECONDS = 15.0
 
 
 @contextmanager
 def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """The process of *command*, out of reach of the terminal's Ctrl-C; ended at the end, with *options* as Popen's."""
-    child = subprocess.Popen(command, start_new_session=True, **options)
+    """Run *command* with Popen's *options* in its own session, where Ctrl-C does not reach it; stop it at the end."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
     try:
-        yield child
+        yield process
     finally:
-        child.terminate()
+        process.terminate()
         try:
-            child.wait(PATIENCE)
+            process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            process.kill()
+            process.wait()

@@ -1,4 +1,4 @@
-"""How responses are counted here, in words: what the kernel tells of clients, as the relay noted it last."""
+"""How bytes are counted here, in words: whether the kernel reports acknowledged bytes, as the relay last noted."""
 
 from __future__ import annotations
 
@@ -6,42 +6,43 @@ from collections.abc import Iterator, Mapping
 
 from ..relay.health import ACKED, BY_PROXY, ELSEWHERE, OFF
 from ..settings import Settings
-from .item import OK, WARN, Item
+from .item import OK, WARN, Finding
 
-_HANDED_OVER = "what the server handed over; what a client left unread in between counts too"
+_HANDED_OVER = "bytes that the server handed over, also those that a client never read"
 
 
-def counted_words(notes: Mapping[str, str]) -> str:
-    """What is counted; ``""`` where no relay told yet."""
+def counting_description(notes: Mapping[str, str]) -> str:
+    """Which bytes are counted; ``""`` if no relay has noted it yet."""
     problem = notes.get(ACKED)
     if problem is None:
         return ""
     if problem == BY_PROXY:
-        return "what the proxy's log says (T23_PROXY_LOG)"
+        return "bytes in the proxy's log (T23_PROXY_LOG)"
     if problem:
         return f"{_HANDED_OVER} ({problem})"
-    return "what clients' kernels acknowledged, where the server's socket can be reached"
+    return "bytes that clients' kernels acknowledged, where the server's socket can be found"
 
 
-def counted_items(settings: Settings, notes: Mapping[str, str]) -> Iterator[Item]:
-    """The same for ``check``, with the remedy where the kernel can't be asked."""
+def counting_findings(settings: Settings, notes: Mapping[str, str]) -> Iterator[Finding]:
+    """The same for ``check``, with the remedy if the relay can't ask the kernel."""
     problem, elsewhere = notes.get(ACKED), notes.get(ELSEWHERE, "0")
     if settings.proxy_log:
-        return  # check_proxy tells of that
+        return  # check_proxy has findings about the log
     if not settings.acked:
-        yield Item(OK, "counting", f"{_HANDED_OVER} (T23_ACKED=0)")
+        yield Finding(OK, "counting", f"{_HANDED_OVER} (T23_ACKED=0)")
     elif problem and problem not in (OFF, BY_PROXY):
-        said = (
+        message = (
             f"{_HANDED_OVER}: the relay can't ask the kernel ({problem}). Allow it AF_NETLINK (systemd:"
             " RestrictAddressFamilies=, containers: the seccomp profile), or set T23_ACKED=0"
         )
-        yield Item(WARN, "counting", said)
+        yield Finding(WARN, "counting", message)
     elif elsewhere.isdigit() and int(elsewhere):
-        said = (
-            f"{_HANDED_OVER}: {elsewhere} {'worker is' if elsewhere == '1' else 'workers are'} in another network namespace than the relay, which can't ask"
-            " about their connections. Run the relay in the workers' network (Compose: network_mode: service:app;"
+        message = (
+            f"{_HANDED_OVER}: {elsewhere} {'worker is' if elsewhere == '1' else 'workers are'} in another network namespace"
+            " than the relay, so the relay can't ask the kernel about their connections. Run the relay in the workers'"
+            " network (Compose: network_mode: service:app;"
             " Kubernetes: one pod), or set T23_ACKED=0"
         )
-        yield Item(WARN, "counting", said)
+        yield Finding(WARN, "counting", message)
     elif problem == "":
-        yield Item(OK, "counting", counted_words(notes))
+        yield Finding(OK, "counting", counting_description(notes))

@@ -1,4 +1,4 @@
-"""The demo's API: the stand-in, with a plug that can be pulled."""
+"""The demo's API: the stand-in, with a switch for its conditions."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Mapping
 
 from .standin import StandInServer
 
-#: How the API can be -> the fault of the stand-in that makes it so.
+#: Condition of the API -> the stand-in's fault for it.
 WELL, DENY, HANG, DOWN = "well", "deny", "hang", "down"
 CONDITIONS: Mapping[str, str | None] = {WELL: None, DENY: "deny", HANG: "hang", DOWN: None}
 
 
-class Plug:
-    """Turns the API off and on; *environ* is that of the site, for the relay that delivers once it is back."""
+class APISwitch:
+    """Sets the condition of the API. *environ* is the site's environment, for the relay that :meth:`deliver` starts."""
 
     def __init__(self, api: StandInServer, environ: Mapping[str, str]) -> None:
         self.condition = WELL
-        #: How often reports were delivered by hand.
+        #: Number of calls of :meth:`deliver`.
         self.delivered = 0
         self._api = api
         self._environ = environ
-        self._turning, self._delivering = threading.Lock(), threading.Lock()
+        self._switching, self._delivering = threading.Lock(), threading.Lock()
         self._relay: subprocess.Popen[bytes] | None = None
         self._closed = False
 
-    def turn(self, condition: str) -> None:
-        """From now on the API is so; *condition* is one of :data:`CONDITIONS`."""
-        with self._turning:
+    def switch_to(self, condition: str) -> None:
+        """Set the condition of the API, one of :data:`CONDITIONS`."""
+        with self._switching:
             if condition == self.condition:
                 return
             if condition == DOWN:
@@ -41,9 +41,9 @@ class Plug:
             self.condition = condition
 
     def deliver(self) -> None:
-        """Deliver what waits as an operator does who knows that the API is back, without waiting for the next try.
+        """Deliver the waiting reports with ``relay --once``, instead of waiting for the relay's next attempt.
 
-        In a thread, and after what was delivered so before: that may have met the API while it was off.
+        This runs in a thread, after any earlier call: that one may have found the API still off.
         """
         self.delivered += 1
         threading.Thread(target=self._deliver, name="deliver", daemon=True).start()
@@ -59,9 +59,9 @@ class Plug:
             self._relay.wait()
 
     def close(self) -> None:
-        """End what :meth:`deliver` began."""
+        """Stop the relay that :meth:`deliver` started."""
         self._closed = True
         if self._relay is not None and self._relay.poll() is None:
             self._relay.terminate()
         with self._delivering:
-            pass  # it has ended
+            pass  # wait until it has ended

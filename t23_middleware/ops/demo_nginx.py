@@ -1,4 +1,4 @@
-"""nginx before the demo's server: with the lines that a site's own nginx gets, and a log that the relay follows."""
+"""nginx before the demo's server, with the lines that docs/nginx.md gives, and a log that the relay follows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..errors import UsageError
 from ..relay.proxy_line import NGINX_LINES
 from .child import running
 
-#: Seconds that nginx may take to begin.
-PATIENCE = 10.0
-#: Where Debian and others have it: on the search path of administrators only.
+#: Seconds that nginx may take to start.
+PATIENCE_SECONDS = 10.0
+#: Folders of nginx in Debian and others, which are only on root's search path.
 PLACES = ("/usr/sbin", "/usr/local/sbin")
 
-#: All that nginx needs to run for one user in one folder. Ours are the lines that docs/nginx.md has.
+#: All that nginx needs to run for one user in one folder. {lines} are those of docs/nginx.md.
 _CONFIGURATION = """\
 daemon off;
 pid FOLDER/nginx.pid;
@@ -43,23 +43,23 @@ _TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
 
 
 def program() -> str:
-    """nginx's path. Raises :class:`~t23_middleware.errors.UsageError` where it is not installed."""
+    """Path of nginx. Raises :class:`~t23_middleware.errors.UsageError` if it is not installed."""
     found = shutil.which("nginx", path=os.pathsep.join((*os.get_exec_path(), *PLACES)))
     if found is None:
-        raise UsageError("nginx is not installed; apt-get install nginx-light, or leave out --nginx")
+        raise UsageError("nginx is not installed; run apt-get install nginx-light, or omit --nginx")
     return found
 
 
 def log_in(folder: Path) -> Path:
-    """The log of plays of an nginx that runs in *folder*."""
+    """Path of the log of plays, for an nginx in *folder*."""
     return folder / "t23.log"
 
 
 @contextmanager
 def before(upstream: int, port: int, folder: Path) -> Iterator[None]:
-    """nginx on *port* of 127.0.0.1, which hands on to *upstream*; its files are in *folder*.
+    """Run nginx on *port* of 127.0.0.1 as a proxy to port *upstream*; its files are in *folder*.
 
-    Raises :class:`~t23_middleware.errors.UsageError` where it does not begin.
+    Raises :class:`~t23_middleware.errors.UsageError` if it does not start.
     """
     folder.mkdir(exist_ok=True)
     configuration = folder / "nginx.conf"
@@ -71,7 +71,7 @@ def before(upstream: int, port: int, folder: Path) -> Iterator[None]:
 
 
 def _configured(upstream: int, port: int, folder: Path) -> str:
-    # Its workers would else be another user's, who may not enter the folder.
+    # Otherwise its workers run as another user, who may not enter the folder.
     user = "user root;\n" if os.geteuid() == 0 else ""
     temporary = "\n".join(f"    {kind}_temp_path FOLDER/{kind};" for kind in _TEMPORARY)
     lines = NGINX_LINES.replace("{path}", str(log_in(folder)))
@@ -80,11 +80,11 @@ def _configured(upstream: int, port: int, folder: Path) -> str:
 
 
 def _wait_until_it_listens(nginx: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline and nginx.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
             return
         except OSError:
             time.sleep(0.02)
-    raise UsageError("nginx does not start; its own words stand above")
+    raise UsageError("nginx does not start; its output above has the reason")

@@ -1,25 +1,25 @@
-/* The demo's page: asks for the figures some times a second and shows them. Whatever comes from outside becomes text. */
+/* The demo's page: polls the figures several times per second and shows them. All data is inserted as text. */
 "use strict";
 
 (() => {
-  const EVERY = 300, RARELY = 2000; // ms between two looks; while nobody looks, or nobody answers
-  const SAMPLES = 60; // seconds of the queue's depth
-  const BLOCKS = 36; // reports that are drawn in the queue, also those beyond what state.json tells of
+  const POLL_MS = 300, SLOW_POLL_MS = 2000; // between two polls; while the page is hidden, or the demo does not answer
+  const SAMPLES = 60; // seconds of the queue's chart
+  const BLOCKS = 36; // reports that are drawn in the queue, also those that state.json does not list
   const STRIPS = 4, STREAMS = 8; // viewings, and open streams, that are shown
   const API = {
-    well: "It answers as the documentation says.",
-    deny: "It answers permission_denied, as to a server that is not whitelisted. Reports wait, none is given up.",
-    hang: "It takes each report and says nothing. A try is given up after some seconds, and made again.",
-    down: "It is unplugged: connections are refused. Play on, and see the queue fill.",
+    well: "It answers as its documentation describes.",
+    deny: "It answers permission_denied, as for a server that is not whitelisted. Reports wait; none is dropped.",
+    hang: "It accepts each request and does not answer. The relay stops waiting after some seconds, and sends the report again later.",
+    down: "It is unplugged: connections are refused. Continue to play, and watch the queue grow.",
   };
   const IS = { sent: "recorded", waiting: "waits", asking: "on its way", refused: "refused" };
 
   const pages = document.body.dataset.pages, mine = document.body.dataset.mine;
   const film = document.getElementById("film");
   const place = (id) => document.getElementById(id);
-  const seen = new Map(); // report -> what was last said of it
+  const announced = new Map(); // report -> its state when it was last announced
   const depth = [];
-  let run = null, first = true, said = "", failures = 0, timer = 0, sampled = 0, wanted = null, turns = 0;
+  let run = null, first = true, shownState = "", failures = 0, timer = 0, sampled = 0, wanted = null, turns = 0;
 
   // Words.
 
@@ -43,7 +43,7 @@
     element.textContent = text;
     return element;
   };
-  /* Makes the children of *list* those of *items*, by their key; those that stay are the same elements. */
+  /* Updates the children of *list* to match *items* by key; elements whose key stays are kept. */
   const keep = (list, items, key, begin, show) => {
     const old = new Map([...list.children].map((child) => [child.dataset.key, child]));
     items.forEach((item, at) => {
@@ -105,7 +105,7 @@
     const places = [...new Set(jumps.map((bar) => percent(bar.first)))].slice(-8);
     return `Streamed: ${words.join("; ") || "nothing yet"}.${places.length ? ` Jumps to ${places.join(", ")} %.` : ""}`;
   };
-  /* Where the film plays, on the strip of the latest viewing of this page; a second has about as many bytes as another. */
+  /* Marks the playing position on the strip of this page's latest viewing. Assumes that all seconds have about equal bytes. */
   const showHead = () => {
     const strip = [...place("viewings").children].find((item) => item.dataset.key.startsWith(`${mine}-`))?.children[1];
     if (!strip || !film.duration) return;
@@ -145,18 +145,18 @@
     write(is, IS[report.is]);
     write(took, report.is === "sent" ? `after ${seconds(report.took)}` : "");
   };
-  /* What is read out: reports that are new or have got further, in one sentence each. */
+  /* Text for screen readers: one sentence for each report that is new or has a new state. */
   const announce = (reports) => {
     const news = [];
     for (const report of [...reports].reverse()) {
       const state = report.is === "asking" ? "waiting" : report.is;
-      if (seen.get(report.id) !== state && !first) {
+      if (announced.get(report.id) !== state && !first) {
         news.push(`Report of ${exact(report.bytes)} bytes, skip ${report.skip}, ${IS[state]}.`);
       }
-      seen.set(report.id, state);
+      announced.set(report.id, state);
     }
     const there = new Set(reports.map((report) => report.id));
-    for (const id of seen.keys()) if (!there.has(id)) seen.delete(id);
+    for (const id of announced.keys()) if (!there.has(id)) announced.delete(id);
     if (news.length) write(place("news"), news.slice(-3).join(" "));
   };
 
@@ -191,18 +191,18 @@
     write(place("depth-most"), Math.max(...depth) ? `at most ${many(Math.max(...depth), "report", "reports")} waiting` : "reports waiting");
   };
 
-  // All of it.
+  // The whole page.
 
   const show = (state) => {
-    if (run !== null && run !== state.run) return gone("The demo was started anew. Reload this page to play there.");
+    if (run !== null && run !== state.run) return showProblem("The demo was started again. Reload this page to use the new one.");
     run = state.run;
     place("gone").hidden = true;
     const box = place("state");
     box.className = `state ${state.tone}`;
-    // Without "(8 s)": it would be read out again each second.
+    // Without "(8 s)", because screen readers would read it again every second.
     const words = state.state.map((sentence) => sentence.replace(/ \(\d+ (s|min|h|days)\)/, ""));
-    if (words.join(" ") !== said) {
-      said = words.join(" ");
+    if (words.join(" ") !== shownState) {
+      shownState = words.join(" ");
       box.replaceChildren(...words.map((sentence) => make("p", "", sentence)));
     }
     for (const [name, value] of Object.entries(state.figures)) write(place(`f-${name}`), exact(value));
@@ -226,35 +226,35 @@
   };
   const showApi = (api) => {
     document.querySelectorAll("#api input").forEach((input) => (input.checked = input.value === api.is));
-    const helped = api.is === "well" && api.delivered ? " So that you need not wait for the relay’s next try, the demo delivered what waited by ‘t23-middleware relay --once’, as an operator would." : "";
+    const helped = api.is === "well" && api.delivered ? " The demo delivered the waiting reports with ‘t23-middleware relay --once’, as an operator can, so that you need not wait for the relay’s next attempt." : "";
     write(place("api-words"), API[api.is] + helped);
   };
-  const gone = (words) => {
+  const showProblem = (words) => {
     write(place("gone"), words);
     place("gone").hidden = false;
   };
 
-  // Asking.
+  // Polling.
 
-  const asked = async (path, options = {}) => {
+  const fetchJSON = async (path, options = {}) => {
     const answer = await fetch(pages + path, { cache: "no-store", signal: AbortSignal.timeout(5000), ...options });
     if (!answer.ok) throw new Error(`HTTP ${answer.status}`);
     return answer.json();
   };
-  const look = async () => {
+  const poll = async () => {
     const before = turns;
     try {
-      const state = await asked("state.json");
+      const state = await fetchJSON("state.json");
       failures = 0;
-      if (turns === before) show(state); // else it may be of before the switch was turned, and would turn it back
+      if (turns === before) show(state); // else the answer may be older than the switch, and would set it back
     } catch (error) {
       failures += 1;
-      if (failures > 1) gone("The demo does not answer: it was ended, or is busy. Start it again with t23-middleware demo; this page shows the last that it knew.");
+      if (failures > 1) showProblem("The demo does not answer: it was ended, or is busy. This page shows the last known state. To start the demo again, run: t23-middleware demo");
     }
     clearTimeout(timer);
-    timer = setTimeout(look, failures > 1 || document.hidden ? RARELY : EVERY);
+    timer = setTimeout(poll, failures > 1 || document.hidden ? SLOW_POLL_MS : POLL_MS);
   };
-  /* One at a time: who walks over the switches with the arrow keys turns it several times in a moment. */
+  /* One request at a time: the arrow keys can change the switch several times in a moment. */
   const turn = async (condition) => {
     write(place("api-words"), API[condition]);
     const busy = wanted !== null;
@@ -264,9 +264,9 @@
     for (let sent = null; sent !== wanted; ) {
       sent = wanted;
       try {
-        state = await asked("api", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ is: sent }) });
+        state = await fetchJSON("api", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify({ is: sent }) });
       } catch (error) {
-        gone("The switch did not reach the demo. Is it still running?");
+        showProblem("The demo did not receive the change of the switch. Is it still running?");
       }
     }
     wanted = null;
@@ -275,7 +275,7 @@
   };
 
   place("api").addEventListener("change", (event) => turn(event.target.value));
-  document.addEventListener("visibilitychange", () => document.hidden || look());
+  document.addEventListener("visibilitychange", () => document.hidden || poll());
   for (const event of ["timeupdate", "seeking", "loadedmetadata"]) film.addEventListener(event, showHead);
-  look();
+  poll();
 })();

@@ -1,7 +1,7 @@
-"""The demo's page, a WSGI app: the player, and what is captured and reported of it, live.
+"""The demo's page, a WSGI app: the player, and live what is captured and reported.
 
-Bars come from the journals, what waits from the outbox, what arrived from the stand-in. The page's script asks for
-all of it some times a second; what is kept for that is bounded, and sessions leave this process shortened only.
+Served ranges come from the journals, waiting reports from the outbox, sent reports from the stand-in. The page's script
+polls all of it several times per second. The data kept for it is bounded, and it contains sessions in short form only.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from ..settings import Settings
 from ..state import StateFolder
 from ..version import VERSION
 from . import text
-from .demo_api import CONDITIONS, WELL, Plug
+from .demo_api import CONDITIONS, WELL, APISwitch
 from .demo_site import FILM, PAGES, RATE, media_path
-from .demo_strips import Bar, Strip, Strips
-from .loopback import foreign
+from .demo_strips import ServedRange, ViewingRow, ViewingRows
+from .loopback import request_refusal
 from .page import JSON, SAFE_HEADERS
-from .page_html import told, tone
+from .page_html import status_sentences, tone
 from .page_style import STYLE
 from .standin import StandInServer
-from .status import Status, look
+from .status import Status, read_status
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-#: Reports that are shown.
-MOST_REPORTS = 30
-#: Seconds for which the figures are not made anew, however many pages ask.
-FRESH = 0.1
+#: Reports that are shown, at most.
+MAX_REPORTS = 30
+#: Seconds for which the figures are cached, for any number of open pages.
+CACHE_SECONDS = 0.1
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; media-src 'self'; img-src 'self' data:;"
@@ -53,16 +53,16 @@ _TYPES = {"svg": "image/svg+xml", "css": "text/css; charset=utf-8", "js": "text/
 
 
 class DemoPage:
-    """The page of one demo. *settings* are those of its site, *plug* turns its *api* off and on."""
+    """The page of one demo. *settings* are those of its site, *switch* sets the condition of its *api*."""
 
-    def __init__(self, settings: Settings, api: StandInServer, plug: Plug) -> None:
+    def __init__(self, settings: Settings, api: StandInServer, switch: APISwitch) -> None:
         self._settings = settings
         self._api = api
-        self._plug = plug
-        self._strips = Strips(StateFolder(settings.state_path()))
+        self._switch = switch
+        self._rows = ViewingRows(StateFolder(settings.state_path()))
         self._lock = threading.Lock()
-        self._made: tuple[float, bytes] = 0.0, b""
-        #: Names of sessions for the page, that say nothing of the session; and this run's own name.
+        self._cached: tuple[float, bytes] = 0.0, b""
+        #: Key for hashing sessions into ids for the page; and the id of this run.
         self._key = secrets.token_bytes(16)
         self._run = secrets.token_hex(4)
 
@@ -78,12 +78,12 @@ class DemoPage:
         return response(environ, start_response)
 
     def follow(self) -> None:
-        """Take in what the workers wrote; to be called some times a second, whether anybody looks or not."""
+        """Read the new journal lines. Call this several times per second, also while no browser shows the page."""
         with self._lock:
-            self._strips.follow()
+            self._rows.follow()
 
     def _response(self, request: Request) -> Response:
-        if refused := foreign(request.environ):
+        if refused := request_refusal(request.environ):
             raise Forbidden(refused)
         method = "GET" if request.method == "HEAD" else request.method
         match method, request.path.removeprefix(PAGES):
@@ -98,13 +98,13 @@ class DemoPage:
             case "GET", "state.json":
                 return Response(self._state(), content_type=JSON)
             case "POST", "api":
-                return self._turn(request)
+                return self._set_condition(request)
             case "GET", _:
                 raise NotFound("There is no such page.")
         raise MethodNotAllowed(["GET"])
 
     def _html(self) -> str:
-        """The page with a session of its own, so that a reload is a new viewing."""
+        """The page with a new session, so that each reload starts a new viewing."""
         session = secrets.token_urlsafe(16)
         query = {"session_id": session, "photo_id": FILM["photo"], "rate": RATE}
         return Markup(_file("demo_page.html")).format(
@@ -115,88 +115,88 @@ class DemoPage:
             mine=self._name(session, FILM["photo"]),
         )
 
-    def _turn(self, request: Request) -> Response:
-        """Only JSON: a page of another origin can't send that without asking, and is not answered."""
+    def _set_condition(self, request: Request) -> Response:
+        """Accept only JSON: a page of another origin can't send it without a preflight request, which is refused."""
         if request.mimetype != JSON:
             raise UnsupportedMediaType("The demo's own page sends JSON.")
-        asked = request.get_json(silent=True)
-        condition = str(asked.get("is")) if isinstance(asked, dict) else ""
+        fields = request.get_json(silent=True)
+        condition = str(fields.get("is")) if isinstance(fields, dict) else ""
         if condition not in CONDITIONS:
             return Response(json.dumps({"error": f"is: one of {', '.join(CONDITIONS)}"}), 400, mimetype=JSON)
-        self._plug.turn(condition)
-        if condition == WELL and look(self._settings).stats.waiting:
-            self._plug.deliver()
+        self._switch.switch_to(condition)
+        if condition == WELL and read_status(self._settings).stats.waiting:
+            self._switch.deliver()
         with self._lock:
-            self._made = 0.0, b""
+            self._cached = 0.0, b""
         return Response(self._state(), content_type=JSON)
 
-    # What is told.
+    # The state as JSON.
 
     def _state(self) -> bytes:
         with self._lock:
-            made_at, content = self._made
-            if not content or time.monotonic() - made_at > FRESH:
-                self._strips.follow()
-                content = json.dumps(self._all()).encode()
-                self._made = time.monotonic(), content
+            made_at, content = self._cached
+            if not content or time.monotonic() - made_at > CACHE_SECONDS:
+                self._rows.follow()
+                content = json.dumps(self._state_json()).encode()
+                self._cached = time.monotonic(), content
             return content
 
-    def _all(self) -> dict[str, object]:
-        status = look(self._settings)
+    def _state_json(self) -> dict[str, object]:
+        status = read_status(self._settings)
         return {
             "run": self._run,
             "now": status.now_ms,
             "tone": tone(status),
-            "state": _words(status),
-            "api": {"is": self._plug.condition, "delivered": self._plug.delivered},
-            "figures": {**status.stats._asdict(), "open": self._strips.open_responses},
+            "state": _demo_sentences(status),
+            "api": {"is": self._switch.condition, "delivered": self._switch.delivered},
+            "figures": {**status.stats._asdict(), "open": self._rows.open_responses},
             "oldest": status.oldest_seconds,
-            "viewings": [self._strip(strip) for strip in reversed([*self._strips])],
+            "viewings": [self._viewing(row) for row in reversed([*self._rows])],
             "reports": self._reports(),
         }
 
-    def _strip(self, strip: Strip) -> dict[str, object]:
+    def _viewing(self, row: ViewingRow) -> dict[str, object]:
         return {
-            "id": f"{self._name(strip.play.session_id, strip.play.photo_id)}-{strip.started_ms}",
-            "of": self._name(strip.play.session_id, strip.play.photo_id),
-            "session": text.masked(strip.play.session_id),
-            "video": strip.play.photo_id,
-            "player": strip.play.player_type,
-            "started": strip.started_ms,
-            "total": strip.total,
-            "bars": [self._bar(bar) for bar in strip.bars],
+            "id": f"{self._name(row.play.session_id, row.play.photo_id)}-{row.started_ms}",
+            "of": self._name(row.play.session_id, row.play.photo_id),
+            "session": text.masked(row.play.session_id),
+            "video": row.play.photo_id,
+            "player": row.play.player_type,
+            "started": row.started_ms,
+            "total": row.total,
+            "bars": [self._range(served) for served in row.ranges],
         }
 
-    def _bar(self, bar: Bar) -> dict[str, object]:
+    def _range(self, served: ServedRange) -> dict[str, object]:
         return {
-            "id": self._name(bar.writer, str(bar.number)),
-            "first": bar.first,
-            "size": bar.size,
-            "sent": bar.sent,
-            "skip": bar.skip,
-            "jump": bar.jump,
-            "open": bar.ended_ms is None,
-            "started": bar.started_ms,
+            "id": self._name(served.writer, str(served.number)),
+            "first": served.first,
+            "size": served.size,
+            "sent": served.sent,
+            "skip": served.skip,
+            "jump": served.jump,
+            "open": served.ended_ms is None,
+            "started": served.started_ms,
         }
 
     def _reports(self) -> list[dict[str, object]]:
-        """The latest, the newest first. One that arrived and is not ticked off yet is in both; it arrived."""
-        waiting, dead = self._kept()
+        """The latest reports, newest first. One in the stand-in and still in the outbox is shown as sent."""
+        waiting, dead = self._from_outbox()
         rows = {row["id"]: row for row in (*map(self._dead, dead), *map(self._waiting, waiting))}
-        rows |= {row["id"]: row for row in map(self._recorded, self._api.recorded()[-MOST_REPORTS:])}
+        rows |= {row["id"]: row for row in map(self._recorded, self._api.recorded()[-MAX_REPORTS:])}
         latest = sorted(rows.values(), key=lambda row: int(row["at"]), reverse=True)
-        return [*islice(latest, MOST_REPORTS)]
+        return [*islice(latest, MAX_REPORTS)]
 
-    def _kept(self) -> tuple[list[Waiting], list[DeadReport]]:
+    def _from_outbox(self) -> tuple[list[Waiting], list[DeadReport]]:
         try:
             with OutboxView(StateFolder(self._settings.state_path()).outbox) as view:
-                return view.waiting(MOST_REPORTS), view.dead()[-MOST_REPORTS:]
+                return view.waiting(MAX_REPORTS), view.dead()[-MAX_REPORTS:]
         except NoOutbox:
             return [], []
 
     def _waiting(self, waiting: Waiting) -> dict[str, Any]:
         report = waiting.report
-        return self._row(
+        return self._report_row(
             report.session_id,
             report.photo_id,
             report.time_ms,
@@ -207,18 +207,18 @@ class DemoPage:
 
     def _dead(self, dead: DeadReport) -> dict[str, Any]:
         report = dead.report
-        row = self._row(
+        row = self._report_row(
             report.session_id, report.photo_id, report.time_ms, report.sent, report.skip, "refused"
         )
         return row | {"said": dead.answer}
 
     def _recorded(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A report as it reached the stand-in, which anybody may send one to."""
+        """A report from the stand-in. It may be from any local client, so its fields are not trusted."""
         received_ms = int(fields["received"] * 1000)
-        said_ms = str(fields.get("time", ""))
-        at_ms = int(said_ms) if said_ms.isdecimal() and len(said_ms) < 15 else received_ms
+        sent_ms = str(fields.get("time", ""))
+        at_ms = int(sent_ms) if sent_ms.isdecimal() and len(sent_ms) < 15 else received_ms
         session = fields.get("session_id") or fields.get("seesion_id") or ""
-        row = self._row(
+        row = self._report_row(
             session,
             fields["photo_id"],
             at_ms,
@@ -228,7 +228,9 @@ class DemoPage:
         )
         return row | {"took": max(received_ms - at_ms, 0)}
 
-    def _row(self, session: str, photo: str, at_ms: int, sent: int, skip: int, state: str) -> dict[str, Any]:
+    def _report_row(
+        self, session: str, photo: str, at_ms: int, sent: int, skip: int, state: str
+    ) -> dict[str, Any]:
         return {
             "id": f"{self._name(session, photo)}-{at_ms}-{sent}-{skip}",
             "session": text.masked(session),
@@ -245,13 +247,13 @@ class DemoPage:
         ).hexdigest()
 
 
-def _words(status: Status) -> list[str]:
-    """As the operator's page puts it, but for what a newcomer can't know yet."""
+def _demo_sentences(status: Status) -> list[str]:
+    """The sentences of the operator's page, with two exceptions for newcomers."""
     if not status.stats.captured and not status.journal_bytes:
         return ["Nothing was streamed yet: press play."]
     if status.state == "delivering" and status.stats.waiting:
         return [f"Delivering {text.reports(status.stats.waiting)}."]
-    return told(status)
+    return status_sentences(status)
 
 
 def _file(name: str) -> str:

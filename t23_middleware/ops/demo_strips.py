@@ -1,7 +1,7 @@
-"""Who was streamed what of a file, live: the journals as the relay reads them, judged by the relay's own rule.
+"""What was streamed of each file, live: read from the journals in the relay's way and judged by the relay's rules.
 
-A strip is one viewing, a bar on it the part of the file that one response handed over. All of it is bounded: the
-latest viewings, and of each the latest responses.
+A row is one viewing; a served range is the part of the file that one response sent. Both are bounded: only the latest
+viewings are kept, and of each only the latest responses.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from ..relay.viewing import Viewing
 from ..state import StateFolder
 from ..transfer import APP, Acknowledged, Opening, Play, Progress, Transfer
 
-#: Viewings that are kept, and responses of each.
-MOST_STRIPS = 12
-MOST_BARS = 100
+#: Viewings that are kept, and responses of each, at most.
+MAX_VIEWINGS = 12
+MAX_RANGES = 100
 
 
 @dataclass(eq=False)
-class Bar:
-    """What one response handed over. Offsets and sizes are bytes, times are ms since the epoch."""
+class ServedRange:
+    """The bytes that one response sent. Offsets and sizes are bytes, times are ms since the epoch."""
 
     writer: str
     number: int
     first: int
-    #: Bytes that it has if nobody cuts it off.
+    #: Bytes of the response if it is not cut off.
     size: int | None
     started_ms: int
-    #: As it is told, or would be if it ended now.
+    #: ``skip`` of its report, or of the report if the response ended now.
     skip: int
-    #: Whether the player went there from elsewhere.
+    #: Whether the player jumped to this offset.
     jump: bool
     sent: int = 0
     ended_ms: int | None = None
 
     @property
     def end(self) -> int:
-        """Offset behind its last byte."""
+        """Offset after its last byte."""
         return self.first + self.sent
 
 
 @dataclass(eq=False)
-class Strip:
+class ViewingRow:
     """One viewing."""
 
     viewing: Viewing
@@ -57,55 +57,55 @@ class Strip:
     started_ms: int
     #: The file's size.
     total: int | None
-    bars: deque[Bar] = field(default_factory=lambda: deque(maxlen=MOST_BARS))
+    ranges: deque[ServedRange] = field(default_factory=lambda: deque(maxlen=MAX_RANGES))
 
-    def has_end_near(self, offset: int) -> bool:
-        """Whether what was handed over so far ends at *offset*, so that what starts there goes on from it."""
-        return any(abs(bar.end - offset) <= self.viewing.near for bar in self.bars)
+    def ends_near(self, offset: int) -> bool:
+        """Whether a served range ends near *offset*, so that a response from there continues it."""
+        return any(abs(served.end - offset) <= self.viewing.near for served in self.ranges)
 
 
-class Strips:
-    """Those of the state folder *folder*, the latest last; each :meth:`follow` takes in what was written since."""
+class ViewingRows:
+    """The viewings of the state folder *folder*, the latest last. :meth:`follow` reads the new journal lines."""
 
     def __init__(self, folder: StateFolder) -> None:
         self._journals = Journals(folder, {})
         self._playback = Playback()
-        self._strips: deque[Strip] = deque(maxlen=MOST_STRIPS)
+        self._rows: deque[ViewingRow] = deque(maxlen=MAX_VIEWINGS)
 
-    def __iter__(self) -> Iterator[Strip]:
-        return iter(self._strips)
+    def __iter__(self) -> Iterator[ViewingRow]:
+        return iter(self._rows)
 
     @property
     def open_responses(self) -> int:
-        """How many are under way, also on strips that are no longer kept."""
+        """Number of responses in progress, also of viewings that are no longer kept."""
         return sum(1 for _ in self._playback.open_responses())
 
     def follow(self) -> None:
-        """Take in what the workers wrote."""
+        """Read the new journal lines."""
         more = True
         while more:
             reading = self._journals.read(time.monotonic_ns() - LATE_NS)
             for fact in reading.facts:
-                self._take(fact)
+                self._apply(fact)
             self._journals.taken(reading)
             more = reading.more
         self._journals.forget_removed()
-        self._end_what_the_dead_left(reading.until_ns)
-        self._playback.advance(reading.until_ns, _wall_ms())
+        self._end_responses_of_dead_workers(reading.until_ns)
+        self._playback.advance(reading.until_ns, _now_ms())
         for _ in self._playback.changed():
-            pass  # nothing of it is kept
+            pass  # the demo stores no state
 
-    def _take(self, fact: Fact) -> None:
+    def _apply(self, fact: Fact) -> None:
         if isinstance(fact.what, Acknowledged):
             return
-        what = _as_the_app_counts(fact.what)
+        what = _counted_by_app(fact.what)
         if isinstance(what, Opening):
             self._playback.opened(fact.writer, what)
             self._begin(fact.writer, what)
         elif isinstance(what, Progress):
             self._playback.progressed(fact.writer, what)
-            for _, bar in self._find(fact.writer, what.opening.number):
-                bar.sent = what.sent
+            for _, served in self._find(fact.writer, what.opening.number):
+                served.sent = what.sent
         else:
             reports = self._playback.closed(fact.writer, what)
             self._end(fact.writer, what, reports)
@@ -113,68 +113,68 @@ class Strips:
     def _begin(self, writer: str, opening: Opening) -> None:
         found = self._playback.at_open(writer, opening.number)
         if found is None:
-            return  # it asks whether ranges work, and plays nothing
+            return  # a probe for range support, which plays nothing
         viewing, response = found
-        strip = self._strip_of(viewing, opening)
+        row = self._row_of(viewing, opening)
         first = response.first or 0
         said, follows = opening.play.skip, not viewing.is_first(response)
-        strip.total = response.total or strip.total
-        strip.bars.append(
-            Bar(
+        row.total = response.total or row.total
+        row.ranges.append(
+            ServedRange(
                 writer,
                 opening.number,
                 first,
                 response.expected,
                 opening.started_ms,
                 skip=int(follows) if said is None else said,
-                jump=follows and not strip.has_end_near(first),
+                jump=follows and not row.ends_near(first),
             )
         )
 
-    def _strip_of(self, viewing: Viewing, opening: Opening) -> Strip:
-        for strip in self._strips:
-            if strip.viewing is viewing:
-                return strip
-        strip = Strip(viewing, opening.play, opening.started_ms, opening.part.total)
-        self._strips.append(strip)
-        return strip
+    def _row_of(self, viewing: Viewing, opening: Opening) -> ViewingRow:
+        for row in self._rows:
+            if row.viewing is viewing:
+                return row
+        row = ViewingRow(viewing, opening.play, opening.started_ms, opening.part.total)
+        self._rows.append(row)
+        return row
 
     def _end(self, writer: str, transfer: Transfer, reports: list[Report]) -> None:
-        for strip, bar in self._find(writer, transfer.opening.number):
-            bar.sent, bar.ended_ms = transfer.sent, transfer.ended_ms
+        for row, served in self._find(writer, transfer.opening.number):
+            served.sent, served.ended_ms = transfer.sent, transfer.ended_ms
             if reports:
-                bar.skip = reports[-1].skip
+                served.skip = reports[-1].skip
             else:
-                strip.bars.remove(bar)
-                if not strip.bars:
-                    self._strips.remove(strip)
+                row.ranges.remove(served)
+                if not row.ranges:
+                    self._rows.remove(row)
 
-    def _end_what_the_dead_left(self, at_ns: int) -> None:
-        """As the relay does it: a worker that was killed leaves its responses open."""
+    def _end_responses_of_dead_workers(self, at_ns: int) -> None:
+        """End open responses of workers that were killed, like the relay."""
         open_now = list(self._playback.open_responses())
         dead = self._journals.dead_writers({writer for writer, _ in open_now}) if open_now else set()
         for writer, number in open_now:
             if writer in dead:
-                self._playback.lost(writer, number, at_ns, _wall_ms())
-                for _, bar in self._find(writer, number):
-                    bar.ended_ms = _wall_ms()
+                self._playback.lost(writer, number, at_ns, _now_ms())
+                for _, served in self._find(writer, number):
+                    served.ended_ms = _now_ms()
 
-    def _find(self, writer: str, number: int) -> list[tuple[Strip, Bar]]:
-        """The open bar of that name, with its strip, where it is still kept."""
+    def _find(self, writer: str, number: int) -> list[tuple[ViewingRow, ServedRange]]:
+        """The open range of this response, with its row, if it is still kept."""
         return [
-            (strip, bar)
-            for strip in self._strips
-            for bar in strip.bars
-            if bar.number == number and bar.writer == writer and bar.ended_ms is None
+            (row, served)
+            for row in self._rows
+            for served in row.ranges
+            if served.number == number and served.writer == writer and served.ended_ms is None
         ]
 
 
-def _as_the_app_counts(what: Step) -> Step:
-    """Behind nginx too: its log is not followed here, and without it a response would never end."""
+def _counted_by_app(what: Step) -> Step:
+    """Count by the app, also behind nginx: its log is not read here, and without its line no response would end."""
     if isinstance(what, Opening):
         return what._replace(counted_by=APP)
     return what._replace(opening=what.opening._replace(counted_by=APP))
 
 
-def _wall_ms() -> int:
+def _now_ms() -> int:
     return time.time_ns() // 1_000_000

@@ -1,4 +1,4 @@
-"""A command works on a state folder in the place of the workers' relay, and hands it back."""
+"""Lets a command replace the workers' relay on a state folder for a while."""
 
 from __future__ import annotations
 
@@ -16,80 +16,82 @@ from ..relay.process import AnotherRelay, Relay
 from ..settings import Settings
 from ..state import LockHolder, StateFolder, lock_is_held, lock_owner
 
-#: Seconds for another relay to finish what it has in flight.
-HANDOVER = 15.0
+#: Seconds that the other relay gets to finish the reports that it is sending.
+HANDOVER_SECONDS = 15.0
 
 R = TypeVar("R", bound=Relay)
 
 
 def take_over(folder: StateFolder, make: Callable[[], R]) -> tuple[R, bool]:
-    """The relay that *make* gives, which holds the lock, and whether an automatic one had to leave for it.
+    """Call *make* until its relay gets the lock. Returns that relay, and whether an automatic one was stopped for it.
 
-    Raises :class:`~t23_middleware.errors.UsageError` where a relay runs that is not ours to stop, and
-    :class:`~t23_middleware.errors.StateError` where one does not end within :data:`HANDOVER`.
+    Raises :class:`~t23_middleware.errors.UsageError` if a relay runs that this command may not stop, and
+    :class:`~t23_middleware.errors.StateError` if one does not stop within :data:`HANDOVER_SECONDS`.
     """
-    told: set[int] = set()
-    until = time.monotonic() + HANDOVER
+    signalled: set[int] = set()
+    until = time.monotonic() + HANDOVER_SECONDS
     while True:
         try:
-            return make(), bool(told)
+            return make(), bool(signalled)
         except AnotherRelay:
-            _ask_to_leave(folder, told)
+            _ask_to_stop(folder, signalled)
         if time.monotonic() > until:
             raise StateError(
-                f"the relay of the workers (process {max(told, default=0)}) does not end; look at {folder.relay_log}"
+                f"the relay of the workers (process {max(signalled, default=0)}) does not stop; read {folder.relay_log}"
             )
         time.sleep(0.01)
 
 
 def hand_back(settings: Settings, folder: StateFolder) -> None:
-    """Workers that saw our lock rely on a relay: start them theirs again."""
+    """Start the workers' relay again if a worker is alive: one that saw our lock did not start a relay."""
     if any(lock_is_held(folder.journals / name) for name in owned.names(folder.journals, ".lock")):
-        start(settings, folder)
+        start_workers_relay(settings, folder)
 
 
-def start(settings: Settings, folder: StateFolder) -> None:
-    """An automatic relay, as a worker starts it; where that fails, the reason is told."""
+def start_workers_relay(settings: Settings, folder: StateFolder) -> None:
+    """Start an automatic relay in the same way as a worker; if that fails, print the reason."""
     try:
         start_relay(settings, folder)
     except OSError as error:
         print(f"t23-middleware: the workers' relay can't be started again ({error})", file=sys.stderr)
 
 
-def _ask_to_leave(folder: StateFolder, told: set[int]) -> None:
-    """SIGTERM to the relay that holds the lock, once each: a worker may start another in between."""
+def _ask_to_stop(folder: StateFolder, signalled: set[int]) -> None:
+    """Send SIGTERM once to each relay that holds the lock: a worker may start another one in between."""
     pid, holder = lock_owner(folder.relay_lock), folder.relay_holder()
-    if pid is None or pid in told:
+    if pid is None or pid in signalled:
         return
     if holder is not None and not holder.left:
-        _refuse_what_is_elsewhere(folder, holder)
+        _refuse_other_container(folder, holder)
     if holder is None or (pid and pid != holder.pid):
-        return  # it has only now taken the lock, and will say who it is
-    _refuse_what_is_not_ours(folder, holder, pid)
-    told.add(pid)
+        return  # it has just taken the lock and not yet written its process id
+    _refuse_service(folder, holder, pid)
+    signalled.add(pid)
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
-        pass  # it was leaving
+        pass  # it has just stopped
     except PermissionError:
         raise UsageError(
-            f"process {pid} is another user's relay; run this as that user, or as root"
+            f"process {pid} is a relay of another user; run this as that user, or as root"
         ) from None
 
 
-def _refuse_what_is_elsewhere(folder: StateFolder, holder: LockHolder) -> None:
+def _refuse_other_container(folder: StateFolder, holder: LockHolder) -> None:
     if holder.is_elsewhere:
         raise UsageError(
             f"a relay in another container (process {holder.pid} there) delivers from {folder.path};"
-            " run this in that container, or stop that one first"
+            " run this in that container, or stop that relay first"
         )
 
 
-def _refuse_what_is_not_ours(folder: StateFolder, holder: LockHolder, pid: int) -> None:
+def _refuse_service(folder: StateFolder, holder: LockHolder, pid: int) -> None:
     if not holder.automatic:
         raise UsageError(
             f"a relay that runs as a service (process {holder.pid}) delivers from {folder.path};"
-            " stop that service first, or leave it to it"
+            " stop that service first, or let it deliver"
         )
     if not pid:
-        raise UsageError(f"a relay in another container delivers from {folder.path}; run this in that one")
+        raise UsageError(
+            f"a relay in another container delivers from {folder.path}; run this in that container"
+        )

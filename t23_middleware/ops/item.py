@@ -1,19 +1,19 @@
-"""What ``check`` says of one thing that it looked at."""
+"""One finding of ``check``: what it tested and the result."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: How an item is: as it should be; worth a look; so that plays are not reported.
+#: Levels of a finding: no problem; a problem, but plays are reported; plays are not reported.
 OK, WARN, WRONG = "ok", "warn", "WRONG"
 
 
-class Item(NamedTuple):
-    """One thing that was looked at."""
+class Finding(NamedTuple):
+    """The result of one test."""
 
     level: str
     name: str
-    #: What is so; where it is not :data:`OK`, with its remedy.
+    #: The result in words; with the remedy unless the level is :data:`OK`.
     text: str
-    #: Lines to be copied, as they are.
+    #: Lines for the user to copy, printed unchanged.
     lines: str = ""

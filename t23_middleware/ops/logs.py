@@ -1,4 +1,4 @@
-"""The log lines of a relay that an operator runs: text for people, or one JSON object a line for programs."""
+"""Log format of a relay that an operator runs: text for people, or one JSON object per line for programs."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import logging
 import time
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-#: What the fields of our own are named with, so that they are none of ``logging.LogRecord``'s.
+#: Prefix of our own fields, so that they differ from the fields of ``logging.LogRecord``.
 PREFIX = "t23_"
 
 
 class JSONFormatter(logging.Formatter):
-    """A record as one line of JSON: time (ISO 8601, UTC), level, logger, message, and our fields."""
+    """Formats a record as one line of JSON: time (ISO 8601, UTC), level, logger, message, and our fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """The line, without a line end."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        said = {
+        fields = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname,
             "logger": record.name,
@@ -25,12 +25,12 @@ class JSONFormatter(logging.Formatter):
             **{name: value for name, value in vars(record).items() if name.startswith(PREFIX)},
         }
         if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, default=str)
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
 
 
 def log_to_stderr(*, machine: bool) -> None:
-    """All that is logged from INFO on goes to stderr, with *machine* as JSON."""
+    """Log to stderr from level INFO on, as JSON if *machine*."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONFormatter() if machine else logging.Formatter(_TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

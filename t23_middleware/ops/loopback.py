@@ -1,7 +1,7 @@
-"""Whether a request comes from the developer at this machine, or from a page of some web site in the browser.
+"""Distinguishes requests of the developer at this machine from requests of a web site's page in the browser.
 
-Such a page can send forms to 127.0.0.1, and by a name of its own that it lets point there it can read the answers
-(DNS rebinding).
+Such a page can send forms to 127.0.0.1. If its own host name resolves to 127.0.0.1 (DNS rebinding), it can also read
+the answers.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
 
 
-def foreign(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
-    """Why the request is refused, as a sentence; ``""`` where it may be answered.
+def request_refusal(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
+    """Why the request is refused, as a sentence; ``""`` if it is accepted.
 
-    *any_short_name* as for :func:`foreign_host`.
+    *any_short_name* as for :func:`host_refusal`.
     """
-    if refused := foreign_host(environ, any_short_name=any_short_name):
+    if refused := host_refusal(environ, any_short_name=any_short_name):
         return refused
     host = environ.get("HTTP_HOST", "").strip().lower()
     origin = environ.get("HTTP_ORIGIN", "").strip().lower()
     if origin and origin not in (f"http://{host}", f"https://{host}"):
-        return "Pages of other origins are not answered."
+        return "Requests from pages of other origins are refused."
     if environ.get("HTTP_SEC_FETCH_SITE", "").strip().lower() == "cross-site":
-        return "Pages of other sites are not answered; write the address into the browser yourself."
+        return "Requests from pages of other sites are refused; type the address into the browser."
     return ""
 
 
-def foreign_host(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
-    """Why the request's ``Host`` is refused, as a sentence; ``""`` where it is a name of this machine's loopback.
+def host_refusal(environ: WSGIEnvironment, *, any_short_name: bool = False) -> str:
+    """Why the request's ``Host`` is refused, as a sentence; ``""`` if it is a name of the loopback interface.
 
-    *any_short_name*: one without a dot, or none, will do. Nobody on the internet can own such a name.
+    *any_short_name*: also accept a name without a dot, or no name. No domain on the internet can have such a name.
     """
     name = _without_port(environ.get("HTTP_HOST", "").strip().lower())
     if _is_loopback(name) or (any_short_name and _is_short(name)):

@@ -1,6 +1,6 @@
-"""The figures in Prometheus' format, by prometheus_client (extra ``metrics``).
+"""The figures in Prometheus' format, written by prometheus_client (extra ``metrics``).
 
-They come from the outbox, so they are the same whichever worker is asked, and go on over restarts.
+They come from the outbox, so every worker returns the same figures, and a restart does not reset them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .status import Status
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-#: What to do where the page has none.
+#: The remedy if prometheus_client is missing.
 REMEDY = "prometheus_client is not installed here; run: pip install 't23_middleware[metrics]'"
 
 
@@ -26,7 +26,7 @@ class NotInstalled(Exception):
 
 
 class Exposition(NamedTuple):
-    """An answer to Prometheus."""
+    """The metrics as a response to Prometheus."""
 
     content_type: str
     body: bytes
@@ -46,7 +46,7 @@ def exposition(status: Status, history: History, accept: str) -> Exposition:
 
 
 class _Collector:
-    """One look, as prometheus_client wants it."""
+    """The figures of one time, as a collector for prometheus_client."""
 
     def __init__(self, status: Status, history: History) -> None:
         self._status = status
@@ -61,36 +61,43 @@ class _Collector:
 
     def _reports(self) -> Iterator[Metric]:
         stats, totals = self._status.stats, self._history.totals
-        yield _counter("t23_reports_captured", "Reports made of what was streamed.", stats.captured)
-        yield _counter("t23_reports_sent", "Reports that the API took.", stats.sent)
-        yield _counters("t23_reports_lost", "Reports given up.", "reason", dict(self._status.lost_by_reason))
-        yield _gauge("t23_reports_waiting", "Reports that wait to be delivered.", stats.waiting)
+        yield _counter(
+            "t23_reports_captured", "Reports that were captured from streamed bytes.", stats.captured
+        )
+        yield _counter("t23_reports_sent", "Reports that the API accepted.", stats.sent)
+        yield _counters(
+            "t23_reports_lost", "Reports that were lost.", "reason", dict(self._status.lost_by_reason)
+        )
+        yield _gauge("t23_reports_waiting", "Reports that wait for delivery.", stats.waiting)
         yield _gauge(
-            "t23_reports_dead", "Reports that the API refused for good and that are kept.", stats.dead
+            "t23_reports_dead", "Reports that the API refused permanently and that are kept.", stats.dead
         )
         yield _counter("t23_plays", "Reports that started a viewing (skip=0).", totals.get(PLAYS, 0))
-        yield _counter("t23_streamed_bytes", "Bytes handed over, as reported.", totals.get(BYTES, 0))
+        yield _counter("t23_streamed_bytes", "Streamed bytes, as reported.", totals.get(BYTES, 0))
         yield _counters(
-            "t23_events", "What was seen and not reported, or went wrong.", "event", self._status.ignored
+            "t23_events",
+            "Requests that were not reported, unusual cases and errors.",
+            "event",
+            self._status.other_counters,
         )
 
     def _delivery(self) -> Iterator[Metric]:
         totals = self._history.totals
         oldest = self._status.oldest_seconds
-        yield _gauge("t23_report_oldest_seconds", "Age of the oldest report that waits.", oldest or 0.0)
+        yield _gauge("t23_report_oldest_seconds", "Age of the oldest waiting report.", oldest or 0.0)
         yield _histogram(totals)
         answers = {name: totals.get(ANSWER + name, 0) for name in ANSWERS}
         yield _counters(
-            "t23_api_answers", "Tries to deliver a report, by what came of them.", "answer", answers
+            "t23_api_answers", "Attempts to deliver a report, by their result.", "answer", answers
         )
 
     def _apis(self) -> Iterator[Metric]:
         from prometheus_client.core import GaugeMetricFamily
 
-        up = GaugeMetricFamily("t23_api_up", "Whether the API takes reports.", labels=["host"])
+        up = GaugeMetricFamily("t23_api_up", "Whether the API accepts reports.", labels=["host"])
         paused = GaugeMetricFamily(
             "t23_api_paused",
-            "Whether the API takes none from this server until somebody mends it.",
+            "Whether the API denies all reports of this server until the cause is fixed.",
             labels=["host"],
         )
         for host, api in self._status.apis.items():
@@ -101,24 +108,24 @@ class _Collector:
 
     def _place(self) -> Iterator[Metric]:
         status = self._status
-        yield _gauge("t23_streams_open", "Counted responses that are under way.", status.open_responses)
+        yield _gauge("t23_streams_open", "Counted responses that are in progress.", status.open_responses)
         yield _gauge(
             "t23_responses_draining",
-            "Responses that are sent and not yet acknowledged by their clients.",
+            "Responses that are sent but not yet acknowledged by their clients.",
             status.draining,
         )
         yield _gauge(
             "t23_plays_awaited",
             "Plays that wait for their line in the proxy's log.",
-            status.awaited.number,
+            status.waiting_for_proxy.number,
         )
         yield _gauge(
-            "t23_journal_unread_bytes", "Bytes in journals that no relay took in yet.", status.journal_bytes
+            "t23_journal_unread_bytes", "Bytes in journals that no relay has read yet.", status.journal_bytes
         )
         yield _gauge("t23_relay_up", "Whether a relay runs.", status.relay is not None)
         if status.exists:
             free = space_at(status.folder).free
-            yield _gauge("t23_disk_free_bytes", "Bytes free where the state folder is.", free)
+            yield _gauge("t23_disk_free_bytes", "Free bytes on the disk of the state folder.", free)
         yield _info()
 
 
@@ -153,7 +160,7 @@ def _histogram(totals: Mapping[str, int]) -> Metric:
     buckets.append(("+Inf", float(below + totals.get(UNBOUNDED, 0))))
     return HistogramMetricFamily(
         "t23_report_delivery_seconds",
-        "Time from a report's making to its acceptance by the API.",
+        "Time from the capture of a report to its acceptance by the API.",
         buckets=buckets,
         sum_value=totals.get(TOOK_MS, 0) / 1000,
     )
@@ -162,6 +169,8 @@ def _histogram(totals: Mapping[str, int]) -> Metric:
 def _info() -> Metric:
     from prometheus_client.core import GaugeMetricFamily
 
-    family = GaugeMetricFamily("t23_build_info", "The version that answers, as a label.", labels=["version"])
+    family = GaugeMetricFamily(
+        "t23_build_info", "The version of t23_middleware, as a label.", labels=["version"]
+    )
     family.add_metric([VERSION], 1)
     return family

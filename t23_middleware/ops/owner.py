@@ -1,4 +1,4 @@
-"""Commands that root runs act as the owner of the state folder: files of root's would lock the app out."""
+"""Commands that root runs act as the owner of the state folder: files owned by root would lock out the app."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ..owned import resolve_mount
 
 
 def act_as_owner_of(folder: Path) -> None:
-    """Become the owner of *folder* for good, if this is root and the folder is there and another's.
+    """Take the user id of the owner of *folder* permanently, if this is root and another user owns the folder.
 
-    Where it is a mount of root's, the owner of the app's folder in it.
+    If *folder* is a mount owned by root, take the owner of the app's folder in it.
     """
     folder = resolve_mount(folder)
     if os.geteuid() != 0 or not folder.is_dir():
@@ -23,6 +23,6 @@ def act_as_owner_of(folder: Path) -> None:
     try:
         os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
     except KeyError:
-        os.setgroups([])  # a user id of a container, without a name here
+        os.setgroups([])  # a user id from a container, which has no name here
     os.setgid(owner.st_gid)
     os.setuid(owner.st_uid)

@@ -1,7 +1,7 @@
-"""The operator's pages, a WSGI app: HTML, JSON and metrics of what the relay wrote down.
+"""The operator's pages, a WSGI app: figures from the outbox as HTML, JSON and metrics.
 
-Whoever knows ``T23_STATUS_TOKEN`` may look, nobody can change anything here. A look opens the outbox read only, in
-one short transaction, and no journal or writer's lock: closing one would drop the app's own lock (``fcntl(2)``).
+The pages need ``T23_STATUS_TOKEN``, and they change nothing. A request opens the outbox read-only, in one short
+transaction. It opens no journal and no writer's lock: closing one would release the app's own lock (``fcntl(2)``).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from ..settings import Settings
 from ..state import StateFolder
 from .metrics import NotInstalled, exposition
 from .page_guard import Guard, address_of
-from .page_html import Links, drawn_charts, error_page, html, recent, told
+from .page_html import Links, charts_html, error_page, html, recent_errors, status_sentences
 from .page_style import STYLE_HASH
-from .status import Status, as_json, look
+from .status import Status, as_json, read_status
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which the history is not read anew: it is kept per minute, and whoever asks each second should not
-#: cost the app what a worker could stream with.
+#: Seconds for which the history is cached. It has one value per minute, so reading it for each of many requests would
+#: only take time from the app.
 HISTORY_SECONDS = 1.0
 
-#: Where those pages are that were asked for beside ``<path>/``.
-_MOVED = {"": "/", ".json": "/status.json"}
+#: Path after ``T23_STATUS_PATH`` -> path of the page that it redirects to.
+_REDIRECTS = {"": "/", ".json": "/status.json"}
 HTML, JSON, TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
-#: Of every answer: nothing is stored, guessed, passed on, framed or found.
+#: Headers of every response: no caching, type guessing, referrer, framing or indexing.
 SAFE_HEADERS = [
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
@@ -63,16 +63,16 @@ _HEADERS = [
 ]
 
 
-class _Answer(NamedTuple):
+class _PageResponse(NamedTuple):
     status: HTTPStatus
     content_type: str
     body: bytes
-    #: Headers beside those of every answer.
-    more: tuple[tuple[str, str], ...] = ()
+    #: Headers in addition to those of every response.
+    headers: tuple[tuple[str, str], ...] = ()
 
 
-class _Look:
-    """The history as it was read at one time, and the charts of it."""
+class _CachedHistory:
+    """The history as read at one time, with its charts."""
 
     def __init__(self, history: History) -> None:
         self.history = history
@@ -80,94 +80,96 @@ class _Look:
 
     @cached_property
     def charts(self) -> Markup:
-        return drawn_charts(self.history)
+        return charts_html(self.history)
 
 
 class Pages:
-    """The pages of one middleware, at ``T23_STATUS_PATH``. Errors of ours are answers, never raised."""
+    """The pages of one middleware, at ``T23_STATUS_PATH``. Our own errors become responses and are never raised."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._token = (settings.status_token or "").encode()
         self._guard = Guard()
-        self._look: _Look | None = None
+        self._cached: _CachedHistory | None = None
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        answer = self._answer(environ)
+        answer = self._respond(environ)
         length = ("Content-Length", str(len(answer.body)))
-        headers = [("Content-Type", answer.content_type), length, *_HEADERS, *answer.more]
+        headers = [("Content-Type", answer.content_type), length, *_HEADERS, *answer.headers]
         start_response(f"{answer.status.value} {answer.status.phrase}", headers)
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
-    def _answer(self, environ: WSGIEnvironment) -> _Answer:
+    def _respond(self, environ: WSGIEnvironment) -> _PageResponse:
         if environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
-            return _said(
-                HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are answered here.", ("Allow", "GET, HEAD")
+            return _text_response(
+                HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD are allowed here.", ("Allow", "GET, HEAD")
             )
         page = environ.get("PATH_INFO", "").removeprefix(self._settings.status_path)
-        if page in _MOVED:
-            return self._moved(environ, _MOVED[page])
-        return self._refused(environ) or self._shown(environ, page)
+        if page in _REDIRECTS:
+            return self._redirect(environ, _REDIRECTS[page])
+        return self._refusal(environ) or self._serve(environ, page)
 
-    def _moved(self, environ: WSGIEnvironment, to: str) -> _Answer:
-        """The address where a browser keeps the token to the pages: it sends it along below ``<path>/`` only.
+    def _redirect(self, environ: WSGIEnvironment, to: str) -> _PageResponse:
+        """A redirect to *to* below ``<path>/``, where a browser sends the token to these pages only.
 
-        It is a relative one, so that it is right behind any prefix, and no request can make it another site's.
+        The location is relative: it is correct behind any prefix, and no request can point it to another site.
         """
         where = self._settings.status_path.rpartition("/")[2] + to
         if _wants_refresh(environ):
             where += "?refresh"
-        return _said(HTTPStatus.MOVED_PERMANENTLY, f"See {where}\n", ("Location", where))
+        return _text_response(HTTPStatus.MOVED_PERMANENTLY, f"See {where}\n", ("Location", where))
 
-    def _refused(self, environ: WSGIEnvironment) -> _Answer | None:
-        """The answer to who does not carry the token; ``None`` for who does."""
+    def _refusal(self, environ: WSGIEnvironment) -> _PageResponse | None:
+        """The response to a request without the right token; ``None`` for a request that has it."""
         authorization, address = environ.get("HTTP_AUTHORIZATION", ""), address_of(environ)
         if authorization and self._guard.is_closed_to(address):
             self._guard.log(address)
-            words = "Too many wrong tokens came from here: try again in a moment.\n"
-            return _said(HTTPStatus.TOO_MANY_REQUESTS, words, ("Retry-After", "1"))
+            words = "Too many wrong tokens came from this address; try again in a moment.\n"
+            return _text_response(HTTPStatus.TOO_MANY_REQUESTS, words, ("Retry-After", "1"))
         if is_allowed(authorization, self._token):
             return None
         if authorization:
             self._guard.wrong(address)
         challenge = ("WWW-Authenticate", 'Basic realm="t23_middleware", charset="UTF-8"')
-        words = "The token is needed: as the password of any user, or as Bearer.\n"
-        return _said(HTTPStatus.UNAUTHORIZED, words, challenge)
+        words = "This page needs the token (T23_STATUS_TOKEN): as the password of any user, or as Bearer.\n"
+        return _text_response(HTTPStatus.UNAUTHORIZED, words, challenge)
 
-    def _shown(self, environ: WSGIEnvironment, page: str) -> _Answer:
+    def _serve(self, environ: WSGIEnvironment, page: str) -> _PageResponse:
         as_data = page == "/status.json" or (
             page != "/metrics" and _prefers_json(environ.get("HTTP_ACCEPT", ""))
         )
         try:
-            status = look(self._settings)
-            history = (seen := self._history(status.now_ms)).history
+            status = read_status(self._settings)
+            history = (cached := self._history(status.now_ms)).history
             if page == "/metrics":
                 return _metrics(status, history, environ.get("HTTP_ACCEPT", ""))
             if as_data:
-                return _Answer(HTTPStatus.OK, JSON, json.dumps(data(status, history), indent=2).encode())
+                return _PageResponse(
+                    HTTPStatus.OK, JSON, json.dumps(figures_json(status, history), indent=2).encode()
+                )
             page_text = html(
-                status, history, seen.charts, self._links(environ), again=_wants_refresh(environ)
+                status, history, cached.charts, self._links(environ), refreshing=_wants_refresh(environ)
             )
-            return _Answer(HTTPStatus.OK, HTML, page_text.encode("utf-8", "replace"))
+            return _PageResponse(HTTPStatus.OK, HTML, page_text.encode("utf-8", "replace"))
         except (StateError, UsageError, OSError) as error:
-            return _failed(str(error), as_data, page)
+            return _unavailable(str(error), as_data, page)
         except Exception:
             log.exception(
-                "the operator's page could not be made; the app is not touched",
+                "the operator's page failed; the app is not affected",
                 extra={"t23_event": "page_failed"},
             )
-            return _failed("This page could not be made; the app's log says why.", as_data, page)
+            return _unavailable("This page failed; the app's log has the reason.", as_data, page)
 
-    def _history(self, now_ms: int) -> _Look:
-        former = self._look
-        if former is not None and time.monotonic() - former.read_at < HISTORY_SECONDS:
-            return former
+    def _history(self, now_ms: int) -> _CachedHistory:
+        cached = self._cached
+        if cached is not None and time.monotonic() - cached.read_at < HISTORY_SECONDS:
+            return cached
         try:
             with OutboxView(StateFolder(self._settings.state_path()).outbox) as view:
-                self._look = seen = _Look(view.history(now_ms))
+                self._cached = cached = _CachedHistory(view.history(now_ms))
         except NoOutbox:
-            return _Look(nothing(now_ms))
-        return seen
+            return _CachedHistory(nothing(now_ms))
+        return cached
 
     def _links(self, environ: WSGIEnvironment) -> Links:
         root = quote(environ.get("SCRIPT_NAME", "").encode("latin-1", "replace"))
@@ -184,17 +186,17 @@ def _prefers_json(accept: str) -> bool:
     return kinds.best_match(["text/html", "application/json"], default="text/html") == "application/json"
 
 
-def data(status: Status, history: History) -> dict[str, object]:
-    """The figures and the history for programs; times are seconds since the epoch, or minutes where they say so."""
+def figures_json(status: Status, history: History) -> dict[str, object]:
+    """The figures and the history for programs. Times are seconds since the epoch, or minutes if the name says so."""
     return {
         **as_json(status),
-        "text": " ".join(told(status)),
+        "text": " ".join(status_sentences(status)),
         "api_answers": {name: history.totals.get(ANSWER + name, 0) for name in ANSWERS},
         "hour": _series(history, "hour"),
         "day": _series(history, "day"),
         "videos_by_bytes": [video._asdict() for video in history.by_bytes],
         "videos_by_plays": [video._asdict() for video in history.by_plays],
-        "errors": [{"time": each.at_ms / 1000, "what": each.what} for each in recent(status, history)],
+        "errors": [{"time": each.at_ms / 1000, "what": each.what} for each in recent_errors(status, history)],
     }
 
 
@@ -203,22 +205,22 @@ def _series(history: History, name: str) -> dict[str, object]:
     return {"first_minute": series.first, "step_minutes": series.step, **series.values}
 
 
-def _metrics(status: Status, history: History, accept: str) -> _Answer:
+def _metrics(status: Status, history: History, accept: str) -> _PageResponse:
     try:
         content_type, body = exposition(status, history, accept)
     except NotInstalled as error:
-        return _said(HTTPStatus.NOT_IMPLEMENTED, f"{error}\n")
-    return _Answer(HTTPStatus.OK, content_type, body)
+        return _text_response(HTTPStatus.NOT_IMPLEMENTED, f"{error}\n")
+    return _PageResponse(HTTPStatus.OK, content_type, body)
 
 
-def _said(status: HTTPStatus, words: str, *more: tuple[str, str]) -> _Answer:
-    return _Answer(status, TEXT, words.encode(), more)
+def _text_response(status: HTTPStatus, words: str, *headers: tuple[str, str]) -> _PageResponse:
+    return _PageResponse(status, TEXT, words.encode(), headers)
 
 
-def _failed(words: str, as_data: bool, page: str) -> _Answer:
-    """503: the figures can't be had now, and a monitor shall not take that for none."""
+def _unavailable(words: str, as_data: bool, page: str) -> _PageResponse:
+    """503: the figures can't be read now. With another status a monitor could take this for figures of zero."""
     if as_data:
-        return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, JSON, json.dumps({"error": words}).encode())
+        return _PageResponse(HTTPStatus.SERVICE_UNAVAILABLE, JSON, json.dumps({"error": words}).encode())
     if page == "/metrics":
-        return _said(HTTPStatus.SERVICE_UNAVAILABLE, f"{words}\n")
-    return _Answer(HTTPStatus.SERVICE_UNAVAILABLE, HTML, error_page(words).encode("utf-8", "replace"))
+        return _text_response(HTTPStatus.SERVICE_UNAVAILABLE, f"{words}\n")
+    return _PageResponse(HTTPStatus.SERVICE_UNAVAILABLE, HTML, error_page(words).encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""Slows down whoever tries tokens for the operator's pages, and logs it."""
+"""Limits and logs attempts to guess the token of the operator's pages."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Seconds that an answer to a wrong token waits. The worker waits with it, so it is short.
+#: Seconds by which the response to a wrong token is delayed. It is short because the worker waits, too.
 DELAY = 0.1
-#: Wrong tokens of one address that are looked at in a row; then one each :data:`REFILL` seconds.
+#: Wrong tokens in a row that are checked for one address; after that, one per :data:`REFILL` seconds.
 BURST, REFILL = 12, 1.0
-#: Addresses that are remembered; the one that was quiet for longest is forgotten first.
-MOST_ADDRESSES = 1000
-#: Seconds between two lines in the log.
+#: Addresses that are remembered; beyond that, the one with the oldest wrong token is forgotten.
+MAX_ADDRESSES = 1000
+#: Seconds between two log lines, at least.
 LOG_EVERY = 60.0
 
 
 class Guard:
-    """Remembers the wrong tokens of each address, in one process.
+    """Counts the wrong tokens of each address, in one process.
 
-    *clock* gives seconds of a clock that never goes back; *sleep* waits for so many seconds.
+    *clock* returns seconds of a monotonic clock; *sleep* waits for a number of seconds.
     """
 
     def __init__(
@@ -35,21 +35,21 @@ class Guard:
     ) -> None:
         self._clock = clock
         self._sleep = sleep
-        #: Address -> the time at which all its wrong tokens are forgiven.
+        #: Address -> the time at which all its wrong tokens expire.
         self._forgiven: OrderedDict[str, float] = OrderedDict()
         self._waiting = False
         self._wrong = 0
         self._logged_at: float | None = None
 
     def is_closed_to(self, address: str) -> bool:
-        """Whether a token of *address* is refused without a look at it; so no guess is answered faster."""
+        """Whether any token of *address* is refused unchecked, so that guessing gets no faster."""
         return self._forgiven.get(address, 0.0) - self._clock() > (BURST - 1) * REFILL
 
     def wrong(self, address: str) -> None:
-        """Note a wrong token of *address*, and delay its answer unless another one is being delayed."""
+        """Count a wrong token of *address*, and delay its response unless another response is being delayed."""
         forgiven = max(self._forgiven.pop(address, 0.0), self._clock())
         self._forgiven[address] = forgiven + REFILL
-        if len(self._forgiven) > MOST_ADDRESSES:
+        if len(self._forgiven) > MAX_ADDRESSES:
             self._forgiven.popitem(last=False)
         self.log(address)
         if not self._waiting:
@@ -60,13 +60,13 @@ class Guard:
                 self._waiting = False
 
     def log(self, address: str) -> None:
-        """Count a refused token, and log one line a minute."""
+        """Count a refused token, and log at most one line per minute."""
         self._wrong += 1
         now = self._clock()
         if self._logged_at is not None and now - self._logged_at < LOG_EVERY:
             return
         log.warning(
-            "a wrong token was sent for the operator's pages, from %s (%d since the last such line)",
+            "wrong token for the operator's pages from %s (%d since the last such line)",
             address,
             self._wrong,
             extra={"t23_event": "token_refused", "t23_address": address, "t23_count": self._wrong},
@@ -75,7 +75,7 @@ class Guard:
 
 
 def address_of(environ: WSGIEnvironment) -> str:
-    """The client's address; behind a proxy of this host or network the last one in ``X-Forwarded-For``."""
+    """The client's address; behind a proxy on this host or network the last address in ``X-Forwarded-For``."""
     near = _address(environ.get("REMOTE_ADDR", ""))
     if near is None or near.is_private or near.is_loopback:
         forwarded = _address(environ.get("HTTP_X_FORWARDED_FOR", "").rpartition(",")[2])

@@ -1,4 +1,4 @@
-"""The operator's page as HTML. Every text goes through :class:`markupsafe.Markup`, which escapes what it is given."""
+"""The operator's page as HTML. All text is inserted by :class:`markupsafe.Markup`, which escapes it."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ from ..relay.history import (
 )
 from ..version import VERSION
 from . import text
-from .charts import COUNT, SECONDS, Chart, Line, drawn, seconds_words
+from .charts import COUNT, SECONDS, Chart, Line, as_svg, seconds_label
 from .page_style import STYLE
-from .status import Status, relay_words, sentences
+from .status import Status, relay_description, sentences
 
-#: Seconds after which the page loads itself anew, where that is wished.
+#: Seconds between two automatic refreshes of the page, if they are on.
 REFRESH = 30
-#: Errors that are shown.
+#: Errors that are shown, at most.
 MOST_ERRORS = 12
 
 _TONES = {"idle": "good", "delivering": "good", "no_relay": "warn", "failing": "bad", "paused": "bad"}
-#: What came of a try, in the order of the bars: its words and its colour.
+#: Result of an attempt -> label and colour, in the order of the bars.
 _ANSWERS = {
     "accepted": ("accepted", 3),
-    "refused": ("this report refused", 4),
-    "denied": ("all denied", 5),
+    "refused": ("report refused", 4),
+    "denied": ("server denied", 5),
     "busy": ("“not now”", 2),
     "no_answer": ("no answer", 1),
     "unreachable": ("not reached", 6),
@@ -77,7 +77,7 @@ _PAGE = Markup("""\
 <div class="tables">{videos}</div>
 <h2>Recent errors</h2>
 {errors}
-{aside}
+{not_reported}
 </main>
 <footer>{footer}</footer>
 </body>
@@ -86,26 +86,26 @@ _PAGE = Markup("""\
 
 
 class Links(NamedTuple):
-    """Where the pages are for this request."""
+    """Addresses of the pages, for this request."""
 
     page: str
     json: str
     metrics: str
 
 
-def html(status: Status, history: History, charts: Markup, links: Links, *, again: bool) -> str:
-    """The whole page, with the *charts* of :func:`drawn_charts`; with *again* it loads itself anew each 30 seconds."""
-    state = told(status)
+def html(status: Status, history: History, charts: Markup, links: Links, *, refreshing: bool) -> str:
+    """The whole page, with *charts* from :func:`charts_html`; if *refreshing*, it reloads every 30 seconds."""
+    state = status_sentences(status)
     return _PAGE.format(
         title=f"{state[0].partition(':')[0].partition('.')[0]} · t23_middleware",
-        refresh=Markup('<meta http-equiv="refresh" content="{}">\n').format(REFRESH) if again else "",
+        refresh=Markup('<meta http-equiv="refresh" content="{}">\n').format(REFRESH) if refreshing else "",
         style=Markup(STYLE),
         site=status.site,
         version=VERSION,
-        links=_links(links, again),
+        links=_links(links, refreshing),
         tone=tone(status),
-        state=_each("<p>{}</p>", ((sentence,) for sentence in state)),
-        figures=_each(
+        state=_repeat("<p>{}</p>", ((sentence,) for sentence in state)),
+        figures=_repeat(
             '<div><dt>{}</dt><dd class="number">{}</dd><dd class="remark">{}</dd></div>',
             _figures(status, history),
         ),
@@ -113,13 +113,13 @@ def html(status: Status, history: History, charts: Markup, links: Links, *, agai
         charts=charts,
         videos=_videos(history),
         errors=_errors(status, history),
-        aside=_aside(status),
+        not_reported=_not_reported(status),
         footer=_footer(status),
     )
 
 
-def told(status: Status) -> list[str]:
-    """How it goes, in words: what matters first."""
+def status_sentences(status: Status) -> list[str]:
+    """The state in sentences, the most important first."""
     return [*_about_the_disk(status), *sentences(status)]
 
 
@@ -129,26 +129,28 @@ def _about_the_disk(status: Status) -> list[str]:
     space = space_at(status.folder)
     if space.free >= space.low_water:
         return []
-    return [f"The disk is nearly full: {text.size(space.free)} left where reports are kept. Make room."]
+    return [
+        f"The disk is nearly full: {text.size(space.free)} free for the state folder. Delete files, or enlarge the disk."
+    ]
 
 
 def tone(status: Status) -> str:
-    """How bad it is, as a class of the style sheet: ``good``, ``warn`` or ``bad``."""
+    """Severity of the state, as a class of the style sheet: ``good``, ``warn`` or ``bad``."""
     return "bad" if _about_the_disk(status) else _TONES[status.state]
 
 
-def _each(pattern: str, rows: Iterable[Sequence[object]]) -> Markup:
+def _repeat(pattern: str, rows: Iterable[Sequence[object]]) -> Markup:
     return Markup("").join(Markup(pattern).format(*row) for row in rows)
 
 
-def _links(links: Links, again: bool) -> Markup:
-    anew = (
-        (links.page, "Stop loading anew")
-        if again
-        else (f"{links.page}?refresh", f"Load anew each {REFRESH} s")
+def _links(links: Links, refreshing: bool) -> Markup:
+    toggle = (
+        (links.page, "Stop refreshing")
+        if refreshing
+        else (f"{links.page}?refresh", f"Refresh every {REFRESH} s")
     )
-    rows = [(f"{links.page}?refresh" if again else links.page, "Load now"), anew]
-    return _each('<a href="{}">{}</a>', [*rows, (links.json, "JSON"), (links.metrics, "Metrics")])
+    rows = [(f"{links.page}?refresh" if refreshing else links.page, "Refresh now"), toggle]
+    return _repeat('<a href="{}">{}</a>', [*rows, (links.json, "JSON"), (links.metrics, "Metrics")])
 
 
 # Figures.
@@ -156,23 +158,25 @@ def _links(links: Links, again: bool) -> Markup:
 
 def _figures(status: Status, history: History) -> Iterator[tuple[str, str, object]]:
     stats, oldest, day = status.stats, status.oldest_seconds, history.day
-    yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in a day"
+    yield "Streams open", f"{status.open_responses:,}", f"{day.total(PLAYS):,} plays started in 24 hours"
     if status.draining:
-        yield "Draining", f"{status.draining:,}", "sent, and not yet acknowledged by their clients"
-    if plays := status.awaited.number:
-        age = text.duration((status.now_ms - status.awaited.since_ms) / 1000)
+        yield "Draining", f"{status.draining:,}", "sent, but not yet acknowledged by their clients"
+    if plays := status.waiting_for_proxy.number:
+        age = text.duration((status.now_ms - status.waiting_for_proxy.since_ms) / 1000)
         yield "Waiting for the proxy", f"{plays:,}", f"for their lines in its log, the oldest for {age}"
-    yield "Captured", f"{stats.captured:,}", f"{text.size(day.total(BYTES))} streamed in a day"
+    yield "Captured", f"{stats.captured:,}", f"{text.size(day.total(BYTES))} streamed in 24 hours"
     yield "Waiting", f"{stats.waiting:,}", "to be delivered"
     yield "Oldest waiting", "–" if oldest is None else text.duration(oldest), "since its stream ended"
     yield "Sent", f"{stats.sent:,}", _last_answer(status)
-    yield "Dead", f"{stats.dead:,}", "see ‘t23-middleware dead list’" if stats.dead else "refused by the API"
-    reasons = [f"{number:,} {_spaced(reason)}" for reason, number in sorted(status.lost_by_reason.items())]
-    yield "Lost", f"{stats.lost:,}", ", ".join(reasons) or "given up"
+    yield "Dead", f"{stats.dead:,}", "run ‘t23-middleware dead list’" if stats.dead else "refused by the API"
+    reasons = [
+        f"{number:,} {_with_spaces(reason)}" for reason, number in sorted(status.lost_by_reason.items())
+    ]
+    yield "Lost", f"{stats.lost:,}", ", ".join(reasons) or "never delivered"
     yield (
         "Delivered within",
         _within(history.hour, 0.5),
-        f"half; 95 % within {_within(history.hour, 0.95)} (last hour)",
+        f"50 % of reports; 95 % within {_within(history.hour, 0.95)} (last hour)",
     )
 
 
@@ -187,87 +191,89 @@ def _last_answer(status: Status) -> str:
 
 def _within(series: Series, share: float) -> str:
     took = quantile({name: series.total(name) for name in series.values if name.startswith(TOOK)}, share)
-    return "–" if took is None else seconds_words(took)
+    return "–" if took is None else seconds_label(took)
 
 
-def _spaced(name: str) -> str:
+def _with_spaces(name: str) -> str:
     return name.replace("_", " ")
 
 
 # Charts.
 
 
-class _Kind(NamedTuple):
-    """One figure, shown over the hour and over the day."""
+class _ChartSpec(NamedTuple):
+    """One figure, which gets a chart of the last hour and one of the last day."""
 
     title: str
-    #: Unit of the axis; ``{}`` stands for a step.
+    #: Unit of the axis; ``{}`` is replaced by the length of a step.
     unit: str
     chart: Callable[[Series], Chart]
-    #: What a line's legend says of its time.
-    words: Callable[[Series, Line], str]
+    #: The value in a line's legend.
+    legend_value: Callable[[Series, Line], str]
 
 
-def drawn_charts(history: History) -> Markup:
-    """All charts: most of what a page costs, and the same for a while."""
+def charts_html(history: History) -> Markup:
+    """All charts. They take most of a page's time, so the caller caches them."""
     return Markup("").join(_charts(history))
 
 
 def _charts(history: History) -> Iterator[Markup]:
-    for kind in _KINDS:
+    for spec in _CHART_SPECS:
         figures = [
-            _figure(kind, series, over)
+            _figure(spec, series, over)
             for series, over in ((history.hour, "last hour"), (history.day, "last 24 hours"))
         ]
-        yield Markup('<h3>{}</h3><div class="charts">{}</div>\n').format(kind.title, Markup("").join(figures))
+        yield Markup('<h3>{}</h3><div class="charts">{}</div>\n').format(spec.title, Markup("").join(figures))
 
 
-def _figure(kind: _Kind, series: Series, over: str) -> Markup:
-    chart = kind.chart(series)
-    unit = kind.unit.format("minute" if series.step == 1 else f"{series.step} minutes")
+def _figure(spec: _ChartSpec, series: Series, over: str) -> Markup:
+    chart = spec.chart(series)
+    unit = spec.unit.format("minute" if series.step == 1 else f"{series.step} minutes")
     legend = [
         (
             line.colour,
             " dashed" if number == 2 and not chart.piled else "",
             line.label,
-            kind.words(series, line),
+            spec.legend_value(series, line),
         )
         for number, line in enumerate(chart.lines, 1)
     ]
     return Markup("<figure>{}<figcaption><p>{}: {}</p><ul>{}</ul></figcaption></figure>").format(
-        drawn(chart, f"Chart: {kind.title.lower()}, {unit}, {over}"),
+        as_svg(chart, f"Chart: {spec.title.lower()}, {unit}, {over}"),
         over[0].upper() + over[1:],
         unit,
-        _each('<li><span class="key c{}{}" aria-hidden="true"></span>{} <b>{}</b></li>', legend),
+        _repeat('<li><span class="key c{}{}" aria-hidden="true"></span>{} <b>{}</b></li>', legend),
     )
 
 
-def _of_names(*lines: tuple[str, str, int]) -> Callable[[Series], Chart]:
-    """A chart of the figures of these names, with these labels and colours."""
+def _line_chart(*lines: tuple[str, str, int]) -> Callable[[Series], Chart]:
+    """A chart with one line per tuple of name, label and colour."""
 
     def chart(series: Series) -> Chart:
         drawn_lines = [Line(label, series.of(name), colour) for name, label, colour in lines]
         if lines[0][0] not in GAUGES:
-            drawn_lines = [line._replace(values=_without_false_fall(line.values)) for line in drawn_lines]
+            drawn_lines = [
+                line._replace(values=_without_unfinished_step(line.values)) for line in drawn_lines
+            ]
         unit = SECONDS if lines[0][0] == OLDEST else COUNT
         return Chart(drawn_lines, unit, series.first, series.step)
 
     return chart
 
 
-def _without_false_fall(values: Sequence[float | None]) -> Sequence[float | None]:
-    """Without the step under way, unless it is higher than the one before already: it has only begun."""
+def _without_unfinished_step(values: Sequence[float | None]) -> Sequence[float | None]:
+    """Omit the last step, which is not over, unless it is higher than the one before: it would look like a fall."""
     return values if (values[-1] or 0) > (values[-2] or 0) else [*values[:-1], None]
 
 
 def _quantile_chart(series: Series) -> Chart:
-    lines = [Line("half within", quantiles(series, 0.5), 1), Line("95 % within", quantiles(series, 0.95), 2)]
+    lines = [Line("50 % within", quantiles(series, 0.5), 1), Line("95 % within", quantiles(series, 0.95), 2)]
     return Chart(lines, SECONDS, series.first, series.step)
 
 
 def _answer_chart(series: Series) -> Chart:
     lines = [Line(label, series.of(ANSWER + name), colour) for name, (label, colour) in _ANSWERS.items()]
-    return Chart(_that_happened(lines), COUNT, series.first, series.step, piled=True)
+    return Chart(_without_empty(lines), COUNT, series.first, series.step, piled=True)
 
 
 def _loss_chart(series: Series) -> Chart:
@@ -275,12 +281,12 @@ def _loss_chart(series: Series) -> Chart:
     lines = [Line("dead", series.of(DEAD), 4)]
     for number, name in enumerate(reasons):
         colour = (2, 5, 6, 1, 3)[number % 5]
-        lines.append(Line(_spaced(name.removeprefix(LOST)), series.of(name), colour))
-    return Chart(_that_happened(lines), COUNT, series.first, series.step, piled=True)
+        lines.append(Line(_with_spaces(name.removeprefix(LOST)), series.of(name), colour))
+    return Chart(_without_empty(lines), COUNT, series.first, series.step, piled=True)
 
 
-def _that_happened(lines: list[Line]) -> list[Line]:
-    """The first, whatever it shows, and of the others what is not all nothing."""
+def _without_empty(lines: list[Line]) -> list[Line]:
+    """The first line, and the others that have a value other than 0."""
     return [line for number, line in enumerate(lines) if number == 0 or any(line.values)]
 
 
@@ -292,33 +298,33 @@ def _total(series: Series, line: Line) -> str:
     return f"{series.total(line.label):,}"
 
 
-def _most(series: Series, line: Line) -> str:
+def _highest(series: Series, line: Line) -> str:
     known = [value for value in line.values if value is not None]
     return f"{max(known):,.0f}" if known else "–"
 
 
-def _most_seconds(series: Series, line: Line) -> str:
+def _longest(series: Series, line: Line) -> str:
     known = [value for value in line.values if value is not None]
     return text.duration(max(known)) if known else "–"
 
 
 def _share(series: Series, line: Line) -> str:
-    return _within(series, 0.5 if line.label.startswith("half") else 0.95)
+    return _within(series, 0.5 if line.label.startswith("50") else 0.95)
 
 
-_KINDS = (
-    _Kind("Streams open", "streams", _of_names((OPEN, "at most", 1)), _most),
-    _Kind(
+_CHART_SPECS = (
+    _ChartSpec("Streams open", "streams", _line_chart((OPEN, "at most", 1)), _highest),
+    _ChartSpec(
         "Reports captured and sent",
         "reports per {}",
-        _of_names((CAPTURED, CAPTURED, 1), (SENT, SENT, 3)),
+        _line_chart((CAPTURED, CAPTURED, 1), (SENT, SENT, 3)),
         _total,
     ),
-    _Kind("Reports waiting", "reports", _of_names((WAITING, "at most", 2)), _most),
-    _Kind("Oldest report waiting", "age", _of_names((OLDEST, "at most", 2)), _most_seconds),
-    _Kind("Delivery time, from the stream’s end to the API’s answer", "time", _quantile_chart, _share),
-    _Kind("The API’s answers", "tries per {}", _answer_chart, _sum),
-    _Kind("Dead and lost", "reports per {}", _loss_chart, _sum),
+    _ChartSpec("Reports waiting", "reports", _line_chart((WAITING, "at most", 2)), _highest),
+    _ChartSpec("Oldest report waiting", "age", _line_chart((OLDEST, "at most", 2)), _longest),
+    _ChartSpec("Delivery time, from the stream’s end to the API’s answer", "time", _quantile_chart, _share),
+    _ChartSpec("The API’s answers", "attempts per {}", _answer_chart, _sum),
+    _ChartSpec("Dead and lost", "reports per {}", _loss_chart, _sum),
 )
 
 
@@ -327,7 +333,7 @@ _KINDS = (
 
 def _videos(history: History) -> Markup:
     if not history.by_bytes:
-        return Markup("<p>None was watched.</p>")
+        return Markup("<p>No video was watched.</p>")
     played = [video for video in history.by_plays if video.plays]
     return _table_of_videos("Most bytes", history.by_bytes) + _table_of_videos("Most plays", played)
 
@@ -347,35 +353,35 @@ def _table_of_videos(caption: str, videos: Sequence[Watched]) -> Markup:
         '<div class="wide"><table><caption>{}</caption><thead><tr><th scope="col">Video (photo_id)</th>'
         '<th scope="col" class="right">Plays</th><th scope="col" class="right">Streamed</th></tr></thead>'
         "<tbody>{}</tbody></table></div>"
-    ).format(caption, _each(row, rows))
+    ).format(caption, _repeat(row, rows))
 
 
-class Recent(NamedTuple):
-    """Something that went wrong, or went right again."""
+class RecentError(NamedTuple):
+    """An error, or the end of one."""
 
     at_ms: int
     what: str
 
 
-def recent(status: Status, history: History) -> list[Recent]:
-    """The latest errors of the APIs and refusals, the newest first."""
-    said = [
-        Recent(each.at_ms, _trouble(each.state, each.reason, each.host))
+def recent_errors(status: Status, history: History) -> list[RecentError]:
+    """The latest API errors and refusals, newest first."""
+    errors = [
+        RecentError(each.at_ms, _trouble_sentence(each.state, each.reason, each.host))
         for each in troubles_of(status.outbox.notes)
     ]
-    said += [Recent(same[0].at_ms, _refusals(same)) for same in _alike(history.refused)]
-    return sorted(said, key=lambda each: each.at_ms, reverse=True)[:MOST_ERRORS]
+    errors += [RecentError(same[0].at_ms, _refusal_sentence(same)) for same in _grouped(history.refused)]
+    return sorted(errors, key=lambda each: each.at_ms, reverse=True)[:MOST_ERRORS]
 
 
-def _alike(refused: Iterable[Fatality]) -> Iterable[list[Fatality]]:
-    """Those with the same answer of the same API together, the newest first."""
+def _grouped(refused: Iterable[Fatality]) -> Iterable[list[Fatality]]:
+    """Refusals grouped by API and answer, newest first."""
     groups: dict[tuple[str, str, str], list[Fatality]] = {}
     for each in refused:
         groups.setdefault((each.host, each.code, each.answer), []).append(each)
     return groups.values()
 
 
-def _refusals(same: list[Fatality]) -> str:
+def _refusal_sentence(same: list[Fatality]) -> str:
     last = same[0]
     answer = last.answer if last.answer.startswith(last.code) else f"{last.code}: {last.answer}"
     if len(same) == 1:
@@ -386,7 +392,7 @@ def _refusals(same: list[Fatality]) -> str:
     return f"{many} reports ({'video' if len(videos) == 1 else 'videos'} {named}) were refused{_for(last.host)}: {answer}"
 
 
-def _trouble(state: str, reason: str, host: str) -> str:
+def _trouble_sentence(state: str, reason: str, host: str) -> str:
     if state == PAUSED:
         return f"Delivery paused{_for(host)}: {reason}"
     if state == FAILING:
@@ -399,33 +405,33 @@ def _for(host: str) -> str:
 
 
 def _errors(status: Status, history: History) -> Markup:
-    rows = [(_iso(each.at_ms), text.moment(each.at_ms), each.what) for each in recent(status, history)]
+    rows = [(_iso(each.at_ms), text.moment(each.at_ms), each.what) for each in recent_errors(status, history)]
     if not rows:
         return Markup("<p>None.</p>")
     return Markup('<ol class="errors">{}</ol>').format(
-        _each('<li><time datetime="{}">{}</time> <span>{}</span></li>', rows)
+        _repeat('<li><time datetime="{}">{}</time> <span>{}</span></li>', rows)
     )
 
 
-def _aside(status: Status) -> Markup:
-    rows = [(_spaced(name), f"{value:,}") for name, value in sorted(status.ignored.items())]
+def _not_reported(status: Status) -> Markup:
+    rows = [(_with_spaces(name), f"{value:,}") for name, value in sorted(status.other_counters.items())]
     if not rows:
         return Markup("")
     return Markup(
-        '<details><summary>Counted aside: what was seen and not reported</summary><div class="wide"><table>'
-        '<thead><tr><th scope="col">What</th><th scope="col" class="right">How often</th></tr></thead>'
+        '<details><summary>Not reported, or unusual</summary><div class="wide"><table>'
+        '<thead><tr><th scope="col">Counter</th><th scope="col" class="right">Count</th></tr></thead>'
         "<tbody>{}</tbody></table></div></details>"
-    ).format(_each('<tr><th scope="row">{}</th><td class="right">{}</td></tr>', rows))
+    ).format(_repeat('<tr><th scope="row">{}</th><td class="right">{}</td></tr>', rows))
 
 
 def _footer(status: Status) -> Markup:
     lines = [
-        f"Relay: {relay_words(status.relay)}.",
-        f"Journals: {text.size(status.journal_bytes)} not taken in yet.",
+        f"Relay: {relay_description(status.relay)}.",
+        f"Journals: {text.size(status.journal_bytes)} not read yet.",
         f"State folder: {status.folder}.",
     ]
     return Markup("{}<p>As of <time datetime='{}'>{}</time>.</p>").format(
-        _each("<p>{}</p>", ((line,) for line in lines)), _iso(status.now_ms), text.moment(status.now_ms)
+        _repeat("<p>{}</p>", ((line,) for line in lines)), _iso(status.now_ms), text.moment(status.now_ms)
     )
 
 
@@ -434,7 +440,7 @@ def _iso(ms: int) -> str:
 
 
 def error_page(words: str) -> str:
-    """What is shown where the figures can't be had."""
+    """The page that is shown if the figures can't be read."""
     return Markup(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{0}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

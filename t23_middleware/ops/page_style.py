@@ -1,4 +1,4 @@
-"""The style sheet of the operator's page: light and dark, from 320 pixels up; the page names it by its hash."""
+"""The style sheet of the operator's page: light and dark, from 320 pixels of width; the CSP header allows its hash."""
 
 from __future__ import annotations
 

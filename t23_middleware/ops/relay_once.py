@@ -1,4 +1,4 @@
-"""``t23-middleware relay --once``: deliver what waits now, and say honestly how that went."""
+"""``t23-middleware relay --once``: deliver the reports that wait now, and print the result."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from ..relay.process import stopped_by_signals
 from ..settings import Settings
 from ..state import StateFolder
 from . import text
-from .bar import Bar
+from .bar import ProgressBar
 from .handover import hand_back, take_over
 
-#: Seconds in which all of it is over.
-LIMIT = 30.0
+#: Seconds that the command may take.
+LIMIT_SECONDS = 30.0
 
 
 def run_once(settings: Settings) -> int:
-    """Take over from a relay that a worker started, deliver, hand back; 0 where nothing is left, else 1.
+    """Stop a relay that a worker started, deliver, start it again. Returns 0 if nothing is left, else 1.
 
-    Raises :class:`~t23_middleware.errors.UsageError` where a relay runs that is not ours to stop.
+    Raises :class:`~t23_middleware.errors.UsageError` if a relay runs that this command may not stop.
     """
     os.umask(0o077)
-    deadline = time.monotonic() + LIMIT
+    deadline = time.monotonic() + LIMIT_SECONDS
     folder = StateFolder(settings.state_path())
     if not folder.path.exists():
         print(f"Nothing is left: there is no state folder {folder.path} yet.")
         return 0
-    bar = Bar()
+    bar = ProgressBar()
 
     def make() -> RelayOnce:
-        return RelayOnce(settings, folder, deadline=deadline, tell=lambda progress: _show(bar, progress))
+        return RelayOnce(
+            settings, folder, deadline=deadline, tell=lambda progress: _show_progress(bar, progress)
+        )
 
     relay, took_over = take_over(folder, make)
     try:
@@ -42,25 +44,27 @@ def run_once(settings: Settings) -> int:
         bar.end()
         if took_over:
             hand_back(settings, folder)
-    return _say(ending)
+    return _print_result(ending)
 
 
-def _say(ending: Ending) -> int:
+def _print_result(ending: Ending) -> int:
     progress = ending.progress
     print(f"Sent {text.reports(progress.sent)}.")
     if progress.refused:
-        print(f"The API refused {text.reports(progress.refused)} for good; see 't23-middleware dead list'.")
+        print(
+            f"The API refused {text.reports(progress.refused)} permanently; run 't23-middleware dead list'."
+        )
     if progress.lost:
-        print(f"{text.reports(progress.lost).capitalize()} lost; see 't23-middleware status'.")
+        print(f"{text.reports(progress.lost).capitalize()} lost; run 't23-middleware status'.")
     if not ending.why:
         print("Nothing is left.")
         return 0
-    left = text.reports(progress.waiting) if progress.waiting else "something in the journals"
+    left = text.reports(progress.waiting) if progress.waiting else "unread journal lines"
     print(f"t23-middleware: {left} left: {ending.why}", file=sys.stderr)
     return 1
 
 
-def _show(bar: Bar, progress: Progress) -> None:
+def _show_progress(bar: ProgressBar, progress: Progress) -> None:
     done = progress.sent + progress.refused + progress.lost
     total = done + progress.waiting
     figures = f"{done:,} of {total:,}" + (f", {progress.refused:,} refused" if progress.refused else "")

@@ -1,7 +1,7 @@
-"""``t23-middleware run COMMAND …``: a WSGI server's own command, with the app wrapped.
+"""``t23-middleware run COMMAND …``: starts a WSGI server's own command with the app wrapped.
 
-The command's app is replaced by ``t23_middleware.wsgi:application``, the app's own name goes into ``T23_APP``, and
-the server takes this process's place. The server's own parser finds the app wherever it has one.
+The app in the command is replaced by ``t23_middleware.wsgi:application``, and ``T23_APP`` names the original app. Then
+the server replaces this process (exec). The server's own argument parser finds the app, where the server has one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .. import settings
 from ..errors import UsageError
 from . import uwsgi_config
 
-#: What servers are given in place of the app.
+#: The app that servers get instead of the original one.
 OURS = "t23_middleware.wsgi:application"
 _EXAMPLE = "t23-middleware run gunicorn -w 4 video:app"
 
@@ -35,13 +35,13 @@ class Placement:
     """A command that starts the server with the app wrapped."""
 
     argv: list[str]
-    #: Value for ``T23_APP``; None where the command serves nothing (``gunicorn --help``).
+    #: Value for ``T23_APP``; None if the command serves no app (``gunicorn --help``).
     target: str | None
 
 
 @dataclass(frozen=True)
 class _Command:
-    """A server's command: the words that start it, and its own arguments."""
+    """A server's command line: the words that start the server, and its arguments."""
 
     start: list[str]
     arguments: list[str]
@@ -49,25 +49,25 @@ class _Command:
     cwd: Path
 
     def with_app(self, arguments: Sequence[str], target: str) -> Placement:
-        """The command with *arguments*, which name us, for the app *target*."""
+        """The command with *arguments*, which name :data:`OURS`, for the original app *target*."""
         if target.partition(":")[0] == OURS.partition(":")[0]:
             target = self.environ.get("T23_APP", "")
             if not target:
                 raise UsageError(f"{OURS} can't wrap itself; name your own app, as in '{_EXAMPLE}'")
         return Placement([*self.start, *arguments], target)
 
-    def as_it_is(self) -> Placement:
+    def unchanged(self) -> Placement:
         return Placement([*self.start, *self.arguments], None)
 
     def line(self, *more: str) -> str:
-        """The line to write, with *more* behind what was written."""
+        """The command line to write instead: the user's own with *more* at its end."""
         return shlex.join(["t23-middleware", "run", *self.start, *self.arguments, *more])
 
 
 def run(command: Sequence[str]) -> NoReturn:
-    """Replaces this process by *command* with the app wrapped.
+    """Replace this process by *command* with the app wrapped.
 
-    Raises :class:`~t23_middleware.errors.UsageError` where the app can't be placed or there is no such program.
+    Raises :class:`~t23_middleware.errors.UsageError` if the app can't be replaced or the program does not exist.
     """
     environ = settings.process_environment()
     placement = place(command, environ, Path.cwd())
@@ -79,13 +79,15 @@ def run(command: Sequence[str]) -> NoReturn:
     try:
         os.execve(program, placement.argv, environ)
     except OSError as error:
-        raise UsageError(f"{program} can't be started ({error.strerror}); name a server's program") from None
+        raise UsageError(
+            f"{program} can't be started ({error.strerror}); write the name of a server's program"
+        ) from None
 
 
 def place(command: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Placement:
-    """*command* with the app exchanged for ours; reads configuration files, imports no app and starts nothing.
+    """*command* with the app replaced by :data:`OURS`. Reads configuration files; imports no app, starts nothing.
 
-    Raises :class:`~t23_middleware.errors.UsageError` with the line to write instead.
+    Raises :class:`~t23_middleware.errors.UsageError` with the command line to write instead.
     """
     words = list(command[1:] if command[:1] == ["--"] else command)
     if not words:
@@ -98,7 +100,7 @@ def place(command: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Plac
 
 
 def _start_of(words: list[str]) -> list[str]:
-    """The words that start the server: its program, or ``python -m`` and its module."""
+    """The words that start the server: the program, or ``python -m`` and a module."""
     if re.fullmatch(r"(python|pypy)[0-9.]*", Path(words[0]).name) and "-m" in words[1:-1]:
         flags = words[1 : words.index("-m")]
         if all(
@@ -110,7 +112,7 @@ def _start_of(words: list[str]) -> list[str]:
 
 
 def _program(name: str, environ: Mapping[str, str]) -> str:
-    """The file to execute: from our own virtual environment first, activated or not, as only its servers find us."""
+    """The file to execute. Our own virtual environment comes first, activated or not: its servers can import us."""
     places = [environ.get("PATH", os.defpath)]
     if sys.prefix != sys.base_prefix:
         places.insert(0, str(Path(sys.prefix, "bin")))
@@ -120,23 +122,23 @@ def _program(name: str, environ: Mapping[str, str]) -> str:
     return found
 
 
-def _of_server(module: str) -> Any:
-    """A server's own module, to read its command line as it does."""
+def _server_module(module: str) -> Any:
+    """Import a server's own module, which parses the command line in the server's way."""
     try:
         return importlib.import_module(module)
     except ImportError:
         package = module.partition(".")[0]
         raise UsageError(
-            f"{package} is not installed beside t23_middleware in {sys.prefix}; "
+            f"{package} is not installed in {sys.prefix}, where t23_middleware is; "
             f"install it there: {sys.prefix}/bin/python -m pip install {package}"
         ) from None
 
 
 def _gunicorn(command: _Command) -> Placement:
-    """gunicorn/app/wsgiapp.py: the first positional names the app, whatever the configuration file says."""
+    """gunicorn/app/wsgiapp.py: the first positional argument names the app and overrides the configuration file."""
     options = _gunicorn_options(command.arguments)
     if options is None:
-        return command.as_it_is()
+        return command.unchanged()
     from_environment = _gunicorn_options(shlex.split(command.environ.get("GUNICORN_CMD_ARGS", "")))
     for given in (options, from_environment):
         _refuse_no_wsgi(given)
@@ -146,29 +148,29 @@ def _gunicorn(command: _Command) -> Placement:
         )
     app = options.args[0]
     return command.with_app(
-        _with_ours_for(app, command.arguments), app if ":" in app else f"{app}:application"
+        _with_app_replaced(app, command.arguments), app if ":" in app else f"{app}:application"
     )
 
 
 def _gunicorn_options(arguments: list[str]) -> Any:
-    """The parsed arguments, or None where gunicorn answers by itself (``--help``, ``--version``)."""
-    parser = _of_server("gunicorn.config").Config(prog="gunicorn").parser()
-    said = io.StringIO()
+    """The parsed arguments, or None if gunicorn only prints text and exits (``--help``, ``--version``)."""
+    parser = _server_module("gunicorn.config").Config(prog="gunicorn").parser()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return parser.parse_args(arguments)
     except SystemExit as stop:
         if not stop.code:
             return None
-    last = said.getvalue().strip().rpartition("\n")[2]
+    last = output.getvalue().strip().rpartition("\n")[2]
     raise UsageError(f"{last.replace(': error:', ':')}; see 'gunicorn --help'")
 
 
 def _refuse_no_wsgi(options: Any) -> None:
     if getattr(options, "paste", None):
         raise UsageError(
-            "gunicorn --paste loads the app from a PasteDeploy file; put 'use = egg:t23_middleware' into a "
-            "[filter:t23] section of that file and t23 into its pipeline, and start gunicorn without 't23-middleware run'"
+            "gunicorn --paste loads the app from a PasteDeploy file; write 'use = egg:t23_middleware' into a "
+            "[filter:t23] section of that file, add t23 to its pipeline, and start gunicorn without 't23-middleware run'"
         )
     worker = str(getattr(options, "worker_class", None) or "")
     if re.search("uvicorn|asgi", worker, re.IGNORECASE):
@@ -181,12 +183,12 @@ def _gunicorn_without_app(command: _Command, config: str | None) -> str:
     file = command.cwd / (config or "gunicorn.conf.py").removeprefix("file:")
     app = _wsgi_app_in(file)
     if app is None:
-        return f"gunicorn is given no app; write for example: {command.line('video:app')}"
-    return f"{file.name} names the app (wsgi_app); write it on the command line, where it wins: {command.line(app)}"
+        return f"the gunicorn command names no app; write for example: {command.line('video:app')}"
+    return f"{file.name} names the app (wsgi_app); name it on the command line instead: {command.line(app)}"
 
 
 def _wsgi_app_in(file: Path) -> str | None:
-    """The text of ``wsgi_app`` in a gunicorn configuration file, which is Python; it is read and not run."""
+    """The value of ``wsgi_app`` in a gunicorn configuration file. The file is Python; it is parsed, not executed."""
     try:
         statements = ast.parse(file.read_bytes()).body
     except (OSError, SyntaxError, ValueError):
@@ -202,35 +204,35 @@ def _wsgi_app_in(file: Path) -> str | None:
     return None
 
 
-def _with_ours_for(app: str, arguments: list[str]) -> list[str]:
-    """*arguments* with the one *app* that is gunicorn's positional exchanged; ``-n video:app`` stays."""
+def _with_app_replaced(app: str, arguments: list[str]) -> list[str]:
+    """*arguments* with gunicorn's positional *app* replaced; an option's equal value (``-n video:app``) stays."""
     for index in (index for index, word in enumerate(arguments) if word == app):
         exchanged = [*arguments[:index], OURS, *arguments[index + 1 :]]
         if _gunicorn_options(exchanged).args[0] == OURS:
             return exchanged
-    raise UsageError(f"gunicorn: can't find {app!r} in its own command; write it last")
+    raise UsageError(f"gunicorn: can't find the app {app!r} in the command; write it at the end")
 
 
 def _waitress(command: _Command) -> Placement:
     """waitress/runner.py: ``[--call] [options] module:app``; newer ones also take ``--app``."""
     options, apps = _waitress_options(command)
     if any(name == "--help" for name, _ in options):
-        return command.as_it_is()
+        return command.unchanged()
     apps += [str(value) for name, value in options if name == "--app"]
     if len(apps) != 1:
         raise UsageError(
-            f"waitress-serve takes one app, behind its options; write for example: {_waitress_line(command)}"
+            f"waitress-serve needs exactly one app, after its options; write for example: {_waitress_line(command)}"
         )
     factory = any(name == "--call" for name, _ in options)
     kept = [(name, value) for name, value in options if name not in ("--call", "--app")]
     words = [name if value is None else f"{name}={value}" for name, value in kept]
-    return command.with_app([*words, OURS], _made_by(apps[0]) if factory else apps[0])
+    return command.with_app([*words, OURS], _factory_call(apps[0]) if factory else apps[0])
 
 
 def _waitress_options(command: _Command) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """Options by their whole names, those without a value with None, and what stands behind them."""
-    adjustments = _of_server("waitress.adjustments")
-    # As its parse_args does; that of newer ones also imports the app.
+    """The options with their full names (value None for flags), and the arguments after them."""
+    adjustments = _server_module("waitress.adjustments")
+    # Same as its parse_args, which in newer versions also imports the app.
     params = [(name.replace("_", "-"), cast) for name, cast in adjustments.Adjustments._params]
     flags = [name for name, cast in params if cast is adjustments.asbool]
     flags += [f"no-{name}" for name in flags] + ["help", "call"]
@@ -246,34 +248,36 @@ def _waitress_line(command: _Command) -> str:
     return shlex.join(["t23-middleware", "run", *command.start, "--listen=127.0.0.1:8080", "video:app"])
 
 
-def _made_by(factory: str) -> str:
-    """``video:create`` or ``video.create``, which waitress calls, as the call it is."""
+def _factory_call(factory: str) -> str:
+    """The call of a factory for ``T23_APP``: ``video:create()`` for ``video:create`` or ``video.create``."""
     module, _, name = factory.partition(":") if ":" in factory else factory.rpartition(".")
     if not module or not name:
         raise UsageError(
-            f"waitress-serve --call {factory}: names no function; write for example --call video:create_app"
+            f"waitress-serve --call {factory} names no function; write for example --call video:create_app"
         )
     return f"{module}:{name}()"
 
 
 def _uwsgi(command: _Command) -> Placement:
-    """uwsgi: our ``--module`` last, where it wins over a ``module`` and is loaded before any ``wsgi-file``."""
+    """uwsgi: our ``--module`` comes last. There it overrides a ``module``, and is loaded before any ``wsgi-file``."""
     if {"--help", "-h", "--version", "--usage"} & set(command.arguments):
-        return command.as_it_is()
+        return command.unchanged()
     loaded = uwsgi_config.read(command.arguments, command.environ, command.cwd)
     target = loaded.target()
     if target is None:
-        raise UsageError(f"uwsgi is given no app; write for example: {command.line('--module', 'video:app')}")
-    # --include is what uWSGI does with a file without an option, but at its place instead of after all options.
+        raise UsageError(
+            f"the uwsgi command names no app; write for example: {command.line('--module', 'video:app')}"
+        )
+    # uWSGI reads a file without an option as --include, but after all options instead of at its place.
     files = [word for file in loaded.positional for word in ("--include", file)]
     return command.with_app([*loaded.arguments, *files, "--module", OURS], target)
 
 
 def _flask(command: _Command) -> Placement:
-    """flask/cli.py: the last ``--app`` before the subcommand wins over ``FLASK_APP``."""
+    """flask/cli.py: the last ``--app`` before the subcommand overrides ``FLASK_APP``."""
     options, rest = _flask_options(command.arguments)
     if not rest or options.get("help") or options.get("version"):
-        return command.as_it_is()
+        return command.unchanged()
     target = options.get("app") or _flask_variables(command, options.get("env_file")).get("FLASK_APP")
     at = len(command.arguments) - len(rest)
     if command.arguments[:at][-1:] == ["--"]:
@@ -284,8 +288,8 @@ def _flask(command: _Command) -> Placement:
 
 
 def _flask_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Options that stand before Flask's subcommand, and the words from the subcommand on."""
-    group, click = _of_server("flask.cli").cli, _of_server("click")
+    """The options before Flask's subcommand, and the arguments from the subcommand on."""
+    group, click = _server_module("flask.cli").cli, _server_module("click")
     try:
         options, rest, _ = group.make_parser(click.Context(group)).parse_args(list(arguments))
     except click.UsageError as error:
@@ -294,14 +298,14 @@ def _flask_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _flask_import(cwd: Path) -> str:
-    # In a folder that is itself a package Flask puts that package's name before a module's (prepare_import).
+    # If the folder is itself a package, Flask puts its name before the module's (prepare_import).
     if not (cwd / "__init__.py").exists():
         return OURS
     return f"{Path(__file__).parent.parent / 'wsgi.py'}:application"
 
 
 def _flask_variables(command: _Command, env_file: str | None) -> dict[str, str | None]:
-    """The environment as Flask sees it, with the files that it reads where python-dotenv is installed."""
+    """The environment that Flask uses, including the files that it reads if python-dotenv is installed."""
     environ = command.environ
     files = (
         []
@@ -319,7 +323,7 @@ def _flask_variables(command: _Command, env_file: str | None) -> dict[str, str |
 
 
 def _dotenv_files(cwd: Path) -> list[Path]:
-    """The nearest ``.flaskenv`` and ``.env``, from here upwards."""
+    """The nearest ``.flaskenv`` and ``.env`` in *cwd* or a folder above it."""
     nearest = [
         [folder / name for folder in (cwd, *cwd.parents) if (folder / name).is_file()]
         for name in (".flaskenv", ".env")
@@ -333,7 +337,7 @@ def _flask_default(command: _Command) -> str:
             return f"{name}.py"
     arguments = shlex.join(["t23-middleware", "run", *command.start, "--app", "video", *command.arguments])
     raise UsageError(
-        f"flask is given no app, and there is no wsgi.py or app.py here; write for example: {arguments}"
+        f"the flask command names no app, and this folder has no wsgi.py or app.py; write for example: {arguments}"
     )
 
 
@@ -345,11 +349,11 @@ _SERVERS: dict[str, Callable[[_Command], Placement]] = {
     "flask": _flask,
 }
 
-#: Programs that start another: ours goes behind them.
-_STARTER = re.compile(
+#: Programs that start another program; 't23-middleware run' comes after them.
+_LAUNCHER = re.compile(
     "env|exec|nice|nohup|sudo|setsid|uv|poetry|pipenv|pdm|hatch|rye|conda|doppler|dotenv|honcho"
 )
-#: Servers that take a WSGI app, with the options that they need for it and how they write it.
+#: Servers that accept a WSGI app: the options that they need for it, and their spelling of the app.
 _OTHER_SERVERS = {
     "granian": (["--interface", "wsgi"], OURS),
     "hypercorn": ([], f"wsgi:{OURS}"),
@@ -357,39 +361,39 @@ _OTHER_SERVERS = {
     "mod_wsgi-express": (["--application-type", "module"], "t23_middleware.wsgi"),
     "cheroot": ([], OURS),
 }
-#: What an app looks like among the words of a command: ``video:app``, ``site/video.py``; no ``host:port``.
+#: The form of an app in a command line: ``video:app``, ``site/video.py``; not ``host:port``.
 _APP = re.compile(r"(wsgi:)?[A-Za-z_][\w./]*:[A-Za-z_][\w.]*(\(.*\))?|[\w./-]+\.(py|wsgi)(:[A-Za-z_][\w.]*)?")
 
 
 def _advice(words: list[str]) -> str:
-    """What to write instead of a command that is not known."""
+    """What to write instead of an unknown command."""
     name = Path(words[0]).name
     if "manage.py" in words[0] or "manage.py" in words[1:2] or name in ("django-admin", "daphne"):
         return (
-            f"run can't place {name}; set WSGI_APPLICATION = 't23_middleware.wsgi.application' in Django's settings "
+            f"run does not support {name}; set WSGI_APPLICATION = 't23_middleware.wsgi.application' in Django's settings "
             "and T23_APP=mysite.wsgi:application in the environment, and start it without 't23-middleware run'"
         )
-    if _STARTER.fullmatch(name):
-        return f"put 't23-middleware run' right before the server: {name} … t23-middleware run gunicorn video:app"
+    if _LAUNCHER.fullmatch(name):
+        return f"write 't23-middleware run' directly before the server: {name} … t23-middleware run gunicorn video:app"
     if name in _OTHER_SERVERS:
-        return f"run can't place {name}; if the app is WSGI, write: {_line_for(words, *_OTHER_SERVERS[name])}"
+        return f"run does not support {name}; if the app is WSGI, write: {_line_for(words, *_OTHER_SERVERS[name])}"
     if name.startswith(("python", "pypy")) or name.endswith(".py"):
         return (
-            f"run can't see which app {shlex.join(words)!r} serves; wrap it in code: "
+            f"run can't find out which app {shlex.join(words)!r} serves; wrap the app in its code: "
             "app.wsgi_app = T23Middleware(app.wsgi_app)"
         )
     if re.fullmatch(r"[\w.]+(:.*)", name):
         return (
-            f"run takes a server's command, not an app; write for example: t23-middleware run gunicorn {name}"
+            f"run needs a server's command, not an app; write for example: t23-middleware run gunicorn {name}"
         )
     return (
-        f"run knows gunicorn, waitress-serve, uwsgi and flask, not {name!r}; give the server "
+        f"run supports gunicorn, waitress-serve, uwsgi and flask, not {name!r}; start the server with the app "
         f"{OURS} and set T23_APP: {_line_for(words, [], OURS)}"
     )
 
 
 def _line_for(words: list[str], options: list[str], ours: str) -> str:
-    """The command in *words* with our entrance as its app, and its own app in ``T23_APP``."""
+    """The command in *words* with *ours* as its app and the original app in ``T23_APP``."""
     at = next((at for at in range(len(words) - 1, 0, -1) if _APP.fullmatch(words[at])), None)
     app = "video:app" if at is None else _as_target(words[at].removeprefix("wsgi:"))
     rest = words[1:] if at is None else [*words[1:at], *words[at + 1 :]]
@@ -398,7 +402,7 @@ def _line_for(words: list[str], options: list[str], ours: str) -> str:
 
 
 def _as_target(app: str) -> str:
-    """A script of mod_wsgi's as ``T23_APP`` takes it: ``video.wsgi`` would be an attribute of a module there."""
+    """*app* in the form of ``T23_APP``, where a script ``video.wsgi`` would mean attribute ``wsgi`` of module ``video``."""
     if not app.endswith(".wsgi"):
         return app
     return f"{'' if '/' in app else './'}{app}:application"

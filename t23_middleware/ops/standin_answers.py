@@ -1,7 +1,7 @@
-"""What the stand-in answers: the manners that the documentation gives the API, as pure functions.
+"""The stand-in's answers: the documented behaviour of the API, as pure functions.
 
-Sources: the method's own page (parameters, examples) and the documentation's pages on requests, errors and
-caching. What they leave open is chosen so that a mistake shows: a malformed parameter is refused by name.
+Sources: the method's own page (parameters, examples) and the documentation's pages on requests, errors and caching.
+What they leave open is chosen so that mistakes become visible: a malformed parameter is refused by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _JS_NAME = re.compile(r"[A-Za-z_$][\w$]*(\.[A-Za-z_$][\w$]*)*", re.ASCII)
 
 @dataclass(frozen=True)
 class Call:
-    """One request to the API, as far as the API looks at it."""
+    """The parts of a request that the API uses."""
 
     method: str
     host: str
@@ -32,32 +32,32 @@ class Call:
 
     @classmethod
     def of(cls, request: Request) -> Call:
-        """Parameters come from the body on POST, where the query is ignored, else from the query."""
+        """The call in *request*. POST has its parameters in the body (the query is ignored), GET in the query."""
         fields = request.form if request.method == "POST" else request.args
         host = request.environ.get("HTTP_HOST", "")
         return cls(request.method, host, request.path, fields.to_dict(), request.cookies.to_dict())
 
     def session(self, cookie: str) -> str:
-        """The session under either of the page's spellings, else from the cookie; empty if nowhere."""
+        """The session from either of the two documented parameters, else from the cookie; empty if there is none."""
         fields = self.fields
         return fields.get("session_id") or fields.get("seesion_id") or self.cookies.get(cookie, "")
 
     def digest(self, session: str) -> bytes:
-        """Equal for requests that are identical to the cache."""
+        """The key in the cache, equal for equal requests."""
         parts = (self.method, self.host, self.path, session, urlencode(sorted(self.fields.items())))
         return blake2b("\0".join(parts).encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the API says: an error if it has a code; `cached_at` (epoch seconds) if it came from the cache."""
+class StandInAnswer:
+    """An answer of the API: an error if it has a code; `cached_at` (epoch seconds) if it comes from the cache."""
 
     message: str
     code: str = ""
     cached_at: int | None = None
 
     def attributes(self) -> dict[str, str]:
-        """The answer's documented names and values, all strings as in the examples."""
+        """The documented names and values of the answer, all strings as in the documentation's examples."""
         if self.code:
             return {
                 "status": "error",
@@ -65,18 +65,22 @@ class Answer:
                 "permission_level": "anonymous",
                 "message": self.message,
             }
-        said = {"status": "ok", "permission_level": "anonymous", "message": self.message, "cached": "0"}
-        return said if self.cached_at is None else said | {"cached": "1", "cache_time": str(self.cached_at)}
+        attributes = {"status": "ok", "permission_level": "anonymous", "message": self.message, "cached": "0"}
+        return (
+            attributes
+            if self.cached_at is None
+            else attributes | {"cached": "1", "cache_time": str(self.cached_at)}
+        )
 
 
-#: The answer to a report that was taken, in the words of the method's page.
-REPORTED = Answer("The download was reported")
+#: The answer to an accepted report, with the message of the method's documentation.
+REPORTED = StandInAnswer("The download was reported")
 #: The answer to every report from a server that is not whitelisted.
-DENIED = Answer("This server is not whitelisted for the method", "permission_denied")
+DENIED = StandInAnswer("This server is not whitelisted for the method", "permission_denied")
 
 
-def refusal(call: Call, cookie: str) -> Answer | None:
-    """The error that this report's parameters deserve, if any."""
+def refusal(call: Call, cookie: str) -> StandInAnswer | None:
+    """The error for this report's parameters, or None if they are valid."""
     fields = call.fields
     for name in ("photo_id", "bytes_total"):
         if not fields.get(name):
@@ -84,7 +88,7 @@ def refusal(call: Call, cookie: str) -> Answer | None:
         if not _DIGITS.fullmatch(fields[name]):
             return _invalid(f"The parameter {name} must be a whole number of at most 18 digits")
     if not call.session(cookie):
-        return _invalid("The parameter session_id is missing, and no cookie stands in for it")
+        return _invalid("The parameter session_id is missing, and there is no session cookie")
     if fields.get("skip", "0") not in ("0", "1"):
         return _invalid("The parameter skip must be 0 or 1")
     if fields.get("format", "xml") not in ("xml", "json"):
@@ -92,12 +96,12 @@ def refusal(call: Call, cookie: str) -> Answer | None:
     return None
 
 
-def _invalid(message: str) -> Answer:
-    return Answer(message, "invalid_input")
+def _invalid(message: str) -> StandInAnswer:
+    return StandInAnswer(message, "invalid_input")
 
 
-def rendered(answer: Answer, call: Call) -> Response:
-    """The answer as XML, JSON or JavaScript, whichever the request asked for; always with HTTP 200."""
+def encoded(answer: StandInAnswer, call: Call) -> Response:
+    """The answer as XML, JSON or JavaScript, as the request asks; always with HTTP 200."""
     if call.fields.get("format") != "json":
         attributes = " ".join(f"{name}={quoteattr(value)}" for name, value in answer.attributes().items())
         return Response(f"<response {attributes}/>", mimetype="text/xml")
@@ -113,7 +117,7 @@ def rendered(answer: Answer, call: Call) -> Response:
     )
 
 
-def _json(answer: Answer, call: Call) -> dict[str, object]:
+def _json(answer: StandInAnswer, call: Call) -> dict[str, object]:
     if answer.code:
         return {**answer.attributes(), "endpoint": call.path}
     site = {"domain": call.host, "secure_domain": call.host}

@@ -1,7 +1,7 @@
-"""Faults that the stand-in shows on demand: what an API, or what stands before one, can do wrong.
+"""Faults of the stand-in: what can go wrong in an API or in a proxy before it.
 
-A `Fault` is what was asked for, `FaultSwitch` holds the one that is on, `disturb` does to an answer what the
-fault says. Kinds and the options that each takes are in `KINDS`.
+A `Fault` is one fault with its options, `FaultSwitch` has the current one, `with_fault` applies it to an answer.
+`FAULT_KINDS` lists the kinds and their options.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from werkzeug.wrappers import Response
 
 from t23_middleware.errors import UsageError
-from t23_middleware.ops.standin_answers import DENIED, Answer
+from t23_middleware.ops.standin_answers import DENIED, StandInAnswer
 from t23_middleware.ops.standin_http import Hangup
 
 
-class Kind(NamedTuple):
-    """What a kind of fault does, whether its reports are recorded by default, and the options only it takes."""
+class FaultKind(NamedTuple):
+    """A kind of fault: its effect, whether its reports are recorded by default, and its own options."""
 
     does: str
     record: bool
@@ -28,32 +28,37 @@ class Kind(NamedTuple):
     seconds: float = 0.0
 
 
-KINDS: Mapping[str, Kind] = {
-    "refuse": Kind("resets the connection as soon as the request was read", False),
-    "hang": Kind("waits until healed, then answers what was recorded and hangs up on the rest", False),
-    "status": Kind("answers with this HTTP status and a page", False, ("status", "retry_after", "location")),
-    "deny": Kind("answers permission_denied", False),
-    "error": Kind("answers with this error", False, ("code", "message")),
-    "html": Kind("answers with a page and HTTP 200", False),
-    "cut": Kind("hangs up in the middle of the answer", True),
-    "huge": Kind("answers with `size` bytes too many", True, ("size",)),
-    "slow": Kind("waits `seconds` before each byte of the answer", True, ("seconds",), 0.05),
-    "latency": Kind("waits `seconds` before the answer", True, ("seconds",), 1.0),
-    "cached": Kind("says that the answer is from the cache", False),
+FAULT_KINDS: Mapping[str, FaultKind] = {
+    "refuse": FaultKind("resets the connection after reading the request", False),
+    "hang": FaultKind(
+        "waits until the fault ends; then answers if the report was recorded, else closes the connection",
+        False,
+    ),
+    "status": FaultKind(
+        "answers with this HTTP status and a page", False, ("status", "retry_after", "location")
+    ),
+    "deny": FaultKind("answers permission_denied", False),
+    "error": FaultKind("answers with this error", False, ("code", "message")),
+    "html": FaultKind("answers with a page and HTTP 200", False),
+    "cut": FaultKind("closes the connection in the middle of the answer", True),
+    "huge": FaultKind("answers with `size` extra bytes", True, ("size",)),
+    "slow": FaultKind("waits `seconds` before each byte of the answer", True, ("seconds",), 0.05),
+    "latency": FaultKind("waits `seconds` before the answer", True, ("seconds",), 1.0),
+    "cached": FaultKind("marks the answer as cached", False),
 }
 _COMMON = ("kind", "count", "record", "photo_id")
 _BODILESS = (204, 304)
-#: Stands in the answer where a huge one has its many bytes: they are sent piece by piece, and never kept.
-_MANY = "(many bytes)"
-_PIECE = 65536
+#: Placeholder for the extra bytes of a huge answer. They are sent piece by piece and never kept in memory.
+_FILLER = "(many bytes)"
+_PIECE_BYTES = 65536
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault as it was asked for; `KINDS` says which options count for which kind.
+    """One fault; `FAULT_KINDS` lists the options of each kind.
 
-    `count`: only the next so many requests to the API, all if None. `record`: whether a report that meets the
-    fault is recorded all the same. `photo_id`: only the reports of this video. `size` is in bytes.
+    `count`: the number of requests to the API that it affects, all if None. `record`: whether affected reports are
+    recorded. `photo_id`: affect only the reports of this video. `size` is in bytes.
     """
 
     kind: str
@@ -64,17 +69,17 @@ class Fault:
     retry_after: str | None = None
     location: str | None = None
     code: str = "unknown_error"
-    message: str = "The stand-in was told to answer so"
+    message: str = "The stand-in answers with this error on request"
     size: int = 8 * 1024 * 1024
     seconds: float = 1.0
 
     @classmethod
     def parse(cls, asked: Mapping[str, object]) -> Fault:
-        """The fault that the names and values of a form, or of a JSON object, ask for; else UsageError."""
+        """The fault for the names and values of a form or of a JSON object; UsageError if they are invalid."""
         name = str(asked.get("kind", ""))
-        if name not in KINDS:
-            raise UsageError(f"No fault of kind {name!r}; kinds are {', '.join(KINDS)}.")
-        kind = KINDS[name]
+        if name not in FAULT_KINDS:
+            raise UsageError(f"No fault of kind {name!r}; kinds are {', '.join(FAULT_KINDS)}.")
+        kind = FAULT_KINDS[name]
         allowed = (*_COMMON, *kind.options)
         unknown = [option for option in asked if option not in allowed]
         if unknown:
@@ -82,8 +87,8 @@ class Fault:
         return replace(cls(name, kind.record, seconds=kind.seconds), **_values(asked))
 
     def shown(self) -> dict[str, object]:
-        """The options that count for this kind, as `GET /_faults` shows them."""
-        names = (*_COMMON, *KINDS[self.kind].options)
+        """The options of this kind, as `GET /_faults` shows them."""
+        names = (*_COMMON, *FAULT_KINDS[self.kind].options)
         return {name: value for name, value in asdict(self).items() if name in names and value is not None}
 
 
@@ -99,21 +104,21 @@ def _value(name: str, value: object) -> object:
             case "record":
                 return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
             case "count" | "size" | "status":
-                return _within(int(text), *_LIMITS[name])
+                return _within(int(text), *_RANGES[name])
             case "seconds":
-                return _within(float(text), *_LIMITS[name])
+                return _within(float(text), *_RANGES[name])
         return _printable(text)
     except (KeyError, ValueError):
-        raise UsageError(f"The fault's {name} can't be {text!r}; it is {_MEANING[name]}.") from None
+        raise UsageError(f"The fault's {name} can't be {text!r}; it is {_ALLOWED[name]}.") from None
 
 
-_LIMITS = {
+_RANGES = {
     "count": (1, 1_000_000_000),
     "size": (1, 64 * 1024 * 1024),
     "status": (200, 599),
     "seconds": (0, 86_400),
 }
-_MEANING = {
+_ALLOWED = {
     "record": "true or false",
     "count": "a number of requests from 1",
     "size": "a number of bytes from 1 to 67108864",
@@ -136,7 +141,7 @@ def _printable(text: str) -> str:
 
 
 class FaultSwitch:
-    """The fault that is on, if any; safe to use from many threads."""
+    """The current fault, if any; safe for use by many threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -145,22 +150,22 @@ class FaultSwitch:
 
     @property
     def fault(self) -> Fault | None:
-        """The fault that is on, with the count that it has left."""
+        """The current fault, with its remaining count."""
         return self._fault
 
-    def turn(self, fault: Fault | None) -> None:
-        """Puts this fault in the place of the one before, whose waiting requests go on; None heals."""
+    def set_fault(self, fault: Fault | None) -> None:
+        """Replace the current fault, and let its waiting requests continue; None turns faults off."""
         with self._lock:
             self._fault = fault
             self._release()
 
-    def let_go(self) -> None:
-        """Lets the requests go on that wait now, and leaves the fault on."""
+    def release_waiting(self) -> None:
+        """Let the requests that wait now continue; the fault stays on."""
         with self._lock:
             self._release()
 
-    def take(self, photo_id: str) -> tuple[Fault, threading.Event] | None:
-        """The fault that a request for this video meets now, and the event that ends its wait."""
+    def next_fault(self, photo_id: str) -> tuple[Fault, threading.Event] | None:
+        """The fault that affects a request for this video now, and the event that ends its wait. Counts the request."""
         with self._lock:
             fault = self._fault
             if fault is None or fault.photo_id not in (None, photo_id):
@@ -174,22 +179,22 @@ class FaultSwitch:
         self._released = threading.Event()
 
 
-def falsified(answer: Answer, fault: Fault, now: float) -> Answer:
-    """What the API itself says in this answer's place while it has the fault."""
+def changed_answer(answer: StandInAnswer, fault: Fault, now: float) -> StandInAnswer:
+    """The answer that the API itself gives instead of *answer* while it has the fault."""
     match fault.kind:
         case "deny":
             return DENIED
         case "error":
-            return Answer(fault.message, fault.code)
+            return StandInAnswer(fault.message, fault.code)
         case "cached":
             return replace(answer, cached_at=int(now))
         case "huge":
-            return replace(answer, message=answer.message + _MANY)
+            return replace(answer, message=answer.message + _FILLER)
     return answer
 
 
-def disturb(response: Response, fault: Fault, released: threading.Event) -> Response:
-    """What becomes of this answer on its way to the client; `Hangup` where nothing does."""
+def with_fault(response: Response, fault: Fault, released: threading.Event) -> Response:
+    """The response as the client gets it with this fault; raises `Hangup` if the client gets none."""
     match fault.kind:
         case "refuse":
             raise Hangup(reset=True)
@@ -213,7 +218,7 @@ def disturb(response: Response, fault: Fault, released: threading.Event) -> Resp
 
 
 def page(status: int, text: str) -> Response:
-    """A page for people, such as a front end answers with in the API's place."""
+    """An HTML page, such as a front end answers instead of the API."""
     html = f"<!doctype html>\n<html><head><title>{text}</title></head><body><h1>{text}</h1></body></html>\n"
     return Response(html, status, mimetype="text/html")
 
@@ -236,8 +241,8 @@ def _streamed(response: Response, body: Iterator[bytes]) -> Response:
 
 
 def _hugely(response: Response, size: int) -> Response:
-    before, _, after = response.get_data().rpartition(_MANY.encode())
-    dots = (b"." * min(_PIECE, size - at) for at in range(0, size, _PIECE))
+    before, _, after = response.get_data().rpartition(_FILLER.encode())
+    dots = (b"." * min(_PIECE_BYTES, size - at) for at in range(0, size, _PIECE_BYTES))
     huge = Response(chain([before], dots, [after]), response.status, response.headers.copy())
     huge.headers["Content-Length"] = str(len(before) + size + len(after))
     return huge

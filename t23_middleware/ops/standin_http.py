@@ -1,7 +1,7 @@
-"""The stand-in's connections: a small HTTP/1.1 server that keeps them alive and can cut or reset them.
+"""The stand-in's HTTP/1.1 server, which keeps connections alive and can cut or reset them.
 
-Our own few lines over http.server, because wsgiref's and werkzeug's servers close the connection after each
-answer, which hides what a client does with a kept one and costs reports per second.
+It extends http.server, because the servers of wsgiref and werkzeug close the connection after each answer. That hides
+how a client uses a connection again, and makes the stand-in slower.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_BODY = 256 * 1024
 
 
 class Hangup(Exception):
-    """Ends the connection without another byte; by a reset (RST) if `reset`, else in good order (FIN)."""
+    """Ends the connection without another byte: with a reset (RST) if `reset`, else with a normal close (FIN)."""
 
     def __init__(self, reset: bool = False) -> None:
         super().__init__("reset" if reset else "closed")
@@ -31,7 +31,7 @@ class Hangup(Exception):
 
 
 class HTTPServer(ThreadingMixIn, TCPServer):
-    """Serves one WSGI app, a thread for each connection; OSError or OverflowError if it can't listen."""
+    """Serves one WSGI app, with a thread per connection; OSError or OverflowError if it can't listen."""
 
     allow_reuse_address = True
     request_queue_size = 512
@@ -55,14 +55,14 @@ class HTTPServer(ThreadingMixIn, TCPServer):
         finally:
             del self._open[threading.current_thread()]
 
-    def hang_up(self) -> list[threading.Thread]:
-        """Closes every connection; gives the threads that are about to end."""
+    def close_connections(self) -> list[threading.Thread]:
+        """Close every connection. Returns their threads, which then end."""
         open_now = dict(self._open)
         for connection in open_now.values():
             try:
                 connection.shutdown(socket.SHUT_RDWR)
             except OSError:
-                pass  # the client was faster
+                pass  # the client has already closed it
         return list(open_now)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -71,18 +71,18 @@ class HTTPServer(ThreadingMixIn, TCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection: requests by http.server, each answered by the app, until one side ends it."""
+    """One connection: http.server reads the requests, the app answers them, until one side closes it."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1  # header and body leave in one write
+    wbufsize = -1  # header and body are sent in one write
     timeout = 300
     server: HTTPServer
 
     def do_GET(self) -> None:
-        refused = self._unreadable()
+        refused = self._body_error_status()
         if refused:
-            self.close_connection = True  # what follows can't be told from the next request
+            self.close_connection = True  # the unread body can't be distinguished from the next request
             return self.send_error(refused)
         try:
             self._send(self._environ(self._body()))
@@ -93,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_POST = do_HEAD = do_DELETE = do_PUT = do_PATCH = do_OPTIONS = do_GET
 
-    def _unreadable(self) -> int:
+    def _body_error_status(self) -> int:
         """The HTTP status of a body that can't be read, or 0."""
         length = self.headers.get("Content-Length", "0")
         if self.headers.get("Transfer-Encoding"):

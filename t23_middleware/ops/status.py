@@ -1,7 +1,7 @@
-"""``t23-middleware status``: what was captured, waits, was sent, is dead, was lost, and how delivery goes.
+"""``t23-middleware status``: how many reports were captured, wait, were sent, are dead or lost, and the API's state.
 
-:func:`look` gathers it (SQL in one transaction, journals by their size alone), :func:`screen` and :func:`as_json`
-show it. Nothing is written, and no journal or writer's lock is opened.
+:func:`read_status` reads the figures (SQL in one transaction; of journals only the size), :func:`screen` and
+:func:`as_json` format them. Nothing is written, and no journal or writer's lock is opened.
 """
 
 from __future__ import annotations
@@ -33,84 +33,84 @@ from ..relay.outbox import LONG_LOG, UNCOUNTED, NoOutbox, OutboxView, Snapshot, 
 from ..settings import Settings
 from ..state import LockHolder, StateFolder, lock_is_held
 from . import text
-from .counted import counted_words
+from .counted import counting_description
 
-#: Seconds between two screens of ``--watch``.
+#: Seconds between two refreshes of ``--watch``.
 REFRESH = 2.0
-#: Counters that are shown by themselves.
+#: Counters that are shown separately.
 _FIGURES = ("captured", "sent")
-#: What is known where no relay ever ran.
-NOTHING = Snapshot(Stats(0, 0, 0, 0, 0), [], None, {}, [], {}, {})
+#: The figures if no relay ever ran.
+EMPTY_SNAPSHOT = Snapshot(Stats(0, 0, 0, 0, 0), [], None, {}, [], {}, {})
 
 
-class Awaited(NamedTuple):
-    """Plays that only their line in the proxy's log is missing of, as the relay knew last."""
+class WaitingForProxy(NamedTuple):
+    """Plays that wait for their line in the proxy's log, as the relay last noted."""
 
     number: int
-    #: Since when the oldest does, and when the latest line ended; in ms since the epoch, 0 for never.
+    #: When the oldest began to wait, and the time of the latest line; ms since the epoch, 0 for never.
     since_ms: int
     last_line_ms: int
 
 
-def awaited(outbox: Snapshot) -> Awaited:
-    """What the relay noted of the proxy."""
-    return Awaited(*(_noted(outbox, name) for name in (AWAITED, AWAITED_SINCE, LAST_LINE)))
+def waiting_for_proxy(outbox: Snapshot) -> WaitingForProxy:
+    """What the relay noted about the proxy."""
+    return WaitingForProxy(*(_number_in_notes(outbox, name) for name in (AWAITED, AWAITED_SINCE, LAST_LINE)))
 
 
-def _noted(outbox: Snapshot, name: str) -> int:
+def _number_in_notes(outbox: Snapshot, name: str) -> int:
     noted = outbox.notes.get(name, "")
     return int(noted) if noted.isascii() and noted.isdigit() else 0
 
 
 @dataclass(frozen=True)
 class Status:
-    """What one look found; counts are reports, times are ms since the epoch."""
+    """The state of one folder at one time. Counts are reports, times are ms since the epoch."""
 
     site: str
     folder: Path
-    #: Whether the folder is there.
+    #: Whether the folder exists.
     exists: bool
     now_ms: int
     outbox: Snapshot
-    #: Bytes in journals that no relay has taken in yet.
+    #: Bytes in journals that no relay has read yet.
     journal_bytes: int
     #: Journals that only another version's relay can read.
     foreign_journals: int
-    #: The relay that runs, if one does.
+    #: The running relay, if any.
     relay: LockHolder | None
-    #: Who is to run it, as ``T23_RELAY`` says.
+    #: Value of ``T23_RELAY``.
     relay_mode: str
-    #: Whether a proxy's log is followed, as ``T23_PROXY_LOG`` says.
+    #: Whether ``T23_PROXY_LOG`` is set.
     follows_log: bool = False
-    #: Bytes of the outbox's write-ahead log.
+    #: Size of the outbox's write-ahead log, in bytes.
     log_bytes: int = 0
-    #: Where the log is long: the processes that keep it so.
+    #: If that log is long: the processes that prevent its reuse.
     readers: tuple[str, ...] = ()
 
     @property
     def stats(self) -> Stats:
-        """The figures, which add up: captured = waiting + sent + dead + lost."""
+        """The main figures: captured = waiting + sent + dead + lost."""
         return self.outbox.stats
 
     @property
     def apis(self) -> dict[str, Health]:
-        """Host (``""`` where there is one site) -> how its API is."""
+        """Host (``""`` if there is one site) -> state of its API."""
         return healths(self.outbox.notes)
 
     @property
     def open_responses(self) -> int:
-        """Counted responses that are under way, as the relay knew last."""
-        return _noted(self.outbox, OPEN_RESPONSES)
+        """Counted responses that are in progress, as the relay last noted."""
+        return _number_in_notes(self.outbox, OPEN_RESPONSES)
 
     @property
     def draining(self) -> int:
-        """Responses that are over for the server and not for the client's kernel, as the relay knew last."""
-        return _noted(self.outbox, DRAINING)
+        """Responses that are sent but not yet acknowledged by the client's kernel, as the relay last noted."""
+        return _number_in_notes(self.outbox, DRAINING)
 
     @property
-    def awaited(self) -> Awaited:
-        """Plays that wait for the proxy."""
-        return awaited(self.outbox)
+    def waiting_for_proxy(self) -> WaitingForProxy:
+        """Plays that wait for their line in the proxy's log."""
+        return waiting_for_proxy(self.outbox)
 
     @property
     def lost_by_reason(self) -> dict[str, int]:
@@ -121,41 +121,41 @@ class Status:
         return dict(total)
 
     @property
-    def ignored(self) -> dict[str, int]:
-        """Every other counter: what was seen and not reported, and what went wrong."""
+    def other_counters(self) -> dict[str, int]:
+        """All other counters: requests that were not reported, unusual cases, errors."""
         return {name: value for name, value in self.outbox.counters.items() if name not in _FIGURES}
 
     @property
     def oldest_seconds(self) -> float | None:
-        """Age of the oldest report that waits."""
+        """Age of the oldest waiting report."""
         oldest = self.outbox.oldest_ms
         return None if oldest is None else max(self.now_ms - oldest, 0) / 1000
 
-    def troubled(self, state: str) -> dict[str, Health]:
-        """The APIs in *state* that reports wait for."""
+    def waiting_apis(self, state: str) -> dict[str, Health]:
+        """Host -> API, for the APIs in *state* that have waiting reports."""
         return {
             host: api for host, api in self.apis.items() if api.state == state and host in self.outbox.hosts
         }
 
     @property
     def state(self) -> str:
-        """``paused``, ``failing``, ``no_relay``, ``delivering`` or ``idle``: the worst that is so."""
+        """``paused``, ``failing``, ``no_relay``, ``delivering`` or ``idle``: the worst that applies."""
         if not self.stats.waiting and not self.journal_bytes:
             return "idle"
         for state in (PAUSED, FAILING):
-            if self.troubled(state):
+            if self.waiting_apis(state):
                 return state
         return "delivering" if self.relay else "no_relay"
 
 
-def look(settings: Settings) -> Status:
-    """What is known of the state folder now.
+def read_status(settings: Settings) -> Status:
+    """Read the current state of the state folder.
 
-    Raises :class:`~t23_middleware.errors.UsageError` where this user may not look into it, and
-    :class:`~t23_middleware.errors.StateError` where its database can't be read.
+    Raises :class:`~t23_middleware.errors.UsageError` if this user may not read the folder, and
+    :class:`~t23_middleware.errors.StateError` if its database can't be read.
     """
     folder = StateFolder(settings.state_path())
-    refuse_if_closed(folder.path)
+    refuse_unless_readable(folder.path)
     held = lock_is_held(folder.relay_lock)
     outbox = _snapshot(folder.outbox)
     return Status(
@@ -165,41 +165,43 @@ def look(settings: Settings) -> Status:
         now_ms=time.time_ns() // 1_000_000,
         outbox=outbox,
         foreign_journals=len(folder.foreign_journals()),
-        journal_bytes=_not_taken_in(folder, outbox),
+        journal_bytes=_unread_bytes(folder, outbox),
         relay=(folder.relay_holder() or LockHolder(0, "", "", False)) if held else None,
         relay_mode=settings.relay,
         follows_log=bool(settings.proxy_log),
         log_bytes=log_size(folder.outbox),
-        readers=long_readers(folder.outbox),
+        readers=blocking_readers(folder.outbox),
     )
 
 
-def long_readers(outbox: Path) -> tuple[str, ...]:
-    """Where the log of *outbox* is long: who keeps it so; a name for nobody that can be seen."""
+def blocking_readers(outbox: Path) -> tuple[str, ...]:
+    """The processes that prevent reuse of the log of *outbox*, if it is long; a placeholder if none is visible."""
     if log_size(outbox) <= LONG_LOG:
         return ()
-    return tuple(readers(outbox)) or ("a process that can't be seen from here",)
+    return tuple(readers(outbox)) or ("a process that is not visible from here",)
 
 
-def reader_words(names: tuple[str, ...], log_bytes: int) -> str:
-    """What to do about them."""
+def readers_sentence(names: tuple[str, ...], log_bytes: int) -> str:
+    """A sentence about these processes, with the remedy."""
     return (
-        f"{', '.join(names)} keeps the outbox open for reading, and its log (outbox.db-wal) takes"
-        f" {text.size(log_bytes)}: delivery is slow until that process ends or closes it."
+        f"{', '.join(names)} keeps the outbox open for reading, and its log (outbox.db-wal) has"
+        f" {text.size(log_bytes)}: delivery is slow until that process ends or closes the outbox."
     )
 
 
-def refuse_if_closed(folder: Path) -> None:
-    """Raise :class:`~t23_middleware.errors.UsageError` where this user may not look into *folder*.
+def refuse_unless_readable(folder: Path) -> None:
+    """Raise :class:`~t23_middleware.errors.UsageError` if this user may not read *folder*.
 
-    Raises :class:`~t23_middleware.errors.StateError` where it is another user's, and open to all.
+    Raises :class:`~t23_middleware.errors.StateError` if it belongs to another user and is open to all.
     """
     try:
         closed = folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK)
     except PermissionError:
         closed = True
     if closed:
-        raise UsageError(f"the state folder {folder} is another user's; run this as that user, or as root")
+        raise UsageError(
+            f"the state folder {folder} belongs to another user; run this as that user, or as root"
+        )
     StateFolder(folder).check_ownership()
 
 
@@ -208,25 +210,26 @@ def _snapshot(path: Path) -> Snapshot:
         with OutboxView(path) as view:
             return view.snapshot()
     except NoOutbox:
-        return NOTHING
+        return EMPTY_SNAPSHOT
 
 
-def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
-    """Looked at after the outbox: what was taken in and removed since is no longer there to be counted."""
+def _unread_bytes(folder: StateFolder, outbox: Snapshot) -> int:
+    """Bytes in journals after the relay's offsets. Call this after reading the outbox: a file that was read and
+    removed in between is then not counted."""
     total = 0
     for path in folder.readable_journals():
         try:
             total += max(owned.lstat(path).st_size - outbox.places.get(path.name, 0), 0)
         except OSError:
-            continue  # removed since, or no journal: the relay says of what it can't read
+            continue  # removed in between, or not a journal: the relay logs what it can't read
     return total
 
 
-# What is shown.
+# Output.
 
 
 def as_json(status: Status) -> dict[str, Any]:
-    """The same for programs; times are seconds since the epoch."""
+    """The status for programs; times are seconds since the epoch."""
     return {
         **status.stats._asdict(),
         "state": status.state,
@@ -234,27 +237,27 @@ def as_json(status: Status) -> dict[str, Any]:
         "oldest_waiting_seconds": status.oldest_seconds,
         "open_responses": status.open_responses,
         "draining": status.draining,
-        "waiting_for_proxy": status.awaited.number,
+        "waiting_for_proxy": status.waiting_for_proxy.number,
         "journal_bytes": status.journal_bytes,
         "foreign_journals": status.foreign_journals,
         "log_bytes": status.log_bytes,
         "readers": list(status.readers),
         "lost_by_reason": status.lost_by_reason,
         "losses": [loss._asdict() for loss in status.outbox.losses],
-        "counters": status.ignored,
-        "relay": None if status.relay is None else _holder(status.relay),
-        "apis": {host: _api(health) for host, health in status.apis.items()},
+        "counters": status.other_counters,
+        "relay": None if status.relay is None else _relay_json(status.relay),
+        "apis": {host: _api_json(health) for host, health in status.apis.items()},
         "folder": str(status.folder),
         "time": status.now_ms / 1000,
     }
 
 
-def _holder(holder: LockHolder) -> dict[str, Any]:
+def _relay_json(holder: LockHolder) -> dict[str, Any]:
     pid = None if holder.is_elsewhere else holder.pid
     return {"pid": pid, "version": holder.version, "automatic": holder.automatic}
 
 
-def _api(health: Health) -> dict[str, Any]:
+def _api_json(health: Health) -> dict[str, Any]:
     return {
         "state": health.state,
         "reason": health.reason,
@@ -264,99 +267,102 @@ def _api(health: Health) -> dict[str, Any]:
 
 
 def sentences(status: Status) -> list[str]:
-    """How it goes, in words: what matters first."""
-    return [*_of_delivery(status), *_of_readers(status), *_of_the_proxy(status), *_unknown(status)]
-
-
-def _of_readers(status: Status) -> list[str]:
-    return [reader_words(status.readers, status.log_bytes)] if status.readers else []
-
-
-def _unknown(status: Status) -> Iterator[str]:
-    if status.outbox.counters.get(UNCOUNTED):
-        yield "What a corrupt outbox held could not all be counted; relay.log names the file, which is set aside."
-
-
-def _of_the_proxy(status: Status) -> list[str]:
-    offloaded = status.ignored.get("offloaded", 0)
-    if not offloaded or status.follows_log:
-        return []
+    """The state in sentences, the most important first."""
     return [
-        f"{offloaded:,} plays were left to the proxy (X-Accel-Redirect or the like) and are not reported: set"
-        " T23_PROXY_LOG; 't23-middleware check' prints what to add to nginx's configuration."
+        *_delivery_sentences(status),
+        *_reader_sentences(status),
+        *_proxy_sentences(status),
+        *_uncounted_sentences(status),
     ]
 
 
-def _of_delivery(status: Status) -> list[str]:
+def _reader_sentences(status: Status) -> list[str]:
+    return [readers_sentence(status.readers, status.log_bytes)] if status.readers else []
+
+
+def _uncounted_sentences(status: Status) -> Iterator[str]:
+    if status.outbox.counters.get(UNCOUNTED):
+        yield "Not all reports of a corrupt outbox could be counted; relay.log names the file, which is kept."
+
+
+def _proxy_sentences(status: Status) -> list[str]:
+    offloaded = status.other_counters.get("offloaded", 0)
+    if not offloaded or status.follows_log:
+        return []
+    return [
+        f"{offloaded:,} plays were left to the proxy (X-Accel-Redirect or similar) and are not reported: set"
+        " T23_PROXY_LOG; 't23-middleware check' prints the lines for nginx's configuration."
+    ]
+
+
+def _delivery_sentences(status: Status) -> list[str]:
     match status.state:
         case "idle":
-            return [_idle(status)]
+            return [_idle_sentence(status)]
         case "paused":
-            said = [
-                f"Paused{_of(host, api, status)}: {api.reason}"
-                for host, api in status.troubled(PAUSED).items()
+            lines = [
+                f"Paused{_for_host_since(host, api, status)}: {api.reason}"
+                for host, api in status.waiting_apis(PAUSED).items()
             ]
         case "failing":
-            said = [
-                f"The API is down{_of(host, api, status)}: {api.reason}. Reports wait here until it is back."
-                for host, api in status.troubled(FAILING).items()
+            lines = [
+                f"The API is down{_for_host_since(host, api, status)}: {api.reason}. Reports wait until it answers again."
+                for host, api in status.waiting_apis(FAILING).items()
             ]
         case "delivering":
             return ["Delivering."]
         case _:
-            said = []
-    return said if status.relay else [*said, _no_relay(status)]
+            lines = []
+    return lines if status.relay else [*lines, _no_relay_sentence(status)]
 
 
-def _of(host: str, api: Health, status: Status) -> str:
+def _for_host_since(host: str, api: Health, status: Status) -> str:
     where = f" for {host}" if host else ""
     return (
         f"{where} since {text.moment(api.since_ms)} ({text.duration((status.now_ms - api.since_ms) / 1000)})"
     )
 
 
-def _idle(status: Status) -> str:
-    if status.awaited.number:
+def _idle_sentence(status: Status) -> str:
+    if status.waiting_for_proxy.number:
         return "Nothing waits to be delivered, but plays wait for their lines in the proxy's log."
     if status.draining:
-        return (
-            "Nothing waits to be delivered, but responses drain: their clients have not acknowledged all yet."
-        )
+        return "Nothing waits to be delivered, but responses are draining: clients have not acknowledged all bytes yet."
     if not status.exists:
         return (
-            "Nothing was captured: there is no state folder yet. Is it the one of the workers' user, and do the media"
-            " URLs name a session and a video?"
+            "Nothing was captured: there is no state folder yet. Does this command run as the workers' user? Do the"
+            " media URLs name a session and a video?"
         )
     if not status.stats.captured:
-        return "Nothing waits: nothing was captured yet."
+        return "Nothing waits: no report was captured yet."
     if status.stats.dead or status.stats.lost:
-        return "Nothing waits, but not all that was captured was taken: see dead and lost."
-    return "Nothing waits: all that was captured was sent."
+        return "Nothing waits, but not all captured reports were sent: see dead and lost."
+    return "Nothing waits: all captured reports were sent."
 
 
-def _no_relay(status: Status) -> str:
-    what = text.reports(status.stats.waiting) if status.stats.waiting else "what the workers wrote"
+def _no_relay_sentence(status: Status) -> str:
+    what = text.reports(status.stats.waiting) if status.stats.waiting else "the workers' data"
     wait = f"No relay runs, so {what} {'waits' if status.stats.waiting <= 1 else 'wait'}"
     if status.relay_mode == "external":
-        return f"{wait}: T23_RELAY=external asks you to run 't23-middleware relay'."
+        return f"{wait}: with T23_RELAY=external you have to run 't23-middleware relay'."
     if status.relay_mode == "off":
-        return f"{wait}: T23_RELAY=off; 't23-middleware relay --once' delivers by hand."
-    return f"{wait} for the app's next play; 't23-middleware relay --once' delivers now."
+        return f"{wait}: T23_RELAY=off; 't23-middleware relay --once' delivers now."
+    return f"{wait} until the app's next play starts one; 't23-middleware relay --once' delivers now."
 
 
 def screen(status: Status, columns: int) -> Iterator[str]:
-    """The lines of the screen."""
+    """The status as lines of text, for a terminal with this number of *columns*."""
     for sentence in sentences(status):
         yield text.wrapped(sentence, columns)
     yield ""
     for name, value, remark in _figures(status):
         yield text.wrapped(remark, columns, " " * 32, f"  {name:15} {value:>12,}  ")
     yield ""
-    for name, words in _circumstances(status):
+    for name, words in _details(status):
         yield text.wrapped(words, columns, " " * 18, f"  {name:15} ")
-    if status.ignored:
-        yield "\n  Counted aside:"
-    for name, value in sorted(status.ignored.items()):
+    if status.other_counters:
+        yield "\n  Not reported, or unusual:"
+    for name, value in sorted(status.other_counters.items()):
         yield f"    {name:30}{value:>12,}"
 
 
@@ -370,23 +376,23 @@ def _figures(status: Status) -> Iterator[tuple[str, int, str]]:
     yield "lost", stats.lost, ", ".join(f"{reason} {number:,}" for reason, number in reasons)
 
 
-def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
+def _details(status: Status) -> Iterator[tuple[str, str]]:
     yield "open responses", f"{status.open_responses:,}"
     if status.draining:
-        yield "draining", f"{status.draining:,} are sent and not yet acknowledged by their clients"
-    if words := counted_words(status.outbox.notes):
+        yield "draining", f"{status.draining:,} are sent but not yet acknowledged by their clients"
+    if words := counting_description(status.outbox.notes):
         yield "counted", words
-    plays = status.awaited
+    plays = status.waiting_for_proxy
     if plays.number:
         age = text.duration((status.now_ms - plays.since_ms) / 1000)
         yield "proxy", f"{plays.number:,} plays wait for their lines in its log, the oldest for {age}"
-    yield "journals", f"{text.size(status.journal_bytes)} not taken in yet"
+    yield "journals", f"{text.size(status.journal_bytes)} not read yet"
     if status.foreign_journals:
         yield (
             "",
-            f"{status.foreign_journals:,} of another version of t23_middleware, whose relay can read them",
+            f"{status.foreign_journals:,} of another version of t23_middleware; only its relay can read them",
         )
-    yield "relay", relay_words(status.relay)
+    yield "relay", relay_description(status.relay)
     answered_ms = max((api.answered_ms for api in status.apis.values()), default=0)
     if answered_ms:
         ago = text.duration((status.now_ms - answered_ms) / 1000)
@@ -395,12 +401,12 @@ def _circumstances(status: Status) -> Iterator[tuple[str, str]]:
     yield "state folder", str(status.folder)
 
 
-def relay_words(relay: LockHolder | None) -> str:
-    """Which relay runs."""
+def relay_description(relay: LockHolder | None) -> str:
+    """The relay in words: process, version and how it was started."""
     if relay is None:
-        return "none runs"
+        return "not running"
     if not relay.pid:
-        return "runs"  # it could not write its name: the disk is full
+        return "running"  # it could not write its process id, because the disk is full
     how = "started by a worker" if relay.automatic else "run as a service"
     where = (
         f"in another container (process {relay.pid} there)" if relay.is_elsewhere else f"process {relay.pid}"
@@ -412,10 +418,10 @@ def relay_words(relay: LockHolder | None) -> str:
 
 
 def run_status(settings: Settings, *, machine: bool, watch: bool) -> int:
-    """Print it, with *machine* as JSON; with *watch* again each 2 seconds until Ctrl-C."""
+    """Print the status, as JSON if *machine*; if *watch*, refresh it every 2 seconds until Ctrl-C."""
     try:
         while True:
-            _show(look(settings), machine=machine, again=watch)
+            _show(read_status(settings), machine=machine, repeated=watch)
             if not watch:
                 return 0
             time.sleep(REFRESH)
@@ -423,15 +429,15 @@ def run_status(settings: Settings, *, machine: bool, watch: bool) -> int:
         return 0
 
 
-def _show(status: Status, *, machine: bool, again: bool) -> None:
+def _show(status: Status, *, machine: bool, repeated: bool) -> None:
     if machine:
-        print(json.dumps(as_json(status), indent=None if again else 2), flush=True)
+        print(json.dumps(as_json(status), indent=None if repeated else 2), flush=True)
         return
     lines = [*screen(status, text.width())]
-    if again:
-        lines.append(f"\n{text.moment(status.now_ms)}, again each {REFRESH:.0f} s; Ctrl-C ends")
-    if again and sys.stdout.isatty():
-        # To the top, and erase what is left of each line and below: a cleared screen would flicker.
+    if repeated:
+        lines.append(f"\n{text.moment(status.now_ms)}, refreshed every {REFRESH:.0f} s; Ctrl-C ends")
+    if repeated and sys.stdout.isatty():
+        # Cursor to the top, then erase the rest of each line and what is below: clearing the screen would flicker.
         print("\x1b[H" + "\n".join(lines).replace("\n", "\x1b[K\n") + "\x1b[K\n\x1b[J", end="", flush=True)
     else:
         print("\n".join(lines), flush=True)

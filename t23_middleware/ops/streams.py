@@ -1,4 +1,4 @@
-"""What a command prints to: streams that may be closed, full or read by nobody, without a traceback."""
+"""The standard streams of a command, which may be closed, full or broken; that must not cause a traceback."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import sys
 import traceback
 
 
-def open_missing() -> None:
-    """Put /dev/null where a standard stream was closed: else the next file that is opened would get its number."""
+def open_missing_streams() -> None:
+    """Open /dev/null for each closed standard stream: otherwise the next opened file would get its descriptor."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, closefd=False, errors="replace"))  # noqa: SIM115
 
 
-def flushed(code: int) -> int:
-    """Write what is still buffered; *code*, or 1 where the output could not be written."""
+def flush_output(code: int) -> int:
+    """Flush the output. Returns *code*, or 1 if *code* is 0 and the output can't be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -36,14 +36,14 @@ def flushed(code: int) -> int:
 
 
 def _discard(number: int) -> None:
-    """Let what is still buffered go nowhere: Python tries it once more at its end, and complains."""
+    """Discard buffered output: Python would try to write it again at exit, and print an error."""
     descriptor = os.open(os.devnull, os.O_WRONLY)
     os.dup2(descriptor, number)
     os.close(descriptor)
 
 
-def located(error: Exception) -> str:
-    """The kind of *error* and the place that it comes from; not its words, in which a session may be."""
+def error_location(error: Exception) -> str:
+    """Type and source line of *error*, without its message, which may contain a session."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "t23_middleware" in frame.filename] or frames
     place = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno}" if ours else "?"  # noqa: PTH119

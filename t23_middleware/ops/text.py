@@ -1,4 +1,4 @@
-"""How the commands put figures, times and long sentences on a terminal of 80 columns."""
+"""Formats figures, times and long sentences for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 
-#: What stays on one line, since it is copied: a command in quotes; its spaces are held by a character that is none.
+#: Quoted commands are never wrapped, so that they can be copied. While wrapping, their spaces are replaced by NUL.
 _QUOTED = re.compile(r"'t23-middleware [^']{1,60}'")
-_HELD = "\0"
-#: A command at the end of an error, to be typed as it stands.
-_TYPED = re.compile(r": (?P<typed>(?:T23_\w+=\S+ )*(?:T23_APP=\S+|t23-middleware) \S.*)$")
-#: Columns that a screen is made for; a narrower terminal gets narrower ones.
+_KEPT_SPACE = "\0"
+#: A command at the end of an error message, to be typed unchanged.
+_COMMAND_AT_END = re.compile(r": (?P<typed>(?:T23_\w+=\S+ )*(?:T23_APP=\S+|t23-middleware) \S.*)$")
+#: Maximum columns of the output; a narrower terminal gets narrower lines.
 WIDTH = 80
 
 
 def width() -> int:
-    """Columns to write in: at most 80, at least 40."""
+    """Columns of the output: 40 to 80, depending on the terminal."""
     return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, 40), WIDTH)
 
 
 def wrapped(text: str, columns: int, indent: str = "", first: str | None = None) -> str:
-    """*text* in lines of *columns*; *first* stands before the first line, *indent* before the others.
+    """*text* wrapped at *columns*; *first* comes before the first line, *indent* before the others.
 
-    What has no spaces, as most paths, stays whole on a line that may be longer: it is there to be copied.
+    A long word without spaces, such as a path, is not broken, so that it can be copied; its line may be longer.
     """
     start = indent if first is None else first
-    whole = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _HELD), text)
+    whole = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", _KEPT_SPACE), text)
     lines = textwrap.wrap(
         whole,
         columns,
@@ -37,27 +37,27 @@ def wrapped(text: str, columns: int, indent: str = "", first: str | None = None)
         break_on_hyphens=False,
         break_long_words=False,
     )
-    return "\n".join(lines or [start.rstrip()]).replace(_HELD, " ")
+    return "\n".join(lines or [start.rstrip()]).replace(_KEPT_SPACE, " ")
 
 
-def error(message: str, columns: int | None) -> str:
-    """*message* as the commands say it; on a terminal of *columns* in lines, and what is to be typed on its own.
+def error_message(message: str, columns: int | None) -> str:
+    """*message* as the commands print it: wrapped at *columns*, with a command at its end on a line of its own.
 
-    ``None`` for what is no terminal, where a message is one line.
+    *columns* is ``None`` if the output is not a terminal; then the message is one line.
     """
-    said = f"t23-middleware: {message}"
+    line = f"t23-middleware: {message}"
     if columns is None:
-        return said
-    sentence, colon, typed = said, "", ""
-    if (found := _TYPED.search(said)) is not None:
-        sentence, colon, typed = said[: found.start()], ":", f"\n  {found['typed']}"
-    return wrapped(sentence + colon, columns, "  ", "") + typed
+        return line
+    sentence, colon, command = line, "", ""
+    if (found := _COMMAND_AT_END.search(line)) is not None:
+        sentence, colon, command = line[: found.start()], ":", f"\n  {found['typed']}"
+    return wrapped(sentence + colon, columns, "  ", "") + command
 
 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int], columns: int
 ) -> Iterator[str]:
-    """Lines of a table; the columns numbered *right* hold figures, the last takes what is left and is wrapped."""
+    """Lines of a table. Columns with an index in *right* are aligned right; the last gets the rest and is wrapped."""
     widths = [max(map(len, cells)) for cells in zip(head, *rows, strict=True)][:-1]
     room = max(columns - sum(widths) - 2 * len(widths), 20)
     for row in [head, *rows]:
@@ -72,12 +72,12 @@ def table(
 
 
 def moment(ms: int) -> str:
-    """A time in ms since the epoch, in this machine's zone."""
+    """A time (ms since the epoch) in this machine's time zone."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(ms / 1000))
 
 
 def duration(seconds: float) -> str:
-    """A time span in its one fitting unit."""
+    """A time span, rounded to one unit."""
     seconds = max(seconds, 0.0)
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
@@ -86,7 +86,7 @@ def duration(seconds: float) -> str:
 
 
 def size(number: int) -> str:
-    """A number of bytes in a binary unit."""
+    """A number of bytes in binary units."""
     if number < 1024:
         return f"{number} bytes"
     power = min((number.bit_length() - 1) // 10, 3)
@@ -94,11 +94,11 @@ def size(number: int) -> str:
 
 
 def reports(number: int) -> str:
-    """*number* of reports, in words."""
+    """*number* with the word "report" or "reports"."""
     return f"{number:,} report{'' if number == 1 else 's'}"
 
 
 def masked(session: str) -> str:
-    """The first characters of a session, at most four and at most half of it."""
+    """The first characters of a session: at most four, and at most half of it."""
     shown = session[: min(4, len(session) // 2)]
     return (shown if shown.isprintable() else "") + "…"

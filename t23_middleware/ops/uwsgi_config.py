@@ -1,8 +1,8 @@
-"""What a uWSGI command line, with the ini files that it names, would load.
+"""Which app a uWSGI command line loads, together with the ini files that it names.
 
-uWSGI gathers all options first: ``UWSGI_…`` variables, then the command line with each ``--ini`` read where it
-stands, then positional files; the last value of an option wins (``core/init.c``, ``uwsgi_commandline_config``). Of
-the apps for one mount point the first loaded stays, and ``module`` is loaded before ``wsgi-file``
+uWSGI first collects all options: ``UWSGI_…`` variables, then the command line (each ``--ini`` is read at its place),
+then positional files. The last value of an option is used (``core/init.c``, ``uwsgi_commandline_config``). If two apps
+have the same mount point, the one that is loaded first is used; ``module`` is loaded before ``wsgi-file``
 (``plugins/python/python_plugin.c``, ``uwsgi_python_init_apps``).
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 
-#: Options that name the app, by the name that they are all read under here.
+#: Options that name the app -> the common name that this module uses for them.
 _APP_OPTIONS = {
     "module": "module",
     "wsgi": "module",
@@ -23,24 +23,25 @@ _APP_OPTIONS = {
     "file": "wsgi-file",
     "callable": "callable",
 }
-#: Options that read an ini file where they stand.
+#: Options that read an ini file at their place.
 _INI_OPTIONS = ("ini", "include")
-#: Options that load apps in ways that one wrapped module can't stand in for, or that are read after all others.
-_ELSEWHERE = {
+#: Options that load apps in a way that one wrapped module can't replace, or that uWSGI reads after all others.
+_UNSUPPORTED = {
     **dict.fromkeys(("emperor", "zerg", "vassals-inherit"), "starts other instances"),
     **dict.fromkeys(("mount", "worker-mount"), "loads apps by mount point"),
     **dict.fromkeys(("paste", "ini-paste", "ini-paste-logged"), "loads a PasteDeploy file"),
     **dict.fromkeys(
-        ("eval", "pecan", "web3", "pump", "wsgi-lite", "python-raw"), "loads an app that is no WSGI module"
+        ("eval", "pecan", "web3", "pump", "wsgi-lite", "python-raw"), "loads an app that is not a WSGI module"
     ),
-    **dict.fromkeys(("xml", "yaml", "yml", "json", "js", "config", "config-py"), "is no ini file"),
+    **dict.fromkeys(("xml", "yaml", "yml", "json", "js", "config", "config-py"), "is not an ini file"),
     **dict.fromkeys(("inherit", "declare-option", "declare-option2"), "is read after the command line"),
     "python-worker-override": "replaces the worker",
 }
-_VALUES_HERE = {*_APP_OPTIONS, *_INI_OPTIONS, *_ELSEWHERE}
+_RELEVANT = {*_APP_OPTIONS, *_INI_OPTIONS, *_UNSUPPORTED}
 _SHORT = {"w": "module", "x": "xml", "y": "yaml", "j": "json"}
 _CONFIG_FILE = re.compile(r".*\.(ini|xml|ya?ml|json|js)", re.DOTALL)
-#: Flags that often stand right before a positional file; other options could mean that file as their value.
+#: Flags without a value that often come directly before a positional file. After any other option the file could be
+#: that option's value.
 _FLAG = re.compile(
     "master|enable-threads|lazy|lazy-apps|need-app|vacuum|die-on-term|single-interpreter|strict|thunder-lock|"
     "disable-logging|no-orphans|auto-procname|memory-report|http-keepalive|http-auto-chunked|enable-metrics|"
@@ -48,34 +49,34 @@ _FLAG = re.compile(
     "harakiri-verbose|manage-script-name|honour-stdin|skip-atexit|ignore-sigpipe|ignore-write-errors|"
     "disable-write-exception|so-keepalive|tcp-nodelay|[MCTLimacr]"
 )
-#: ``%d`` and ``%(…)``, ``$(…)``, ``@(…)``: uWSGI puts other text there.
-_MAGIC = re.compile(r"%|[$@]\(")
-#: ``core/uwsgi.c``, the options of "opt logic".
-_LOGIC = re.compile(r"if(-.*|[a-z]*)|for(-glob|-times|-readline)?|end-?(if|for)?")
+#: ``%d`` and ``%(…)``, ``$(…)``, ``@(…)``: uWSGI replaces these with other text.
+_PLACEHOLDER = re.compile(r"%|[$@]\(")
+#: Options that make others conditional (``core/uwsgi.c``, "opt logic").
+_CONDITIONAL = re.compile(r"if(-.*|[a-z]*)|for(-glob|-times|-readline)?|end-?(if|for)?")
 
 
 @dataclass
 class Loaded:
-    """What uWSGI would load, as far as its options say."""
+    """What uWSGI would load according to its options."""
 
-    #: Last value of ``module``, ``wsgi-file`` and ``callable``.
+    #: The last value of each of ``module``, ``wsgi-file`` and ``callable``.
     options: dict[str, str] = field(default_factory=dict)
-    #: Those of them whose last value only uWSGI can know, with the reason.
+    #: Options whose last value only uWSGI can determine -> the reason.
     unknown: dict[str, str] = field(default_factory=dict)
-    #: The command line without the configuration files that stand without an option.
+    #: The command line without its positional configuration files.
     arguments: list[str] = field(default_factory=list)
-    #: These files; uWSGI reads them after all options.
+    #: The positional configuration files. uWSGI reads them after all options.
     positional: list[str] = field(default_factory=list)
 
     def target(self) -> str | None:
-        """The app in the form of ``T23_APP``, or None where nothing names one.
+        """The app in the form of ``T23_APP``, or None if no option names one.
 
-        Raises :class:`~t23_middleware.errors.UsageError` where only uWSGI can know.
+        Raises :class:`~t23_middleware.errors.UsageError` if only uWSGI can determine it.
         """
         for name in self._options_that_count():
             if name in self.unknown:
                 raise UsageError(
-                    f"uwsgi: {self.unknown[name]}; write --ini FILE, and --module video:app behind it"
+                    f"uwsgi: {self.unknown[name]}; write --ini FILE, and after it --module video:app"
                 )
         attribute = self.options.get("callable", "application")
         if "module" in self.options:
@@ -93,30 +94,30 @@ class Loaded:
 
 
 def read(arguments: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Loaded:
-    """What ``uwsgi *arguments*`` would load; reads ini files, runs nothing.
+    """What ``uwsgi *arguments*`` would load. Reads ini files, executes nothing.
 
-    Raises :class:`~t23_middleware.errors.UsageError` for what can't be known from here.
+    Raises :class:`~t23_middleware.errors.UsageError` if that can't be determined without uWSGI.
     """
     loaded = Loaded()
     for name, value in [*_from_environment(environ), *_from_command_line(arguments, loaded)]:
-        _take(loaded, name, value, cwd)
+        _apply(loaded, name, value, cwd)
     for file in loaded.positional:
-        _take(loaded, file.rpartition(".")[2], file, cwd)
+        _apply(loaded, file.rpartition(".")[2], file, cwd)
     return loaded
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for variable, value in environ.items():
         name = variable.removeprefix("UWSGI_").lower().replace("_", "-")
-        if variable.startswith("UWSGI_") and name in _VALUES_HERE:
+        if variable.startswith("UWSGI_") and name in _RELEVANT:
             yield name, value
 
 
 def _from_command_line(arguments: Sequence[str], loaded: Loaded) -> list[tuple[str, str]]:
-    """The options of *arguments* that matter here; sorts *arguments* into *loaded*."""
+    """The options in *arguments* that can name the app. Adds each of *arguments* to the right list of *loaded*."""
     found = []
     words = iter(arguments)
-    before = ""  # the option, if any, that the word could be the value of
+    before = ""  # the option before the word, whose value the word could be
     for word in words:
         if _is_positional(word, before):
             loaded.positional.append(word)
@@ -125,7 +126,7 @@ def _from_command_line(arguments: Sequence[str], loaded: Loaded) -> list[tuple[s
         loaded.arguments.append(word)
         name, value = _as_option(word)
         before = name if value is None else ""
-        if name in _VALUES_HERE:
+        if name in _RELEVANT:
             if value is None:
                 value = next(words, "")
                 loaded.arguments.append(value)
@@ -135,9 +136,9 @@ def _from_command_line(arguments: Sequence[str], loaded: Loaded) -> list[tuple[s
 
 
 def _as_option(word: str) -> tuple[str, str | None]:
-    """``--name=value``, ``--name``, ``-wvalue``, ``-w`` as name and value; ``("", None)`` for another word."""
+    """Name and value of ``--name=value``, ``--name``, ``-wvalue`` or ``-w``; ``("", None)`` for any other word."""
     if word == "--":
-        raise UsageError("uwsgi reads what follows '--' last; write --ini FILE instead")
+        raise UsageError("uwsgi reads what follows '--' after all options; write --ini FILE instead")
     if word.startswith("--"):
         name, equals, value = word[2:].partition("=")
         return name, value if equals else None
@@ -147,7 +148,7 @@ def _as_option(word: str) -> tuple[str, str | None]:
 
 
 def _is_positional(word: str, before: str) -> bool:
-    """Whether *word* is a configuration file without an option, which uWSGI reads after all options."""
+    """Whether *word* is a positional configuration file."""
     if word.startswith("-") or not _CONFIG_FILE.fullmatch(word):
         return False
     if before and not _FLAG.fullmatch(before):
@@ -158,48 +159,48 @@ def _is_positional(word: str, before: str) -> bool:
     return True
 
 
-def _take(loaded: Loaded, name: str, value: str, cwd: Path, *, within: str = "", depth: int = 0) -> None:
-    """Takes one option; *within* says what it depends on."""
-    doubt = f"{name} = {value} {within}" if within else _doubt(name, value)
+def _apply(loaded: Loaded, name: str, value: str, cwd: Path, *, within: str = "", depth: int = 0) -> None:
+    """Add one option to *loaded*; *within* describes the condition that it depends on, if any."""
+    uncertainty = f"{name} = {value} {within}" if within else _uncertainty(name, value)
     if name in _APP_OPTIONS:
         loaded.options[_APP_OPTIONS[name]] = value
         loaded.unknown.pop(_APP_OPTIONS[name], None)
-        if doubt:
-            loaded.unknown[_APP_OPTIONS[name]] = doubt
-    elif name in _ELSEWHERE:
-        raise UsageError(_advice(f"uwsgi: {name} = {value} {_ELSEWHERE[name]}"))
-    elif doubt:
-        raise UsageError(_advice(f"uwsgi: {doubt}"))
+        if uncertainty:
+            loaded.unknown[_APP_OPTIONS[name]] = uncertainty
+    elif name in _UNSUPPORTED:
+        raise UsageError(_with_remedy(f"uwsgi: {name} = {value} {_UNSUPPORTED[name]}"))
+    elif uncertainty:
+        raise UsageError(_with_remedy(f"uwsgi: {uncertainty}"))
     else:
-        _take_ini(loaded, value, cwd, depth)
+        _apply_ini(loaded, value, cwd, depth)
 
 
-def _doubt(name: str, value: str) -> str:
-    if _MAGIC.search(value):
-        return f"{name} = {value} holds a placeholder that only uWSGI can fill in"
+def _uncertainty(name: str, value: str) -> str:
+    if _PLACEHOLDER.search(value):
+        return f"{name} = {value} contains a placeholder that only uWSGI can replace"
     if name == "include" and not re.search(r"\.ini(:[^/]*)?$|^:", value):
-        return f"{name} = {value} is no ini file"
+        return f"{name} = {value} is not an ini file"
     return ""
 
 
-def _advice(wrong: str) -> str:
+def _with_remedy(wrong: str) -> str:
     return (
         f"{wrong}; write 'module = t23_middleware.wsgi:application' in the instance's own configuration, "
         "with 'env = T23_APP=video:app' before it, and start uwsgi without 't23-middleware run'"
     )
 
 
-def _take_ini(loaded: Loaded, spec: str, cwd: Path, depth: int) -> None:
-    """Takes the options of the ini file *spec*, ``path`` or ``path:section``."""
+def _apply_ini(loaded: Loaded, spec: str, cwd: Path, depth: int) -> None:
+    """Add the options of the ini file *spec*: ``path`` or ``path:section``."""
     path, section = spec.rsplit(":", 1) if ":" in spec else (spec, "")
     file = cwd / path
     if depth > 8:
         raise UsageError(
-            f"uwsgi: {spec!r} is reached through files that include each other; name the app by --module"
+            f"uwsgi: {spec!r}: ini files include each other in a circle; name the app with --module"
         )
     for name, value, within in _ini_options(_text_of(file), section or "uwsgi", spec):
         whole = f"{path}{value}" if name in _INI_OPTIONS and value.startswith(":") else value
-        _take(loaded, name, whole, cwd, within=within, depth=depth + 1)
+        _apply(loaded, name, whole, cwd, within=within, depth=depth + 1)
 
 
 def _text_of(file: Path) -> str:
@@ -212,19 +213,19 @@ def _text_of(file: Path) -> str:
 
 
 def _ini_options(text: str, section: str, spec: str) -> Iterator[tuple[str, str, str]]:
-    """Name, value and condition of one section's options that matter here.
+    """Name, value and condition of one section's options that can name the app.
 
-    Read as ``core/ini.c`` does: keys may repeat, a value ends with its line.
+    Same rules as ``core/ini.c``: keys may repeat, a value ends with its line.
     """
     condition = ""
     for name, value in _ini_lines(text, section):
-        if _LOGIC.fullmatch(name):
+        if _CONDITIONAL.fullmatch(name):
             condition = "" if name.startswith("end") else name
-        elif name in _VALUES_HERE:
+        elif name in _RELEVANT:
             yield name, value, f"in {spec} depends on '{condition}'" if condition else ""
     if condition:
         raise UsageError(
-            f"uwsgi: '{condition}' in {spec} has no end; write a line 'end =' behind what depends on it"
+            f"uwsgi: '{condition}' in {spec} has no end; write a line 'end =' after the options that depend on it"
         )
 
 

@@ -342,7 +342,7 @@ def test_a_demo_that_ended_is_said_on_the_page(chromium: Chromium, artefacts: Pa
     assert until(lambda: "was ended" in page.words("#gone"))
     page.picture("ended")
     with demo(tmp_path / "again", "--port", page.address.rpartition(":")[2]):
-        assert until(lambda: "started anew" in page.words("#gone"))
+        assert until(lambda: "started again" in page.words("#gone"))
         page.player.reload()
         page.see(lambda: page.words("#gone") == "" and "press play" in page.words("#state"))
     page.player.leave()

@@ -90,7 +90,7 @@ def test_the_wrong_token_shows_nothing_and_the_right_one_everything(page: Operat
     page.open("/", header=None)
     assert page.fetched("Bearer wrong") == [
         401,
-        "The token is needed: as the password of any user, or as Bearer.\n",
+        "This page needs the token (T23_STATUS_TOKEN): as the password of any user, or as Bearer.\n",
     ]
     status, body = page.fetched(f"Bearer {TOKEN}")
     assert status == 200
@@ -133,12 +133,12 @@ def test_all_can_be_reached_and_opened_by_keyboard(page: OperatorsPage):
     for _ in range(12):
         page.press(Keys.TAB)
         reached.append(page.focused())
-        if reached[-1].startswith("Counted aside"):
+        if reached[-1].startswith("Not reported"):
             break
         outline = page.run("return getComputedStyle(document.activeElement).outlineStyle")
         assert outline != "none", reached
-    assert reached[:4] == ["Load now", "Load anew each 30 s", "JSON", "Metrics"]
-    assert reached[-1].startswith("Counted aside")
+    assert reached[:4] == ["Refresh now", "Refresh every 30 s", "JSON", "Metrics"]
+    assert reached[-1].startswith("Not reported")
     page.press(Keys.ENTER)
     assert "bad signature" in page.text
 
@@ -159,7 +159,7 @@ def test_it_loads_itself_anew_where_that_is_wished_and_stops(page: OperatorsPage
     from selenium.webdriver.common.by import By
 
     page.open()
-    page.driver.find_element(By.LINK_TEXT, "Load anew each 30 s").click()
+    page.driver.find_element(By.LINK_TEXT, "Refresh every 30 s").click()
     assert page.run("return document.querySelector('meta[http-equiv]').content") == "30"
-    page.driver.find_element(By.LINK_TEXT, "Stop loading anew").click()
+    page.driver.find_element(By.LINK_TEXT, "Stop refreshing").click()
     assert page.run("return document.querySelector('meta[http-equiv]')") is None

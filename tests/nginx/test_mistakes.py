@@ -175,4 +175,4 @@ def test_mirror_is_told_and_mended(stage: Stage, more: str):
     waiting = 0 if more else 3
     assert until(lambda: stage.status()["waiting_for_proxy"] == waiting), stage.status()
     said = " ".join(stage.command("gunicorn", "check", T23_APP="tests.nginx.app:app").stdout.split())
-    assert ("does nginx mirror requests to an app that counts?" in said) is not bool(more), said
+    assert ("Does nginx mirror requests to an app that counts?" in said) is not bool(more), said

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from t23_middleware.ops.charts import COUNT, SECONDS, Chart, Line, Unit, count_words, drawn, seconds_words
+from t23_middleware.ops.charts import COUNT, SECONDS, Chart, Line, Unit, as_svg, count_label, seconds_label
 
 #: A midnight somewhere, in minutes since the epoch; in UTC, as the tests run in any zone only its quarters matter.
 FIRST = 20_000 * 24 * 60
@@ -15,7 +15,7 @@ FIRST = 20_000 * 24 * 60
 
 def chart(*values: float | None, unit: Unit = COUNT, piled: bool = False) -> ElementTree.Element:
     made = Chart([Line("line", values, 1)], unit, FIRST, 1, piled)
-    return ElementTree.fromstring(drawn(made, "a <label>"))
+    return ElementTree.fromstring(as_svg(made, "a <label>"))
 
 
 def paths(svg: ElementTree.Element, kind: str) -> list[str]:
@@ -38,7 +38,7 @@ def test_a_gap_parts_the_line_and_a_lone_value_is_a_dot():
 
 
 def test_where_nothing_is_known_it_says_so():
-    assert texts(chart(None, None), "nothing") == ["nothing known of this time"]
+    assert texts(chart(None, None), "nothing") == ["no data for this time"]
     assert texts(chart(0, None), "nothing") == []
     assert paths(chart(None, None), "line") == []
 
@@ -87,7 +87,7 @@ def test_nothing_is_drawn_outside_the_plot():
 
 def test_bars_stand_on_each_other():
     made = Chart([Line("a", [1, 0], 1), Line("b", [1, 2], 2)], COUNT, FIRST, 1, piled=True)
-    below, above = paths(ElementTree.fromstring(drawn(made, "")), "bar")
+    below, above = paths(ElementTree.fromstring(as_svg(made, "")), "bar")
     top_of_below = re.search(r"V([\d.]+)", below)
     foot_of_above = re.match(r"M[\d.]+ ([\d.]+)", above)
     assert top_of_below and foot_of_above
@@ -102,11 +102,11 @@ def test_the_hour_has_its_quarters():
     ("value", "words"), [(0.5, "0.5"), (3, "3"), (9999, "9,999"), (12_500, "12.5k"), (2e9, "2G")]
 )
 def test_counts_are_short(value: float, words: str):
-    assert count_words(value) == words
+    assert count_label(value) == words
 
 
 @pytest.mark.parametrize(
     ("value", "words"), [(0.36, "0.36 s"), (12.4, "12 s"), (90, "1.5 min"), (7200, "2 h"), (129_600, "1.5 d")]
 )
 def test_times_are_short(value: float, words: str):
-    assert seconds_words(value) == words
+    assert seconds_label(value) == words

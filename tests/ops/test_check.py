@@ -47,7 +47,7 @@ def test_a_server_that_is_not_whitelisted_is_told_so(site: Site):
     level, words = items(done.stdout)["API"]
     assert level == "WRONG"
     assert "ask TwentyThree to whitelist it" in words
-    assert "Plays are not reported: 1 item above is WRONG." in done.stdout
+    assert "Plays are not reported: 1 line above is WRONG." in done.stdout
 
 
 def test_all_wrong_settings_are_told_at_once_and_end_with_2(site: Site):
@@ -63,7 +63,7 @@ def test_a_wrong_path_is_told_with_the_one_that_answers(site: Site, path: str):
     assert done.returncode == 1
     level, words = items(done.stdout)["API"]
     assert level == "WRONG"
-    assert words.endswith("The API answers at the other: T23_REPORT_PATH=/api/analytics/report/play.")
+    assert words.endswith("The API answers at another path: T23_REPORT_PATH=/api/analytics/report/play.")
 
 
 def test_a_path_that_is_wrong_everywhere_is_told_without_another(site: Site):
@@ -71,7 +71,7 @@ def test_a_path_that_is_wrong_everywhere_is_told_without_another(site: Site):
     level, words = items(site.run("check").stdout)["API"]
     assert level == "WRONG"
     assert "correct T23_REPORT_PATH or T23_API_URL" in words
-    assert "answers at the other" not in words
+    assert "answers at another path" not in words
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_path_that_is_wrong_everywhere_is_told_without_another(site: Site):
             "Redirected to",
         ),
         ({"kind": "error", "code": "strange_weather"}, "warn", "strange_weather"),
-        ({"kind": "cached"}, "ok", "answers 'ok', even to a report that says nothing"),
+        ({"kind": "cached"}, "ok", "answers 'ok', even to an empty report"),
     ],
     ids=lambda value: str(value.get("kind", "")) if isinstance(value, dict) else "",
 )
@@ -105,7 +105,7 @@ def test_an_api_that_can_not_be_reached_is_told_with_the_reason(site: Site):
     site.api.stop()
     done = site.run("check")
     assert done.returncode == 1
-    assert "Connection refused; look at T23_API_URL, the network" in items(done.stdout)["API"][1]
+    assert "Connection refused; check T23_API_URL, the network" in items(done.stdout)["API"][1]
 
 
 def test_a_clock_that_is_off_is_told(site: Site):
@@ -114,7 +114,7 @@ def test_a_clock_that_is_off_is_told(site: Site):
     assert done.returncode == 0
     assert items(done.stdout)["clock"] == (
         "warn",
-        "10 min behind the API's; synchronise this machine's clock (NTP)",
+        "10 min behind the API's clock; synchronise this machine's clock (NTP)",
     )
 
 
@@ -139,7 +139,7 @@ def test_an_app_that_can_be_imported_is_right(site: Site, tmp_path: Path):
     ("code", "target", "says"),
     [
         ("raise ValueError('no database')", "video:app", "fails at import (ValueError: no database)"),
-        ("import sys; sys.exit(7)", "video:app", "it exits with 7"),
+        ("import sys; sys.exit(7)", "video:app", "it exits with code 7"),
         ("other = 1", "video:app", "T23_APP"),
         ("", "novideo:app", "cannot import 'novideo'"),
     ],
@@ -178,7 +178,7 @@ def test_a_folder_that_others_could_read_is_closed_and_told(site: Site):
     done = site.run("check")
     assert items(done.stdout)["folder"] == (
         "warn",
-        "others could look into it (mode 0755); it has mode 0700 now",
+        "other users could read it (mode was 0755); the mode is now 0700",
     )
     assert site.folder.path.stat().st_mode & 0o777 == 0o700
 
@@ -198,7 +198,7 @@ def test_refused_reports_are_worth_a_look(site: Site):
     site.deliver()
     assert items(site.run("check").stdout)["outbox"] == (
         "warn",
-        "2 reports refused by the API; see 't23-middleware dead list'",
+        "2 reports refused by the API; run 't23-middleware dead list'",
     )
 
 
@@ -206,7 +206,10 @@ def test_an_external_relay_must_run(site: Site):
     site.folder.create()
     done = site.run("check", T23_RELAY="external")
     assert done.returncode == 1
-    assert "none runs, and T23_RELAY=external: start 't23-middleware relay'" in items(done.stdout)["relay"][1]
+    assert (
+        "no relay runs, and T23_RELAY=external: start 't23-middleware relay'"
+        in items(done.stdout)["relay"][1]
+    )
     with site.relay() as relay:
         done = site.run("check", T23_RELAY="external")
     assert done.returncode == 0
@@ -216,18 +219,18 @@ def test_an_external_relay_must_run(site: Site):
 def test_a_relay_that_is_off_delivers_nothing(site: Site):
     done = site.run("check", T23_RELAY="off")
     assert done.returncode == 1
-    assert "nobody delivers" in items(done.stdout)["relay"][1]
+    assert "reports are not delivered" in items(done.stdout)["relay"][1]
 
 
 def test_a_relay_with_other_settings_or_started_by_workers_is_told(site: Site):
     with site.relay():
         level, words = items(site.run("check", T23_TIMEOUT="7").stdout)["relay"]
-        assert (level, "with other settings than these" in words) == ("warn", True)
+        assert (level, "with settings other than these" in words) == ("warn", True)
     with living(site.folder, digest=site.digest()) as writer, site.relay(automatic=True):
         writer.write(transfer(1, 1))
         assert items(site.run("check").stdout)["relay"][0] == "ok"
         level, words = items(site.run("check", T23_RELAY="external").stdout)["relay"]
-        assert (level, "started by a worker, though T23_RELAY=external" in words) == ("warn", True)
+        assert (level, "started by a worker, although T23_RELAY=external" in words) == ("warn", True)
 
 
 MOUNTS = r"""
@@ -319,7 +322,7 @@ def test_send_finds_the_path_that_works(site: Site, set_to: str, right: str):
         "check", "--send", "--photo", "7", "--session", "alice-secret", T23_REPORT_PATH=prefix + right
     )
     assert right_now.returncode == 0
-    assert f"{prefix}{right} took it" in items(right_now.stdout)["send"][1]
+    assert f"{prefix}{right} accepted it" in items(right_now.stdout)["send"][1]
 
 
 def test_send_tells_of_every_path(site: Site):

@@ -35,9 +35,9 @@ def test_kernel_that_can_be_asked(site: Site):
     noted(site, kernel_problem="", writers_elsewhere="0")
     assert counting(site) == (
         "ok",
-        "what clients' kernels acknowledged, where the server's socket can be reached",
+        "bytes that clients' kernels acknowledged, where the server's socket can be found",
     )
-    assert "what clients' kernels acknowledged" in " ".join(site.run("status").stdout.split())
+    assert "bytes that clients' kernels acknowledged" in " ".join(site.run("status").stdout.split())
 
 
 def test_refused_kernel_told_with_remedy(site: Site):
@@ -69,7 +69,7 @@ def test_switched_off_is_no_warning(site: Site, problem: str):
 def test_proxy_counts_by_its_log(site: Site, tmp_path: Path):
     noted(site, kernel_problem="T23_PROXY_LOG", writers_elsewhere="0")
     assert "counting" not in items(site.run("check", T23_PROXY_LOG=str(tmp_path / "t23.log")).stdout)
-    assert "what the proxy's log says" in " ".join(site.run("status").stdout.split())
+    assert "bytes in the proxy's log" in " ".join(site.run("status").stdout.split())
 
 
 def test_what_drains_is_shown(site: Site, state: Path):
@@ -78,8 +78,8 @@ def test_what_drains_is_shown(site: Site, state: Path):
     assert site.status()["draining"] == 0
     noted(site, draining="1234")
     said = " ".join(site.run("status").stdout.split())
-    assert "1,234 are sent and not yet acknowledged by their clients" in said
-    assert "responses drain" in said
+    assert "1,234 are sent but not yet acknowledged by their clients" in said
+    assert "responses are draining" in said
     assert site.status()["draining"] == 1234
     with serving(state) as pages:
         page = pages.ask("/_t23/", Authorization=basic("", TOKEN)).body

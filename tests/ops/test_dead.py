@@ -89,9 +89,9 @@ def test_purged_reports_count_as_lost_with_their_bytes(refused: Site):
     first, *rest = ids(refused)
     with refused.relay():
         done = refused.run("dead", "purge", str(first))
-        assert done.stdout == "1 report is thrown away, and counts as lost (purged).\n"
+        assert done.stdout == "1 report is deleted and counts as lost (purged).\n"
         done = refused.run("dead", "purge", "--all")
-        assert done.stdout == "2 reports are thrown away, and count as lost (purged).\n"
+        assert done.stdout == "2 reports are deleted and count as lost (purged).\n"
     status = refused.status()
     assert (status["captured"], status["dead"], status["lost"]) == (4, 0, 3)
     assert status["lost_by_reason"] == {"purged": 3}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from examples.flask_app import HERE
-from t23_middleware.ops.demo_site import BURST, FILM, Throttled, media_path
-from t23_middleware.ops.demo_strips import MOST_BARS, MOST_STRIPS, Strips
+from t23_middleware.ops.demo_site import BURST, FILM, ThrottledBody, media_path
+from t23_middleware.ops.demo_strips import MAX_RANGES, MAX_VIEWINGS, ViewingRows
 from t23_middleware.state import StateFolder
 from t23_middleware.transfer import Part, Progress
 
@@ -57,7 +57,7 @@ def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path: Path):
         port = taken.getsockname()[1]
         running = Demo(tmp_path / "demo", "--port", str(port))
         assert running.process.wait(30) == 2
-    assert running.output.startswith(f"t23-middleware: port {port} can't be had")
+    assert running.output.startswith(f"t23-middleware: port {port} can't be used")
     assert "choose another with --port" in running.output
     assert running.output.count("\n") == 1
 
@@ -111,13 +111,13 @@ def test_an_api_that_is_turned_off_and_on_at_once_is_delivered_to_all_the_same(r
 
 
 def test_all_that_is_open_is_counted_also_what_is_not_drawn(running: Demo):
-    players = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(MOST_STRIPS + 2)]
+    players = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(MAX_VIEWINGS + 2)]
     try:
         for number, player in enumerate(players):
             request = f"GET {FILM_URL}?session_id=crowd-{number}&rate=20000 HTTP/1.1\r\nHost: a\r\n\r\n"
             player.sendall(request.encode())
-        assert until(lambda: running.state()["figures"]["open"] == MOST_STRIPS + 2), running.state()
-        assert len(running.state()["viewings"]) == MOST_STRIPS
+        assert until(lambda: running.state()["figures"]["open"] == MAX_VIEWINGS + 2), running.state()
+        assert len(running.state()["viewings"]) == MAX_VIEWINGS
     finally:
         for player in players:
             player.close()
@@ -205,7 +205,7 @@ def test_what_is_told_is_bounded(running: Demo):
         running.ask(f"{MEDIA}?session_id=many-{number}&photo_id=7", Range="bytes=0-999")
     assert until(lambda: running.state()["figures"]["sent"] >= 40)
     state = running.state()
-    assert len(state["viewings"]) == MOST_STRIPS
+    assert len(state["viewings"]) == MAX_VIEWINGS
     assert len(state["reports"]) == 30
 
 
@@ -222,7 +222,7 @@ def test_a_slow_link_begins_at_once_and_keeps_its_rate(monkeypatch: pytest.Monke
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     chunks = [b"." * 1024] * (BURST // 1024 + 100)
-    assert list(Throttled(chunks, 1024)) == chunks
+    assert list(ThrottledBody(chunks, 1024)) == chunks
     assert now[0] == pytest.approx(100)
 
 
@@ -252,11 +252,11 @@ def _over(number: int, at_ns: int, first: int, sent: int, seconds: int = 3, sess
     return started, transfer(number, at_ns)._replace(opening=started, sent=sent)
 
 
-def _drawn(strips: Strips) -> list[list[tuple[int, int, int, bool, bool]]]:
-    """Of each strip its bars: first, sent, skip, jump, open."""
+def _drawn(rows: ViewingRows) -> list[list[tuple[int, int, int, bool, bool]]]:
+    """For each viewing its ranges: first, sent, skip, jump, open."""
     return [
-        [(bar.first, bar.sent, bar.skip, bar.jump, bar.ended_ms is None) for bar in strip.bars]
-        for strip in strips
+        [(each.first, each.sent, each.skip, each.jump, each.ended_ms is None) for each in row.ranges]
+        for row in rows
     ]
 
 
@@ -270,9 +270,9 @@ def test_scrubs_are_where_the_player_went_from_elsewhere(state: Path):
         *_over(3, now + 10 * SECOND, MIB, MIB // 2),
         *_over(4, now + 20 * SECOND, 0, MIB),
     )
-    strips = Strips(folder)
-    strips.follow()
-    assert _drawn(strips) == [
+    rows = ViewingRows(folder)
+    rows.follow()
+    assert _drawn(rows) == [
         [
             (0, MIB, 0, False, False),
             (3 * MIB, MIB // 2, 1, True, False),
@@ -286,42 +286,42 @@ def test_an_open_response_grows_and_ends_with_its_worker(state: Path):
     folder, now = StateFolder(state), time.monotonic_ns() - 10 * SECOND
     started = _asked(1, now, 0)
     lines = started, Progress(started, now + SECOND, started.started_ms + 1000, MIB)
-    strips = Strips(folder)
+    rows = ViewingRows(folder)
     folder.create()
     with alive(folder, "writer"):
         journal(folder, "writer", *lines)
-        strips.follow()
-        assert _drawn(strips) == [[(0, MIB, 0, False, True)]]
+        rows.follow()
+        assert _drawn(rows) == [[(0, MIB, 0, False, True)]]
 
     def ended() -> bool:
-        strips.follow()
-        return _drawn(strips) == [[(0, MIB, 0, False, False)]]
+        rows.follow()
+        return _drawn(rows) == [[(0, MIB, 0, False, False)]]
 
-    assert until(ended), _drawn(strips)
+    assert until(ended), _drawn(rows)
 
 
 def test_what_was_not_played_is_not_drawn(state: Path):
     folder, now = StateFolder(state), time.monotonic_ns() - 10 * SECOND
     probe = opening(1, now)._replace(part=Part(0, 1, 4 * MIB), status=206, length=2)
     journal(folder, "writer", probe, transfer(1, now)._replace(opening=probe, sent=2), *_over(2, now, 0, 0))
-    strips = Strips(folder)
-    strips.follow()
-    assert _drawn(strips) == []
+    rows = ViewingRows(folder)
+    rows.follow()
+    assert _drawn(rows) == []
 
 
-def test_strips_and_their_bars_are_bounded_and_removed_journals_forgotten(state: Path):
+def test_viewings_and_ranges_are_bounded(state: Path):
     folder, now = StateFolder(state), time.monotonic_ns() - 60 * SECOND
     lines = []
-    for number in range(2 * MOST_BARS):
+    for number in range(2 * MAX_RANGES):
         lines += _over(number, now + number * MS, 0 if number == 0 else MIB + number, 10_000, session="same")
-    for number in range(2 * MOST_STRIPS):
+    for number in range(2 * MAX_VIEWINGS):
         lines += _over(9000 + number, now + SECOND, 0, MIB, session=f"other-{number}")
-    path = journal(folder, "writer", *lines[: 4 * MOST_BARS])
-    strips = Strips(folder)
-    strips.follow()
-    assert [len(bars) for bars in _drawn(strips)] == [MOST_BARS]
+    path = journal(folder, "writer", *lines[: 4 * MAX_RANGES])
+    rows = ViewingRows(folder)
+    rows.follow()
+    assert [len(ranges) for ranges in _drawn(rows)] == [MAX_RANGES]
     path.unlink()
-    journal(folder, "writer", *lines[4 * MOST_BARS :], sequence=1)
-    strips.follow()
-    assert len(_drawn(strips)) == MOST_STRIPS
+    journal(folder, "writer", *lines[4 * MAX_RANGES :], sequence=1)
+    rows.follow()
+    assert len(_drawn(rows)) == MAX_VIEWINGS
     assert [path.name for path in folder.journals.glob("*.journal")] == ["writer.000001.journal"]

@@ -13,7 +13,7 @@ from .demos import demo
 def test_behind_nginx_a_report_is_what_its_log_tells_and_nothing_is_left(tmp_path: Path):
     need("nginx")
     with demo(tmp_path / "demo", "--nginx") as running:
-        assert "nginx stands before it" in running.output
+        assert "nginx runs before it" in running.output
         answer, body = running.ask(f"{MEDIA}?session_id=newcomer&photo_id=7")
         assert (answer.getheader("Server") or "").startswith("nginx")
         assert answer.getheader("X-T23-Play") is None
@@ -44,5 +44,5 @@ def test_where_there_is_no_nginx_one_sentence_says_how_to_get_it(tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == (
-        "t23-middleware: nginx is not installed; apt-get install nginx-light, or leave out --nginx\n"
+        "t23-middleware: nginx is not installed; run apt-get install nginx-light, or omit --nginx\n"
     )

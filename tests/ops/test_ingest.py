@@ -122,10 +122,9 @@ def test_odd_lines_are_told_and_counted_once(site: Site, log: Path):
     log.write_text(lines(range(1)) + '{"t23":1,"play":\n' + "192.0.2.1 GET\n" + lines(range(1, 2)))
     done = site.run("ingest", str(log))
     assert (
-        "2 reports from 1 file.\nCounted aside: proxy_bad 1.\nCounted aside: proxy_foreign 1.\n"
-        in done.stdout
+        "2 reports from 1 file.\nNot reported: proxy_bad 1.\nNot reported: proxy_foreign 1.\n" in done.stdout
     )
-    assert "Counted aside" not in site.run("ingest", str(log)).stdout
+    assert "Not reported" not in site.run("ingest", str(log)).stdout
 
 
 def test_a_log_of_many_pieces_is_read_to_its_end_with_a_bar_on_a_terminal(site: Site, log: Path):
@@ -177,7 +176,7 @@ REFUSED: dict[Callable[[Path], object], str] = {
     missing: "there is no file",
     folder: "is a folder; name a file",
     os.mkfifo: "is a FIFO; name a file",
-    compressed: "is compressed; unpack a copy",
+    compressed: "is compressed; unpack it into a copy",
     combined: "none in the format t23",
     rubbish: "none in the format t23",
 }
@@ -212,7 +211,10 @@ def test_a_log_that_may_not_be_read_is_refused(site: Site, tmp_path: Path, log: 
             path.chmod(0o755)
     done = site.run("ingest", str(log))
     assert done.returncode == 2
-    assert "t23.log.1 can't be read by this user; copy it to where the app's user may read it" in done.stderr
+    assert (
+        "t23.log.1 can't be read by this user; copy it to a place where the app's user may read it"
+        in done.stderr
+    )
 
 
 def test_without_a_state_folder_there_is_nothing_to_join_with(site: Site, log: Path):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from t23_middleware.ops.loopback import foreign
+from t23_middleware.ops.loopback import request_refusal
 from t23_middleware.ops.standin import StandInServer
 
 from .test_standin import PLAY, control, post, report
@@ -76,9 +76,9 @@ def test_developer_turns_what_he_likes(api: StandInServer, headers: dict[str, st
 
 def test_short_names_reach_the_api_only():
     """Nobody can own a name without a dot on the internet; whole sessions are shown to this machine only."""
-    assert foreign({"HTTP_HOST": "standin:8023"}, any_short_name=True) == ""
-    assert foreign({"HTTP_HOST": "standin:8023"}) != ""
-    assert foreign({}) != ""
+    assert request_refusal({"HTTP_HOST": "standin:8023"}, any_short_name=True) == ""
+    assert request_refusal({"HTTP_HOST": "standin:8023"}) != ""
+    assert request_refusal({}) != ""
 
 
 @pytest.mark.parametrize("host", ["rebound.evil.example", "127.0.0.1.evil.example:8023", "192.168.0.7"])

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from t23_middleware.ops import page
-from t23_middleware.ops.page_guard import BURST, DELAY, MOST_ADDRESSES, REFILL, Guard, address_of
+from t23_middleware.ops.page_guard import BURST, DELAY, MAX_ADDRESSES, REFILL, Guard, address_of
 from t23_middleware.relay.outbox import Ingest, OutboxView, SQLiteOutbox
 from t23_middleware.relay.report import Report
 from t23_middleware.settings import Settings
@@ -100,7 +100,10 @@ def test_who_has_no_token_is_asked_for_it_and_told_nothing(past: PagesSite, path
     answer = past.ask(path, token=None, **headers)
     assert answer.status == 401
     assert answer.headers["WWW-Authenticate"].startswith('Basic realm="')
-    assert answer.body == "The token is needed: as the password of any user, or as Bearer.\n"
+    assert (
+        answer.body
+        == "This page needs the token (T23_STATUS_TOKEN): as the password of any user, or as Bearer.\n"
+    )
 
 
 @pytest.mark.parametrize("token", [None, TOKEN, "wrong"])
@@ -177,9 +180,9 @@ def test_guard_forgives_with_time():
 
 def test_guard_remembers_few_addresses():
     guard = Guard(clock=lambda: 0.0, sleep=lambda seconds: None)
-    for number in range(3 * MOST_ADDRESSES):
+    for number in range(3 * MAX_ADDRESSES):
         guard.wrong(str(number))
-    assert len(guard._forgiven) == MOST_ADDRESSES
+    assert len(guard._forgiven) == MAX_ADDRESSES
 
 
 @pytest.mark.parametrize(
@@ -408,7 +411,7 @@ def test_a_fault_of_ours_is_an_answer_and_a_line_in_the_log(
     def broken(settings: Settings) -> None:
         raise RuntimeError("our own fault")
 
-    monkeypatch.setattr(page, "look", broken)
+    monkeypatch.setattr(page, "read_status", broken)
     with caplog.at_level(logging.ERROR):
         answer = past.ask("/_t23/")
     assert answer.status == 503

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from t23_middleware.ops.status import look
+from t23_middleware.ops.status import read_status
 from t23_middleware.relay.outbox import GivenUp, Ingest, SQLiteOutbox
 from t23_middleware.relay.proxy_line import NGINX_LINES
 from t23_middleware.settings import Settings
@@ -50,7 +50,7 @@ def test_a_log_with_plays_is_well_and_one_without_is_too(site: Site, tmp_path: P
     log = tmp_path / "t23.log"
     log.touch()
     level, words = proxy(site, T23_PROXY_LOG=str(log))
-    assert (level, words.endswith("t23.log can be read; no play is in it yet")) == ("ok", True)
+    assert (level, words.endswith("t23.log can be read; it has no play yet")) == ("ok", True)
     log.write_text(says(1, 100))
     level, words = proxy(site, T23_PROXY_LOG=str(log))
     assert (level, words.endswith("t23.log can be read, and has plays")) == ("ok", True)
@@ -139,14 +139,14 @@ def test_a_proxy_without_a_log_is_told_with_what_buffering_means(site: Site):
     knows(site.folder, {"behind_proxy": 2})
     level, words = proxy(site)
     assert level == "warn"
-    assert "what it buffers counts as played" in words
+    assert "Bytes that it buffers count as played" in words
 
 
 def test_a_server_that_hides_who_left_is_told_unless_nginx_counts(site: Site, tmp_path: Path):
     knows(site.folder, {"leaving_unseen": 1})
     level, words = items(site.run("check").stdout)["server"]
     assert level == "warn"
-    assert words.startswith("hypercorn tells the app nothing of a viewer who left")
+    assert words.startswith("hypercorn does not report to the app that a client disconnected")
     log = tmp_path / "t23.log"
     log.write_text(says(1, 100))
     assert "server" not in items(site.run("check", T23_PROXY_LOG=str(log)).stdout)
@@ -172,7 +172,7 @@ def test_a_note_that_is_no_number_is_none(site: Site, noted: str):
     outbox = SQLiteOutbox(site.folder.outbox)
     outbox.note({"awaited": noted})
     outbox.close()
-    assert look(Settings(environ=site.environ)).awaited == (0, 0, 0)
+    assert read_status(Settings(environ=site.environ)).waiting_for_proxy == (0, 0, 0)
 
 
 # What waits in vain, and why.
@@ -218,7 +218,7 @@ def test_lost_offloaded_plays_are_told(site: Site, tmp_path: Path):
     outbox = SQLiteOutbox(site.folder.outbox)
     outbox.ingest(Ingest([], [], {}, {}, losses=[GivenUp("no_proxy_line", 3, 0)], at_ms=now_ms()))
     outbox.close()
-    assert "3 plays that nginx sent for the app were lost lately" in warned(site, log)
+    assert "3 plays that nginx sent for the app were lost recently" in warned(site, log)
 
 
 def test_mirrored_plays_are_told(site: Site, tmp_path: Path):
@@ -231,7 +231,7 @@ def test_mirrored_plays_are_told(site: Site, tmp_path: Path):
     with log.open("a") as file:
         file.write(of_the_third)
     said = warned(site, log)
-    assert "2 plays wait that began together with another one" in said
+    assert "2 plays wait that began together with another play" in said
     assert "T23_ENABLED=0" in said
     assert "proxy_method HEAD;" in said
 
@@ -283,7 +283,7 @@ def test_log_without_cache_is_told(site: Site, tmp_path: Path):
     old = says(1, 100).replace(',"cache":""', "")
     log.write_text(old)
     said = warned(site, log)
-    assert "lack $upstream_cache_status" in said
+    assert "without $upstream_cache_status" in said
     assert NGINX_LINES.split("\n")[1] in said
     log.write_text(old + says(2, 100))
     assert warned(site, log) == ""

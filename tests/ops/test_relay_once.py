@@ -83,7 +83,8 @@ def test_refused_reports_are_told_and_are_not_left(site: Site):
     done = site.deliver()
     assert done.returncode == 0
     assert (
-        "Sent 1 report.\nThe API refused 2 reports for good; see 't23-middleware dead list'.\n" in done.stdout
+        "Sent 1 report.\nThe API refused 2 reports permanently; run 't23-middleware dead list'.\n"
+        in done.stdout
     )
 
 
@@ -101,7 +102,7 @@ def test_it_ends_when_the_time_is_up_though_the_api_hangs(site: Site):
     done = site.python(
         "import sys\n"
         "from t23_middleware.ops import cli, relay_once\n"
-        "relay_once.LIMIT = 4.0\n"
+        "relay_once.LIMIT_SECONDS = 4.0\n"
         "sys.exit(cli.main(['relay', '--once']))",
         T23_TIMEOUT="600",
     )
@@ -155,13 +156,13 @@ def test_it_waits_no_longer_than_it_may_for_a_holder_that_says_nothing(site: Sit
         done = site.python(
             "import sys\n"
             "from t23_middleware.ops import cli, handover\n"
-            "handover.HANDOVER = 0.5\n"
+            "handover.HANDOVER_SECONDS = 0.5\n"
             "sys.exit(cli.main(['relay', '--once']))"
         )
     finally:
         os.close(descriptor)
     assert done.returncode == 1
-    assert "does not end" in done.stderr
+    assert "does not stop" in done.stderr
 
 
 def test_an_outbox_that_can_not_be_written_is_no_success(site: Site):

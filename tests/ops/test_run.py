@@ -151,7 +151,7 @@ def test_the_app_in_a_servers_command_is_exchanged_for_ours(
         ("gunicorn -w many video:app", "invalid int value"),
         (f"gunicorn {OURS}", "can't wrap itself"),
         ("waitress-serve", "t23-middleware run waitress-serve --listen=127.0.0.1:8080 video:app"),
-        ("waitress-serve video:app --port=80", "takes one app, behind its options"),
+        ("waitress-serve video:app --port=80", "needs exactly one app, after its options"),
         ("waitress-serve --nonsense video:app", "option --nonsense not recognized"),
         ("waitress-serve --call video", "--call video:create_app"),
         ("flask run --debug", "t23-middleware run flask --app video run --debug"),
@@ -161,10 +161,10 @@ def test_the_app_in_a_servers_command_is_exchanged_for_ours(
         ("uwsgi --ini emperor.ini", "starts other instances"),
         ("uwsgi --mount /=video:app", "by mount point"),
         ("uwsgi --paste config:site.ini", "PasteDeploy"),
-        ("uwsgi site.yaml", "is no ini file"),
-        ("uwsgi --xml site.xml", "is no ini file"),
+        ("uwsgi site.yaml", "is not an ini file"),
+        ("uwsgi --xml site.xml", "is not an ini file"),
         ("uwsgi --ini inherit.ini", "is read after the command line"),
-        ("uwsgi --ini placeholder.ini", "placeholder that only uWSGI can fill in"),
+        ("uwsgi --ini placeholder.ini", "placeholder that only uWSGI can replace"),
         ("uwsgi --ini conditional.ini", "depends on 'if-env'"),
         ("uwsgi --ini open.ini --module v:a", "'if-env' in open.ini has no end"),
         ("uwsgi --ini loop.ini", "include each other"),
@@ -189,7 +189,7 @@ def test_the_app_in_a_servers_command_is_exchanged_for_ours(
         ("python manage.py runserver", "WSGI_APPLICATION = 't23_middleware.wsgi.application'"),
         ("./manage.py runserver", "WSGI_APPLICATION = 't23_middleware.wsgi.application'"),
         ("python video.py", "app.wsgi_app = T23Middleware(app.wsgi_app)"),
-        ("uv run gunicorn video:app", "right before the server: uv … t23-middleware run gunicorn"),
+        ("uv run gunicorn video:app", "directly before the server: uv … t23-middleware run gunicorn"),
         ("video:app", "t23-middleware run gunicorn video:app"),
         ("bjoern --fast 'shop:make(1)'", f"T23_APP='shop:make(1)' bjoern --fast {OURS}"),
     ],
@@ -286,7 +286,7 @@ def test_flask_app_comes_from_dotenv_files_as_flask_reads_them(tmp_path: Path) -
     assert target("--env-file", "more") == target(FLASK_ENV_FILE="more") == "from_more"
     assert target("--env-file", "more", FLASK_SKIP_DOTENV="1") == "from_more"
     assert target(FLASK_APP="set") == "set"
-    with pytest.raises(UsageError, match="flask is given no app"):
+    with pytest.raises(UsageError, match="the flask command names no app"):
         target(FLASK_SKIP_DOTENV="1")
 
 
@@ -487,7 +487,7 @@ def test_with_t23_enabled_0_the_server_serves_the_bare_app(ask: Ask) -> None:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["gunicorn", "-w", "2"], "gunicorn is given no app"),
+        (["gunicorn", "-w", "2"], "the gunicorn command names no app"),
         (["./gunicorn", "video:app"], "there is no program './gunicorn'"),
         ([], "run needs a server's command"),
     ],

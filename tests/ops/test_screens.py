@@ -83,5 +83,5 @@ def test_dead_letters_say_what_can_be_done_with_them(site: Site):
     site.play(2, photo="404")
     site.deliver()
     shown = site.run("dead", "list").stdout
-    assert "'t23-middleware dead retry ID' sends one again" in shown
+    assert "'t23-middleware dead retry ID' sends a report again" in shown
     assert fits(shown), shown

@@ -24,7 +24,7 @@ from werkzeug.test import Client
 import t23_middleware
 from t23_middleware.errors import UsageError
 from t23_middleware.ops.standin import StandIn, StandInServer
-from t23_middleware.ops.standin_faults import KINDS
+from t23_middleware.ops.standin_faults import FAULT_KINDS
 
 PLAY = "/api/analytics/report/play"
 DOWNLOAD = "/api/analytics/report/download"
@@ -368,7 +368,7 @@ def test_a_parameter_cannot_pose_as_what_the_stand_in_saw_itself(api, clock):
 
 def test_beyond_the_limit_the_oldest_report_is_dropped_and_that_is_said():
     lines: list[str] = []
-    with StandInServer(limit=2, say=lines.append) as api:
+    with StandInServer(limit=2, print_line=lines.append) as api:
         for number in range(4):
             post(api, time=str(number))
         assert [row["time"] for row in api.recorded()] == ["2", "3"]
@@ -443,7 +443,7 @@ def test_a_fault_in_code_is_checked_as_one_over_http(api):
         api.fault("slow", secondz=1)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(FAULT_KINDS))
 def test_no_fault_touches_the_control_paths_or_pages(api, kind):
     api.fault(kind)
     assert control("GET", api.url + "/_recorded").json() == []
@@ -821,7 +821,7 @@ def test_the_command_ends_when_nobody_reads_its_lines_any_more():
 @pytest.mark.parametrize("secret", ["ab", "abcd", "\x1b[31mred-alert"])
 def test_no_line_shows_a_whole_session_or_a_terminal_s_control_characters(secret):
     lines: list[str] = []
-    with StandInServer(say=lines.append) as api:
+    with StandInServer(print_line=lines.append) as api:
         post(api, session_id=secret)
         assert api.recorded()[0]["session_id"] == secret
     assert secret not in lines[0] and "\x1b" not in lines[0]
@@ -831,7 +831,7 @@ def test_a_port_in_use_is_told_in_one_sentence_with_its_remedy(api):
     with pytest.raises(UsageError) as told:
         StandInServer("127.0.0.1", api.port).start()
     assert str(told.value) == (
-        f"Port {api.port} of 127.0.0.1 is in use already; choose another with --port, or 0 for a free one."
+        f"Port {api.port} of 127.0.0.1 is already in use; choose another with --port, or 0 for a free one."
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from examples import flask_app as example
-from t23_middleware.ops.demo_site import Throttled
+from t23_middleware.ops.demo_site import ThrottledBody
 
 example.CLIP = Path(os.environ["FILM"])
 
@@ -21,4 +21,4 @@ example.CLIP = Path(os.environ["FILM"])
 def app(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
     body = example.app(environ, start_response)
     asked = re.search(r"\brate=(\d+)", f"{environ['QUERY_STRING']};{environ.get('HTTP_COOKIE', '')}")
-    return body if asked is None else Throttled(body, int(asked[1]), burst=0)
+    return body if asked is None else ThrottledBody(body, int(asked[1]), burst=0)
