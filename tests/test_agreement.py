@@ -427,7 +427,8 @@ def purged(outside: Outside, at: StandInServer) -> None:
     agree(outside, at.url, "idle")
 
 
-def test_every_number_agrees_with_a_count_from_outside(outside: tuple[Outside, StandInServer]):
+def test_numbers_agree_with_outside_count(outside: tuple[Outside, StandInServer]):
+    """Every number that the product shows agrees with a count made from outside."""
     counted, at = outside
     with ThreadPoolExecutor(CLIENTS) as pool:
         counted.ask(pool, 200)

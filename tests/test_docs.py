@@ -80,7 +80,8 @@ def commands(text: str) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_every_link_leads_to_a_file_and_a_heading(page: Path):
+def test_links_lead_to_headings(page: Path):
+    """Every link of a page leads to a file that exists, and to a heading that exists in it."""
     assert list(broken(page)) == []
 
 
@@ -93,7 +94,8 @@ def test_the_pages_reach_each_other():
 
 
 @pytest.mark.parametrize("path", [*PAGES, *EXAMPLES], ids=named)
-def test_every_variable_that_is_named_is_a_setting(path: Path):
+def test_named_variables_are_settings(path: Path):
+    """Every variable that the pages and examples name is a setting."""
     text = without_wrong_examples(path.read_text())
     known = {variable(item) for item in setting_fields()}
     assert sorted(set(_VARIABLE.findall(text)) - known) == []
@@ -131,7 +133,8 @@ def counters_of_the_page() -> set[str]:
     return {name for row in rows for name in re.findall("`([a-z_]+)`", row)}
 
 
-def test_the_table_of_counters_holds_those_that_the_code_counts_and_no_other():
+def test_counters_table_matches_code():
+    """The table of counters lists all counters that the code counts, and no other."""
     source = "".join(path.read_text() for path in Path(t23_middleware.__file__).parent.rglob("*.py"))
     counted = set(re.findall(r'(?:counts\[|NotCounted\()"([a-z_]+)"', source))
     assert {"late", "bad_photo"} <= counted
@@ -144,12 +147,14 @@ def test_the_table_of_counters_holds_those_that_the_code_counts_and_no_other():
     [(NGINX_LINES, "/var/log/nginx/t23.log"), (APACHE_LINES, "/var/log/apache2/t23.log")],
     ids=["nginx", "Apache"],
 )
-def test_the_lines_for_proxies_are_those_that_are_tested(lines: str, log: str):
+def test_proxy_lines_are_the_tested_ones(lines: str, log: str):
+    """The configuration lines in the docs for proxies are the lines that the tests use."""
     blocks = [block[0] for block in _FENCE.finditer((DOCS / "nginx.md").read_text())]
     assert [block for block in blocks if lines.replace("{path}", log) in block]
 
 
-def test_wrong_examples_are_left_out_and_others_are_not():
+def test_only_wrong_examples_left_out():
+    """Examples marked as wrong are left out of the check, and other examples are not."""
     page = "T23_ONE\n```text wrong\nT23_TWO\n```\n```sh\nT23_THREE=1\n```\n"
     assert _VARIABLE.findall(without_wrong_examples(page)) == ["T23_ONE", "T23_THREE"]
 

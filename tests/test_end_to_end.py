@@ -68,7 +68,8 @@ def session_of(path: str) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
-def test_each_play_is_one_report_with_the_bytes_that_the_client_got(command, api, tmp_path):
+def test_one_report_per_play(command, api, tmp_path):
+    """Each play becomes one report, with the number of bytes that the client received."""
     expected = {}
     with running(command, tmp_path / "state", api.url) as server:
 
@@ -92,7 +93,8 @@ def test_each_play_is_one_report_with_the_bytes_that_the_client_got(command, api
     assert {report["photo_id"] for report in told} == {"123"}
 
 
-def test_a_client_that_leaves_early_is_reported_with_less_than_the_file(api, tmp_path, big_app):
+def test_early_disconnect_reports_less(api, tmp_path, big_app):
+    """A client that disconnects early is reported with fewer bytes than the file has."""
     with running(COMMANDS_FOR_BIG, tmp_path / "state", api.url, PYTHONPATH=str(big_app)) as server:
         client = socket.create_connection(("127.0.0.1", server.port))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
@@ -121,7 +123,8 @@ def big_app(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("victim", ["worker", "group"])
-def test_a_report_arrives_though_its_server_is_killed_right_after_the_response(victim, api, tmp_path):
+def test_report_survives_killed_server(victim, api, tmp_path):
+    """A report arrives although its server is killed right after the response."""
     with running(COMMANDS["gunicorn gthread"], tmp_path / "state", api.url) as server:
         get_until_the_server_hangs_up(server.port, play("killed"))
         if victim == "group":
@@ -160,7 +163,8 @@ def test_an_outage_loses_nothing_and_doubles_nothing(api, tmp_path):
     assert Counter(report["session_id"] for report in api.recorded()) == {f"o{n}": 1 for n in range(200)}
 
 
-def test_what_waited_is_delivered_by_the_next_process_at_its_first_request_of_any_kind(api, tmp_path):
+def test_next_process_delivers_waiting_report(api, tmp_path):
+    """The next process delivers a waiting report at its first request of any kind."""
     with running(COMMANDS["gunicorn gthread"], tmp_path / "state", api.url, T23_RELAY="off") as server:
         get_until_the_server_hangs_up(server.port, play("before"))
         server.signal_group(signal.SIGKILL)
@@ -170,7 +174,8 @@ def test_what_waited_is_delivered_by_the_next_process_at_its_first_request_of_an
         assert [report["session_id"] for report in api.wait_for(1, PATIENCE)] == ["before"]
 
 
-def test_the_relay_leaves_no_zombie_holds_no_pipe_and_goes_when_the_server_has_gone(api, tmp_path):
+def test_relay_ends_cleanly_after_server(api, tmp_path):
+    """The relay leaves no zombie, keeps no pipe of the server open, and ends after the server has ended."""
     need("gunicorn")
     port = free_port()
     state = tmp_path / "state"
@@ -213,7 +218,8 @@ def fetch(port: int, path: str) -> int:
     return answer.status
 
 
-def test_workers_with_other_settings_get_a_relay_of_their_own_settings(api, tmp_path):
+def test_other_settings_get_own_relay(api, tmp_path):
+    """Workers with other settings get a relay with their own settings."""
     state = tmp_path / "state"
     with StandInServer() as second:
         with running(COMMANDS["gunicorn gthread"], state, api.url) as old:
@@ -228,8 +234,11 @@ def test_workers_with_other_settings_get_a_relay_of_their_own_settings(api, tmp_
     assert [report["session_id"] for report in api.recorded()] == ["old"]
 
 
-def test_a_container_without_a_volume_can_wait_for_its_last_reports(api, tmp_path):
-    """The server is PID 1 of a PID namespace: when it ends, the kernel kills the relay."""
+def test_container_waits_for_last_reports(api, tmp_path):
+    """A container without a volume can wait for its last reports.
+
+    The server is PID 1 of a PID namespace: when it ends, the kernel kills the relay.
+    """
     if os.geteuid() != 0:
         need_root()
     container = (need("unshare"), "--pid", "--fork", "--kill-child", "--mount-proc")

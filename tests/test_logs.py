@@ -47,7 +47,8 @@ def events() -> set[str]:
     return set(re.findall(r'(?:"t23_event": |\b_told\()"(\w+)"', source))
 
 
-def test_each_log_line_has_a_field_to_filter_by_that_is_not_one_of_loggings_own():
+def test_log_lines_have_own_fields():
+    """Each log line has a field to filter by, and its name is not one of the logging module's own."""
     lines = list(logged())
     assert len(lines) > 20
     for where, call in lines:
@@ -57,7 +58,8 @@ def test_each_log_line_has_a_field_to_filter_by_that_is_not_one_of_loggings_own(
         assert not names or names[0] == "t23_event", where
 
 
-def test_each_event_is_in_the_table_and_the_table_names_no_other():
+def test_events_table_matches_code():
+    """The table in the docs lists every event, and no other."""
     page = (ROOT / "docs" / "operating.md").read_text()
     section = page.partition("\n## Reading the logs\n")[2].partition("\n## ")[0]
     rows = [row.split(" | ")[1] for row in section.splitlines() if row.startswith("| ")]
@@ -99,7 +101,8 @@ def site(state: Path) -> Iterator[Site]:
         yield Site(state, api)
 
 
-def test_a_relay_writes_json_for_programs_and_tells_of_alike_refusals_once(site: Site):
+def test_relay_json_log_groups_refusals(site: Site):
+    """``relay --json`` writes JSON lines for programs, and logs refusals of the same kind once."""
     site.prove()
     site.play(20, photo="404")
     relay = site.start("relay", "--json")
@@ -130,8 +133,12 @@ SECRET, FLASK_SECRET = "the-key-that-signs-sessions", "the-key-of-flask-itself"
 SESSIONS = ("well", "refused", "echoed", "denied", "torn")
 
 
-def test_no_log_holds_a_session_a_token_or_a_secret(tmp_path: Path):
-    """All ways to fail that have a line of their own; sessions are in URLs, journals, outbox and API answers."""
+def test_logs_contain_no_secrets(tmp_path: Path):
+    """No log contains a session, a token or a secret.
+
+    The test provokes all failures that have a log line of their own; sessions are in URLs, journals, outbox and API
+    answers.
+    """
     state = tmp_path / "state"
     secrets = {"T23_SESSION_SECRET": SECRET, "T23_FLASK_SECRET_KEY": FLASK_SECRET, "T23_STATUS_TOKEN": TOKEN}
     with (

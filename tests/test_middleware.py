@@ -36,7 +36,8 @@ def film(tmp_path: Path) -> Path:
 # What is counted, through webtest, which lints both sides.
 
 
-def test_a_play_is_counted_with_its_bytes_and_its_part(wrap: Any, journals: Any) -> None:
+def test_play_has_bytes_and_part(wrap: Any, journals: Any) -> None:
+    """A play is counted with its bytes and with the part of the file that was sent."""
     answer = TestApp(wrap(media(b"film", b"film"))).get(PLAY)
     assert answer.body == b"filmfilm"
     (transfer,) = journals.closed()
@@ -63,7 +64,8 @@ def test_media_of_any_kind_is_counted(wrap: Any, journals: Any, kind: str) -> No
     assert journals.sent() == [4]
 
 
-def test_other_media_types_are_counted_where_the_settings_say_so(wrap: Any, journals: Any) -> None:
+def test_media_types_setting_is_used(wrap: Any, journals: Any) -> None:
+    """Other media types are counted if the setting names them, and then only those."""
     site = wrap(media(b"film", kind="application/x-film"), media_types="application/x-film")
     TestApp(site).get(PLAY)
     TestApp(wrap(media(b"film"), media_types="application/x-film")).get(PLAY)
@@ -176,9 +178,8 @@ def untouched(wrap: Any, app: Callable[..., Any], environ: dict[str, Any]) -> bo
         (media(b"made", status="201 Created"), request()),
     ],
 )
-def test_what_is_not_counted_is_the_very_object_that_the_app_returned(
-    wrap: Any, journals: Any, app: Any, environ: dict[str, Any]
-) -> None:
+def test_uncounted_body_passes_unchanged(wrap: Any, journals: Any, app: Any, environ: dict[str, Any]) -> None:
+    """A response that is not counted passes through as the very object that the app returned."""
     assert untouched(wrap, app, environ)
     assert journals.files() == []
 
@@ -293,9 +294,8 @@ def fails_in_iter(environ: dict[str, Any], start_response: Any) -> Any:
         (fails_in_iter, [0]),
     ],
 )
-def test_an_apps_exception_passes_through_and_what_was_sent_is_counted(
-    wrap: Any, journals: Any, app: Any, sent: list[int]
-) -> None:
+def test_app_exception_passes_through(wrap: Any, journals: Any, app: Any, sent: list[int]) -> None:
+    """An exception of the app passes through, and the bytes that were sent before it are counted."""
     answer = ask(wrap(app))
     assert type(answer.error) is AppFailed
     assert answer.body == ask(app).body
@@ -305,7 +305,9 @@ def test_an_apps_exception_passes_through_and_what_was_sent_is_counted(
 @pytest.mark.parametrize(
     "headers", [[("Content-Type",)], [None], [(b"Content-Type", b"video/mp4")], [(1, 2)]], ids=str
 )
-def test_headers_that_are_none_are_for_the_server_to_judge(wrap: Any, headers: Any) -> None:
+def test_invalid_headers_reach_server(wrap: Any, headers: Any) -> None:
+    """Invalid headers are passed on: the server decides about them."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", headers)
         return [b"film"]
@@ -403,9 +405,8 @@ def test_linters_on_both_sides_find_nothing(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("serve", [as_gunicorn, as_waitress], ids=["gunicorn", "waitress"])
-def test_every_kind_of_app_on_servers_with_a_wrapper(
-    wrap: Any, journals: Any, film: Path, kind: Any, serve: Any
-) -> None:
+def test_app_kinds_on_wrapper_servers(wrap: Any, journals: Any, film: Path, kind: Any, serve: Any) -> None:
+    """Every kind of app is answered and counted in full on servers that have a file wrapper."""
     answer = serve(wrap(kind), request(film=str(film)))
     assert answer.error is None
     assert answer.body == FILM
@@ -415,9 +416,8 @@ def test_every_kind_of_app_on_servers_with_a_wrapper(
 # Wrapped twice.
 
 
-def test_wrapped_twice_it_counts_once_and_says_so_once(
-    wrap: Any, journals: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_wrapped_twice_counts_once(wrap: Any, journals: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An app that is wrapped twice is counted once per response, and one warning is logged."""
     site = wrap(wrap(media(b"film")))
     for _ in range(3):
         assert ask(site).body == b"film"
@@ -434,9 +434,10 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
 
 
-def test_with_bad_settings_the_app_runs_on_bare_and_one_error_names_all_problems(
+def test_bad_settings_log_one_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """With bad settings, the app runs unwrapped and one error names all problems."""
     app = T23Middleware(media(b"film"), timeout="soon", relay="perhaps", nonsense=1)
     for _ in range(3):
         assert ask(app).body == b"film"
@@ -461,9 +462,10 @@ def test_settings_are_taken_as_they_are(journals: Any, state: Path) -> None:
     assert journals.sent() == [4]
 
 
-def test_the_environment_is_read_where_nothing_else_is_said(
+def test_environment_is_read_without_arguments(
     monkeypatch: pytest.MonkeyPatch, journals: Any, state: Path
 ) -> None:
+    """Without settings and arguments, the settings are read from the environment."""
     for name, value in {
         "API_URL": "https://video.example.com",
         "STATE_DIR": str(state),
@@ -475,9 +477,10 @@ def test_the_environment_is_read_where_nothing_else_is_said(
 
 
 @pytest.mark.parametrize("how", ["environment", "argument"])
-def test_switched_off_it_says_nothing_of_what_else_is_wrong(
+def test_switched_off_logs_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
+    """A middleware that is switched off logs nothing about other wrong settings."""
     if how == "environment":
         monkeypatch.setenv("T23_ENABLED", "0")
     app = T23Middleware(media(b"film"), **({"enabled": False} if how == "argument" else {}))
@@ -516,9 +519,11 @@ def test_no_secret_makes_the_constructor_raise(wrap: Any, secret: dict[str, Any]
 @pytest.mark.parametrize(
     "broken", ["Identifier.identify", "_Process.begin", "Recorder.this_process", "part_of"]
 )
-def test_a_fault_of_ours_is_a_log_line_and_the_answer_is_the_apps(
+def test_own_fault_only_logged(
     wrap: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
+    """A fault of the middleware itself is logged, and the answer stays the app's."""
+
     def fault(*args: object, **kwargs: object) -> None:
         raise RuntimeError("a fault of ours")
 
@@ -534,9 +539,9 @@ def test_a_fault_of_ours_is_a_log_line_and_the_answer_is_the_apps(
     assert any("the app's response is not changed" in told for told in errors(caplog))
 
 
-def test_a_fault_of_ours_at_a_request_that_names_nothing_is_not_the_apps_either(
-    wrap: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_fault_at_uncounted_request(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the middleware at a request that names no play does not reach the app either."""
+
     def fault(self: object, name: str) -> None:
         raise RuntimeError("a fault of ours")
 
@@ -544,9 +549,9 @@ def test_a_fault_of_ours_at_a_request_that_names_nothing_is_not_the_apps_either(
     assert ask(wrap(media(b"film")), request(query="photo_id=7")).body == b"film"
 
 
-def test_a_fault_at_the_end_of_a_response_is_not_the_apps_either(
-    wrap: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_fault_at_response_end(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the middleware at the end of a response does not reach the app either."""
+
     def fault(self: object, counted: int) -> None:
         raise RuntimeError("a fault of ours")
 
@@ -555,7 +560,9 @@ def test_a_fault_at_the_end_of_a_response_is_not_the_apps_either(
     assert (answer.body, answer.error) == (b"film", None)
 
 
-def test_what_was_not_counted_rides_as_a_counter_with_the_next_line(wrap: Any, journals: Any) -> None:
+def test_counters_written_with_next_line(wrap: Any, journals: Any) -> None:
+    """Requests that are not counted are added up, and the counters are written with the next journal line."""
+
     def by_many_writes(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         write = start_response("200 OK", [("Content-Type", "video/mp4")])
         for _ in range(5):
@@ -571,9 +578,10 @@ def test_what_was_not_counted_rides_as_a_counter_with_the_next_line(wrap: Any, j
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
-def test_a_processs_first_request_of_any_kind_wakes_a_relay_where_work_waits(
+def test_first_request_starts_relay_for_work(
     wrap: Any, state: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
+    """The first request of a process, of any kind, starts a relay if work waits."""
     started: list[Path] = []
     monkeypatch.setattr(
         "t23_middleware.capture.launch.start_relay", lambda settings, folder: started.append(folder.path)
@@ -586,9 +594,11 @@ def test_a_processs_first_request_of_any_kind_wakes_a_relay_where_work_waits(
     assert started == [state]
 
 
-def test_a_processs_first_request_starts_no_relay_where_nothing_waits(
+def test_first_request_without_work_starts_nothing(
     wrap: Any, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first request of a process starts no relay if no work waits."""
+
     def fault(*args: object) -> None:
         raise AssertionError("a relay was started")
 

@@ -32,12 +32,14 @@ def problems(environ: dict[str, str] | None = None, **arguments: Any) -> tuple[s
     return caught.value.problems
 
 
-def test_an_address_is_all_that_must_be_set() -> None:
+def test_only_address_is_required() -> None:
+    """The API's address is the only setting that must be set."""
     assert from_environment().api_url == URL
     assert from_environment().session_param == ("session_id",)
 
 
-def test_all_problems_are_told_at_once_each_with_its_variable_and_remedy() -> None:
+def test_all_problems_reported_at_once() -> None:
+    """All problems are reported at once, each with its variable and its remedy."""
     told = problems(
         {
             "T23_API_URL": "video.example.com",
@@ -80,7 +82,8 @@ def test_all_problems_are_told_at_once_each_with_its_variable_and_remedy() -> No
         assert "; write " in problem or "; remove " in problem, problem
 
 
-def test_a_missing_address_is_told_beside_the_rest() -> None:
+def test_missing_address_reported_with_rest() -> None:
+    """A missing address is reported together with the other problems."""
     told = problems({"T23_RELAY": "no"})
     assert [problem.split()[0] for problem in told] == ["T23_RELAY", "T23_API_URL"]
 
@@ -117,14 +120,16 @@ def test_an_address_is_read(text: str, read: str) -> None:
         "https://{hosts}",
     ],
 )
-def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
+def test_invalid_address_refused_with_example(text: str) -> None:
+    """An invalid address is refused, and the message gives an example of a valid one."""
     (problem,) = problems({"T23_API_URL": text})
     assert problem.startswith("T23_API_URL ")
     assert "write for example https://video.example.com" in problem
 
 
 @pytest.mark.parametrize("text", ["https://me:pa55word@video.example.com", "me:pa55word@video.example.com?x"])
-def test_a_password_in_the_address_is_refused_and_not_repeated(text: str) -> None:
+def test_password_in_address_refused(text: str) -> None:
+    """A password in the address is refused, and the message does not repeat it."""
     (problem,) = problems({"T23_API_URL": text})
     assert "user or password" in problem
     assert "pa55word" not in problem
@@ -135,7 +140,8 @@ def test_host_in_the_address_needs_the_hosts() -> None:
     assert problem.startswith("T23_HOSTS is not set, but T23_API_URL contains {host}; write")
 
 
-def test_hosts_are_read_in_lower_case_and_become_the_reports_address() -> None:
+def test_hosts_become_report_address() -> None:
+    """Hosts are read in lower case, and a report's address is made from its host."""
     read = from_environment(
         T23_API_URL="https://{host}:8443", T23_HOSTS="Video.Example.com., tv.example.org,"
     )
@@ -175,7 +181,8 @@ def test_seconds_are_read(text: str, read: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "ten", "10s", "1e9"])
-def test_what_is_no_number_of_seconds_is_refused(text: str) -> None:
+def test_invalid_seconds_refused(text: str) -> None:
+    """A value that is not a number of seconds in the allowed range is refused."""
     (problem,) = problems({"T23_API_URL": URL, "T23_TIMEOUT": text})
     assert problem.startswith("T23_TIMEOUT ")
 
@@ -223,7 +230,8 @@ def test_a_pattern_without_its_group_is_refused(text: str) -> None:
     assert "twentythree" in problem
 
 
-def test_arguments_beat_the_environment_and_both_beat_the_default() -> None:
+def test_argument_environment_default_precedence() -> None:
+    """Arguments win over the environment, and both win over the default."""
     read = Settings(environ={"T23_API_URL": "https://other.example.com", "T23_TIMEOUT": "3"}, api_url=URL)
     assert (read.api_url, read.timeout, read.exit_seconds) == (URL, 3.0, 2.0)
     assert {name: read.sources[name] for name in ("api_url", "timeout", "exit_seconds")} == {
@@ -233,12 +241,14 @@ def test_arguments_beat_the_environment_and_both_beat_the_default() -> None:
     }
 
 
-def test_an_argument_that_is_empty_beats_the_environment_too() -> None:
+def test_empty_argument_wins_over_environment() -> None:
+    """An empty argument wins over the environment too."""
     read = Settings(environ={"T23_API_URL": URL, "T23_HOSTS": "a.example.com"}, hosts=())
     assert read.hosts == ()
 
 
-def test_a_variable_set_to_nothing_is_not_set() -> None:
+def test_empty_variable_is_not_set() -> None:
+    """A variable that is set to nothing, or to blanks, counts as not set."""
     assert from_environment(T23_TIMEOUT="", T23_STATE_DIR="  ").timeout == 10.0
 
 
@@ -248,13 +258,15 @@ def test_arguments_may_be_values_or_texts() -> None:
     assert as_values == as_texts
 
 
-def test_an_argument_that_is_no_setting_is_told_with_the_rest() -> None:
+def test_unknown_argument_reported_with_rest() -> None:
+    """An argument that is not a setting is reported together with the other problems."""
     told = problems(api_urls=URL)
     assert told[0].startswith("api_urls is not a setting")
     assert told[1].startswith("T23_API_URL is not set")
 
 
-def test_an_unknown_variable_is_a_warning_with_the_nearest_name() -> None:
+def test_unknown_variable_warns_with_nearest_name() -> None:
+    """An unknown variable gives a warning, with the nearest name of a setting if one is similar."""
     read = from_environment(T23_SESION_PARAM="sid", T23_QQQQ="1", OTHER="1")
     assert read.warnings == (
         "T23_QQQQ is not a setting",
@@ -281,34 +293,39 @@ def test_secrets_are_not_in_the_representation() -> None:
 
 
 @pytest.mark.parametrize("token", ["fifteen-letters", "sixteen letters and blanks", "sixteen-with-ö-in-it"])
-def test_a_token_that_can_be_guessed_or_not_be_sent_is_refused_with_a_remedy(token: str) -> None:
+def test_unsafe_status_token_refused(token: str) -> None:
+    """A token that can be guessed, or that a header can't carry, is refused with a remedy."""
     (problem,) = problems(api_url=URL, status_token=token)
     assert problem.startswith("T23_STATUS_TOKEN")
     assert "token_urlsafe" in problem
     assert token not in problem
 
 
-def test_the_operators_path_is_one_of_its_own() -> None:
+def test_status_path_is_own_path() -> None:
+    """The operator's path (T23_STATUS_PATH) must be its own: the root, relative and invalid paths are refused."""
     assert settings(status_path="/ops/t23/").status_path == "/ops/t23"
     for path in ("/", "t23", "/a b", "/a?b", "//", "/ä"):
         (problem,) = problems(api_url=URL, status_path=path)
         assert problem.startswith("T23_STATUS_PATH"), path
 
 
-def test_bytes_are_taken_as_flask_takes_its_key() -> None:
+def test_secret_key_may_be_bytes() -> None:
+    """Flask's key may be given as bytes, as Flask itself allows it."""
     assert settings(flask_secret_key=b"key").flask_secret_key == "key"
     odd = settings(flask_secret_key=b"\xff\x00key").flask_secret_key
     assert odd is not None
     assert odd.encode("utf-8", "surrogateescape") == b"\xff\x00key"
 
 
-def test_whether_it_is_on_is_known_whatever_else_is_wrong() -> None:
+def test_enabled_known_despite_problems() -> None:
+    """Whether the middleware is enabled is known even if other settings are wrong."""
     assert Settings.is_enabled({"T23_API_URL": "nonsense"})
     assert Settings.is_enabled({"T23_ENABLED": "nonsense"})
     assert not Settings.is_enabled({"T23_ENABLED": "off"})
 
 
-def test_the_app_is_known_whatever_else_is_wrong() -> None:
+def test_app_target_known_despite_problems() -> None:
+    """The app's target (T23_APP) is known even if other settings are wrong."""
     assert Settings.app_target({"T23_APP": " video:app "}) == "video:app"
     assert Settings.app_target({"T23_APP": " "}) is None
 
@@ -316,9 +333,8 @@ def test_the_app_is_known_whatever_else_is_wrong() -> None:
 # The state folder.
 
 
-def test_the_state_folder_is_one_per_site_in_the_home_of_the_processs_user(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_state_folder_in_users_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The state folder is one per site, in the home of the process's user."""
     monkeypatch.setenv("HOME", "/nowhere")  # a server that changed its user leaves root's here
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_dir=str(tmp_path)))
     place = tmp_path / ".local" / "state" / "t23-middleware"
@@ -327,9 +343,8 @@ def test_the_state_folder_is_one_per_site_in_the_home_of_the_processs_user(
     assert settings(state_dir="/srv/t23").state_path() == Path("/srv/t23")
 
 
-def test_a_user_without_a_home_gets_a_folder_in_var_tmp(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_state_folder_without_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user without a usable home gets a state folder in /var/tmp."""
     (tmp_path / "file").touch()
     place = Path(f"/var/tmp/t23-{os.geteuid()}/t23-middleware/video.example.com")
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_dir=str(tmp_path / "file" / "home")))
@@ -344,9 +359,8 @@ def test_a_user_without_a_home_gets_a_folder_in_var_tmp(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-def test_a_home_in_a_folder_that_may_not_be_entered_counts_as_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_state_folder_with_closed_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A home inside a folder that the user may not enter counts as no home."""
     tmp_path.chmod(0o700)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_dir=str(tmp_path / "app")))
     os.seteuid(65534)
@@ -359,7 +373,8 @@ def test_a_home_in_a_folder_that_may_not_be_entered_counts_as_none(
 # What the relay is told.
 
 
-def test_the_relay_gets_the_settings_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relay_environment_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay gets the settings that it needs, and no secret."""
     for name in ("DATABASE_PASSWORD", "SECRET_KEY", "AWS_SECRET_ACCESS_KEY", "PYTHON_API_TOKEN", "T23_OTHER"):
         monkeypatch.setenv(name, "hidden")
     monkeypatch.setenv("T23_SESSION_SECRET", "hidden")
@@ -389,7 +404,8 @@ relevant = st.fixed_dictionaries(
 
 
 @given(relevant)
-def test_the_relay_reads_what_the_worker_read_so_their_digests_agree(given_: dict[str, Any]) -> None:
+def test_relay_and_worker_digests_agree(given_: dict[str, Any]) -> None:
+    """The relay reads the same settings as the worker, so their digests agree."""
     if "{host}" in given_["api_url"]:
         given_.setdefault("hosts", ("a.example.com",))
     worker = Settings(environ={}, **given_)
@@ -408,14 +424,16 @@ def test_the_relay_reads_what_the_worker_read_so_their_digests_agree(given_: dic
     ],
     ids=str,
 )
-def test_the_digest_changes_with_what_the_relay_does(change: dict[str, Any]) -> None:
+def test_digest_changes_with_relay_settings(change: dict[str, Any]) -> None:
+    """The digest changes if a setting that affects the relay changes."""
     assert settings(**change).relay_digest() != settings().relay_digest()
 
 
 @pytest.mark.parametrize(
     "change", [{"session_param": "sid"}, {"session_secret": "key"}, {"relay": "external"}]
 )
-def test_the_digest_stays_with_what_only_capture_does(change: dict[str, Any]) -> None:
+def test_digest_ignores_capture_settings(change: dict[str, Any]) -> None:
+    """The digest stays the same if a setting that affects only capture changes."""
     assert settings(**change).relay_digest() == settings().relay_digest()
 
 
@@ -429,20 +447,23 @@ def test_every_default_reads_as_itself() -> None:
 # The proxy's log.
 
 
-def test_logs_are_absolute_paths_each_once_and_need_not_exist():
+def test_proxy_logs_are_absolute_paths():
+    """Proxy logs are absolute paths; each is taken once, and none needs to exist."""
     given = Settings(environ={"T23_API_URL": URL, "T23_PROXY_LOG": "/none/a.log, /none/b.log,/none/a.log"})
     assert given.proxy_log == ("/none/a.log", "/none/b.log")
     assert Settings(environ={"T23_API_URL": URL}).proxy_log == ()
 
 
 @pytest.mark.parametrize("text", ["t23.log", "/var/log/nginx/", "/var/log/t23.log,other.log"])
-def test_a_log_that_is_no_absolute_path_of_a_file_is_told_with_one_that_is(text):
+def test_invalid_proxy_log_refused(text):
+    """A proxy log that is not the absolute path of a file is refused with an example of one that is."""
     with pytest.raises(ConfigurationError, match="T23_PROXY_LOG .* write for example /var/log/nginx/t23.log"):
         Settings(environ={"T23_API_URL": URL, "T23_PROXY_LOG": text})
 
 
 @pytest.mark.parametrize("name", ["T23_PROXY_LOG", "T23_PROXY_WAIT", "T23_MEDIA_TYPES"])
-def test_what_is_said_of_the_proxy_is_the_relays_too(name, tmp_path):
+def test_relay_gets_proxy_settings(name, tmp_path):
+    """The settings about the proxy are passed to the relay, and they change its digest."""
     value = {"T23_PROXY_LOG": "/var/log/t23.log", "T23_PROXY_WAIT": "60", "T23_MEDIA_TYPES": "video/mp4"}[
         name
     ]

@@ -50,7 +50,8 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.stdout.close()
 
 
-def test_a_new_folder_and_all_that_is_made_on_the_way_is_its_users_alone(tmp_path: Path) -> None:
+def test_new_folder_is_private(tmp_path: Path) -> None:
+    """A new folder, and every folder that is created on the way to it, is accessible to its user alone."""
     before = os.umask(0)  # as servers that became daemons leave it
     try:
         StateFolder(tmp_path / "a" / "b").create()
@@ -60,20 +61,23 @@ def test_a_new_folder_and_all_that_is_made_on_the_way_is_its_users_alone(tmp_pat
         assert (tmp_path / made).stat().st_mode & 0o777 == 0o700
 
 
-def test_a_folder_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:
+def test_readable_folder_becomes_private(tmp_path: Path) -> None:
+    """A folder that others may read is closed to them."""
     folder = tmp_path / "state"
     folder.mkdir(mode=0o755)
     StateFolder(folder).create()
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_file_in_place_of_the_folder_is_told_with_its_remedy(tmp_path: Path) -> None:
+def test_file_in_place_of_folder(tmp_path: Path) -> None:
+    """A file in place of the folder is reported with its remedy."""
     (tmp_path / "state").write_text("")
     with pytest.raises(StateError, match=r"state can't be used \(.+\); set T23_STATE_DIR to a folder"):
         StateFolder(tmp_path / "state").create()
 
 
-def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_link_in_place_of_folder(tmp_path: Path) -> None:
+    """A link in place of the folder is refused."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "state").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StateError, match="link or another user's"):
@@ -89,9 +93,10 @@ def test_another_users_folder_is_refused(tmp_path: Path) -> None:
 
 
 @as_root
-def test_a_folder_inside_one_that_another_user_made_where_everybody_may_write_is_refused(
+def test_folder_under_anothers_folder_refused(
     tmp_path: Path,
 ) -> None:
+    """A folder is refused if its parent belongs to another user and is in a folder that everybody may write to."""
     everybodys = tmp_path / "tmp"
     everybodys.mkdir()
     everybodys.chmod(0o1777)
@@ -101,7 +106,8 @@ def test_a_folder_inside_one_that_another_user_made_where_everybody_may_write_is
         StateFolder(everybodys / "t23-0" / "t23-middleware" / "video.example.com").create()
 
 
-def test_a_folder_behind_a_link_that_anybody_may_have_laid_is_refused(tmp_path: Path) -> None:
+def test_folder_behind_unsafe_link_refused(tmp_path: Path) -> None:
+    """A folder behind a link that anybody may have created is refused."""
     everybodys = tmp_path / "tmp"
     everybodys.mkdir()
     everybodys.chmod(0o1777)
@@ -111,7 +117,8 @@ def test_a_folder_behind_a_link_that_anybody_may_have_laid_is_refused(tmp_path: 
         StateFolder(everybodys / "t23-0" / "t23-middleware").create()
 
 
-def test_only_a_journal_or_unfinished_deliveries_are_work(tmp_path: Path) -> None:
+def test_what_counts_as_work(tmp_path: Path) -> None:
+    """Only a journal or unfinished deliveries count as work."""
     folder = StateFolder(tmp_path / "state")
     assert not folder.has_work()
     folder.create()
@@ -124,7 +131,8 @@ def test_only_a_journal_or_unfinished_deliveries_are_work(tmp_path: Path) -> Non
     assert folder.has_work()
 
 
-def test_a_journal_that_only_another_version_can_read_is_none_of_our_work(tmp_path: Path) -> None:
+def test_foreign_journal_is_not_work(tmp_path: Path) -> None:
+    """A journal that only another version can read does not count as work of this version."""
     folder = StateFolder(tmp_path / "state")
     folder.create()
     (folder.journals / "1-a.000000.journal").touch()
@@ -146,9 +154,8 @@ def test_a_damaged_list_of_those_hides_nothing(content: bytes, tmp_path: Path) -
     assert folder.has_work()
 
 
-def test_a_lock_is_seen_by_others_and_goes_with_a_killed_holder(
-    holder: subprocess.Popen[str], tmp_path: Path
-) -> None:
+def test_lock_ends_with_killed_holder(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Other processes see a lock, and it ends when its holder is killed."""
     lock = tmp_path / "lock"
     assert lock_is_held(lock)
     assert lock_is_held(lock), "the look itself must not take the lock away"
@@ -161,15 +168,15 @@ def test_a_lock_is_seen_by_others_and_goes_with_a_killed_holder(
     os.close(descriptor)
 
 
-def test_a_lock_that_was_never_taken_is_free(tmp_path: Path) -> None:
+def test_untaken_lock_is_free(tmp_path: Path) -> None:
+    """A lock that was never taken is free, whether its file exists or not."""
     assert not lock_is_held(tmp_path / "nothing")
     (tmp_path / "lock").touch()
     assert not lock_is_held(tmp_path / "lock")
 
 
-def test_a_lock_whose_file_was_removed_between_open_and_lock_is_taken_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_file_removed_before_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock whose file was removed between open and lock is taken again, on a new file."""
     lock = tmp_path / "lock"
     opened: list[int] = []
     really_open = os.open

@@ -75,7 +75,8 @@ def sealed(content: Any) -> bytes:
 
 
 @given(lines)
-def test_what_is_encoded_is_one_line_and_decodes_to_the_same(line: Any) -> None:
+def test_encoded_line_decodes_to_same(line: Any) -> None:
+    """Anything encoded is one line, and it decodes to the same value."""
     encoded = encode(line)
     assert encoded.endswith(b"\n")
     assert encoded.count(b"\n") == 1
@@ -83,7 +84,8 @@ def test_what_is_encoded_is_one_line_and_decodes_to_the_same(line: Any) -> None:
 
 
 @given(lines, st.data())
-def test_a_line_that_was_cut_short_is_torn(line: Any, data: st.DataObject) -> None:
+def test_cut_line_is_torn(line: Any, data: st.DataObject) -> None:
+    """A line that was cut short is torn."""
     encoded = encode(line)[:-1]
     cut = data.draw(st.integers(0, len(encoded) - 1))
     with pytest.raises(TornLine):
@@ -91,7 +93,8 @@ def test_a_line_that_was_cut_short_is_torn(line: Any, data: st.DataObject) -> No
 
 
 @given(lines, st.data())
-def test_a_line_with_a_byte_overwritten_is_torn(line: Any, data: st.DataObject) -> None:
+def test_overwritten_line_is_torn(line: Any, data: st.DataObject) -> None:
+    """A line with one byte overwritten is torn."""
     encoded = bytearray(encode(line)[:-1])
     place = data.draw(st.integers(0, len(encoded) - 1))
     encoded[place] ^= data.draw(st.integers(1, 255))
@@ -124,7 +127,8 @@ def test_writer_of_another_format(more: list[Any]) -> None:
     st.sampled_from(["writer", "open", "close", "acked", "counts", "later"]),
     st.lists(json_values, max_size=8),
 )
-def test_whole_lines_of_any_content_are_known_or_foreign(word: str, fields: list[Any]) -> None:
+def test_whole_lines_known_or_foreign(word: str, fields: list[Any]) -> None:
+    """A whole line with any content is either known or foreign; it raises nothing else."""
     try:
         decode(sealed([word, *fields]))
     except ForeignLine:
@@ -152,17 +156,20 @@ def test_whole_lines_of_any_content_are_known_or_foreign(word: str, fields: list
     ],
     ids=repr,
 )
-def test_whole_lines_that_this_version_does_not_know_are_foreign(content: Any) -> None:
+def test_unknown_whole_lines_are_foreign(content: Any) -> None:
+    """Whole lines that this version does not know are foreign."""
     with pytest.raises(ForeignLine):
         decode(sealed(content))
 
 
-def test_a_line_that_is_too_long_is_not_believed_though_its_checksum_fits() -> None:
+def test_too_long_line_is_torn() -> None:
+    """A line that is too long is not accepted, although its checksum is correct."""
     with pytest.raises(TornLine):
         decode(sealed(["counts", {"x" * LONGEST_LINE: 1}]))
 
 
-def test_the_longest_play_that_is_taken_fits_into_a_line() -> None:
+def test_longest_play_fits_in_line() -> None:
+    """The longest play that is accepted fits into one line."""
     widest = '"' * 256
     play = Play(widest, "9" * 20, "h" * 253, 1, '"' * 100, "\N{GRINNING FACE}" * 100, "\\" * 100)
     part = Part(2**62, 2**62, 2**62)
@@ -170,7 +177,8 @@ def test_the_longest_play_that_is_taken_fits_into_a_line() -> None:
     assert decode(encode(line)[:-1]) == line
 
 
-def test_the_size_of_a_part_is_known_only_with_both_its_ends() -> None:
+def test_part_size_needs_both_ends() -> None:
+    """The size of a part is known only if both its ends are known."""
     assert Part(10, 19, None).size == 10
     assert Part(10, None, 100).size is None
     assert Part(None, None, None).size is None

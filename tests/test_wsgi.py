@@ -143,9 +143,10 @@ def ask(app: Any) -> str:
         ("shop/site/:application", "shop.site"),
     ],
 )
-def test_every_form_of_t23_app_finds_its_app_and_wraps_it(
+def test_t23_app_forms_are_wrapped(
     write: Write, entrance: Callable[..., ModuleType], target: str, answer: str
 ) -> None:
+    """Every form of T23_APP finds its app and wraps it."""
     write("video.py", VIDEO)
     write("films/late.wsgi", VIDEO + "\n    application = _app('late')")
     write("films/code.py", VIDEO + "\n    application = _app('code')")
@@ -161,18 +162,16 @@ def test_every_form_of_t23_app_finds_its_app_and_wraps_it(
     assert ask(module.load(target)) == f"{answer} seen=True"
 
 
-def test_a_file_finds_the_modules_that_lie_beside_it(
-    write: Write, entrance: Callable[..., ModuleType]
-) -> None:
+def test_file_imports_neighbouring_modules(write: Write, entrance: Callable[..., ModuleType]) -> None:
+    """An app given as a file can import the modules in the same folder."""
     write("films/neighbour_of_late.py", VIDEO)
     path = write("films/late_too.py", "from neighbour_of_late import other as app")
 
     assert ask(entrance(f"{path}:app").application) == "other seen=True"
 
 
-def test_the_attribute_app_is_taken_where_there_is_no_application(
-    write: Write, entrance: Callable[..., ModuleType]
-) -> None:
+def test_app_attribute_without_application(write: Write, entrance: Callable[..., ModuleType]) -> None:
+    """The attribute ``app`` is taken if the module has no ``application``."""
     write("plain.py", VIDEO.replace("application =", "app ="))
 
     assert ask(entrance("plain").application) == "application seen=True"
@@ -204,9 +203,10 @@ def test_the_attribute_app_is_taken_where_there_is_no_application(
         ("empty_factory", "no 'application' and no 'app'"),
     ],
 )
-def test_what_can_not_be_found_is_told_in_one_sentence_with_its_remedy(
+def test_app_not_found_error(
     write: Write, entrance: Callable[..., ModuleType], target: str, words: str
 ) -> None:
+    """An app that can't be found is reported in one sentence with its remedy."""
     write("video.py", VIDEO)
     write("empty.py", "")
     write("empty_factory.py", "def create_app(): return None")
@@ -221,9 +221,10 @@ def test_what_can_not_be_found_is_told_in_one_sentence_with_its_remedy(
 
 
 @pytest.mark.parametrize("target", ["nowhere:app", "video:nothing", "video..other", "empty"])
-def test_an_app_that_run_was_given_is_not_blamed_on_a_variable_that_nobody_set(
+def test_run_error_does_not_name_t23_app(
     write: Write, entrance: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
+    """If the app of the ``run`` command is not found, the error does not name T23_APP, which the user did not set."""
     write("video.py", VIDEO)
     write("empty.py", "")
     monkeypatch.setenv("_T23_NAMED_BY_RUN", target)
@@ -245,9 +246,8 @@ def test_a_factorys_arguments_are_not_told(write: Write, entrance: Callable[...,
     assert "hunter2" not in str(told.value)
 
 
-def test_what_the_apps_own_module_misses_comes_through_with_its_own_traceback(
-    write: Write, entrance: Callable[..., ModuleType]
-) -> None:
+def test_apps_import_error_passes_through(write: Write, entrance: Callable[..., ModuleType]) -> None:
+    """The import error of a module that the app itself misses passes through with its own traceback."""
     path = write("lacking.py", "import not_installed_anywhere")
 
     for target in ("lacking:app", "lacking.py:app", "lacking"):
@@ -263,9 +263,10 @@ def test_an_error_inside_a_factory_comes_through(write: Write, entrance: Callabl
         entrance("video:broken()")
 
 
-def test_without_t23_app_the_module_is_harmless_until_the_application_is_asked_for(
+def test_import_without_t23_app(
     entrance: Callable[..., ModuleType],
 ) -> None:
+    """Without T23_APP, the module imports without an error; only access to ``application`` fails."""
     module = entrance()
 
     assert "application" not in vars(module)
@@ -277,9 +278,10 @@ def test_without_t23_app_the_module_is_harmless_until_the_application_is_asked_f
         _ = module.app
 
 
-def test_t23_app_set_after_the_import_is_found(
+def test_t23_app_set_after_import(
     write: Write, entrance: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """T23_APP is found even if it is set after the import."""
     write("video.py", VIDEO)
     module = entrance()
     monkeypatch.setenv("T23_APP", "video:other")
@@ -288,21 +290,23 @@ def test_t23_app_set_after_the_import_is_found(
     assert module.application is module.application
 
 
-def test_t23_enabled_0_hands_back_the_bare_app(
+def test_disabled_returns_bare_app(
     write: Write, entrance: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With T23_ENABLED=0, the app comes back unwrapped."""
     write("video.py", VIDEO)
     monkeypatch.setenv("T23_ENABLED", "0")
 
     assert ask(entrance("video:other").application) == "other seen=False"
 
 
-def test_wrong_settings_leave_the_app_bare_and_running(
+def test_wrong_settings_leave_app_running(
     write: Write,
     entrance: Callable[..., ModuleType],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """With wrong settings, the app runs unwrapped and one error is logged."""
     write("video.py", VIDEO)
     monkeypatch.setenv("T23_API_URL", "no address")
 
@@ -311,9 +315,8 @@ def test_wrong_settings_leave_the_app_bare_and_running(
 
 
 @pytest.mark.parametrize("target", ["films:site", "films:create_app()", "films:create_app", "films"])
-def test_a_flask_app_comes_back_as_itself_with_its_wsgi_app_wrapped(
-    write: Write, entrance: Callable[..., ModuleType], target: str
-) -> None:
+def test_flask_app_keeps_its_type(write: Write, entrance: Callable[..., ModuleType], target: str) -> None:
+    """A Flask app comes back as itself, with its ``wsgi_app`` wrapped."""
     write("films.py", FLASK_VIDEO + ("\n    site = create_app()" if target == "films:site" else ""))
 
     application = entrance(target).application
@@ -336,7 +339,8 @@ def test_wrapping_twice_changes_nothing(write: Write, entrance: Callable[..., Mo
     assert load(plain) is plain
 
 
-def test_an_app_that_is_not_flask_never_makes_us_import_flask(write: Write) -> None:
+def test_plain_app_imports_no_flask(write: Write) -> None:
+    """An app that is not a Flask app never makes the middleware import Flask."""
     write("video.py", VIDEO)
     code = "import sys; from t23_middleware.wsgi import application; sys.exit('flask' in sys.modules)"  # 1 if it was
 
@@ -348,9 +352,10 @@ def test_an_app_that_is_not_flask_never_makes_us_import_flask(write: Write) -> N
         )
 
 
-def test_pastedeploy_wraps_with_the_settings_of_its_file(
+def test_pastedeploy_uses_file_settings(
     write: Write, entrance: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """PasteDeploy wraps the app with the settings in its own file."""
     loadwsgi = pytest.importorskip("paste.deploy.loadwsgi")
     monkeypatch.delenv("T23_API_URL")
     entrance()
