@@ -128,9 +128,11 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 @often
 @given(chunks=chunk_lists, stop_after=st.none() | st.integers(0, 8), closes=st.integers(1, 3))
-def test_the_client_gets_the_bare_answer_and_one_close_line_has_its_bytes(
+def test_bare_answer_and_one_close_line(
     wrap: Any, journals: Any, kind: Any, chunks: list[bytes], stop_after: int | None, closes: int
 ) -> None:
+    """The client gets the same answer as without the middleware, and one close line has its bytes."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         return kind(chunks, start_response)
 
@@ -145,7 +147,8 @@ def test_the_client_gets_the_bare_answer_and_one_close_line_has_its_bytes(
         assert journals.sent()[before:] == [len(answer.body)]
 
 
-def test_a_chunk_is_counted_when_the_next_is_asked_for(wrap: Any, journals: Any) -> None:
+def test_chunk_counted_at_next_request(wrap: Any, journals: Any) -> None:
+    """A chunk is counted when the server asks for the next one."""
     body = wrap(media(b"abc", b"de"))(request(), lambda *head: None)
     chunks = iter(body)
     assert next(chunks) == b"abc"
@@ -154,7 +157,8 @@ def test_a_chunk_is_counted_when_the_next_is_asked_for(wrap: Any, journals: Any)
     assert journals.sent() == [3]
 
 
-def test_a_body_that_was_never_started_is_closed_and_counts_nothing(wrap: Any, journals: Any) -> None:
+def test_unstarted_body_counts_nothing(wrap: Any, journals: Any) -> None:
+    """A body whose iteration never started is closed and counts nothing."""
     own = Chunks([b"abc"])
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
@@ -167,7 +171,8 @@ def test_a_body_that_was_never_started_is_closed_and_counts_nothing(wrap: Any, j
     assert journals.sent() == [0]
 
 
-def test_closing_from_many_threads_at_once_ends_the_count_once(wrap: Any, journals: Any) -> None:
+def test_close_from_many_threads(wrap: Any, journals: Any) -> None:
+    """Closing a body from many threads at once ends the count once."""
     app = wrap(media(b"abc"))
     for _ in range(50):
         body = app(request(), lambda *head: None)
@@ -180,7 +185,9 @@ def test_closing_from_many_threads_at_once_ends_the_count_once(wrap: Any, journa
     assert journals.sent() == [3] * 50
 
 
-def test_a_close_that_fails_fails_as_bare_and_is_counted(wrap: Any, journals: Any) -> None:
+def test_failing_close_is_counted(wrap: Any, journals: Any) -> None:
+    """A ``close()`` of the app that raises does so as without the middleware, and the response is counted."""
+
     class Broken(Chunks):
         def close(self) -> None:
             raise OSError("the app's close failed")
@@ -195,7 +202,9 @@ def test_a_close_that_fails_fails_as_bare_and_is_counted(wrap: Any, journals: An
 
 
 @pytest.mark.parametrize("made", [list, tuple], ids=["list", "tuple"])
-def test_the_length_of_a_list_is_kept_so_that_servers_see_one_chunk(wrap: Any, made: Any) -> None:
+def test_list_keeps_its_length(wrap: Any, made: Any) -> None:
+    """A list or tuple keeps its length, so that servers see that it is one chunk."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("200 OK", HEADERS)
         return made([b"abc"])
@@ -211,7 +220,9 @@ def test_a_generator_gets_no_length(wrap: Any) -> None:
     body.close()
 
 
-def test_an_error_page_in_place_of_media_counts_no_bytes(wrap: Any, journals: Any) -> None:
+def test_error_page_counts_no_bytes(wrap: Any, journals: Any) -> None:
+    """An error page that replaces the media counts no bytes."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
         start_response("200 OK", HEADERS)
         yield b""  # nothing was sent yet, so the head may still be exchanged
@@ -235,7 +246,8 @@ def test_an_error_page_in_place_of_media_counts_no_bytes(wrap: Any, journals: An
     assert journals.sent() in ([], [0])
 
 
-def test_a_server_without_write_hands_none_to_the_app(wrap: Any) -> None:
+def test_server_without_write_callable(wrap: Any) -> None:
+    """A server without ``write`` returns None from start_response, and the app gets that None."""
     seen: list[object] = []
 
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -246,7 +258,9 @@ def test_a_server_without_write_hands_none_to_the_app(wrap: Any) -> None:
     assert seen == [None]
 
 
-def test_exc_info_may_be_named_as_servers_let_apps_do(wrap: Any) -> None:
+def test_exc_info_as_keyword(wrap: Any) -> None:
+    """An app may pass ``exc_info`` by keyword, as servers allow it."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         try:
             raise OSError
@@ -268,7 +282,9 @@ def test_the_count_is_bounded_by_content_length(wrap: Any, journals: Any) -> Non
 
 
 @pytest.mark.parametrize("length", ["many", "-3", "٣", "3" * 5000, ""])
-def test_a_content_length_that_is_none_is_no_bound(wrap: Any, journals: Any, length: str) -> None:
+def test_invalid_content_length_ignored(wrap: Any, journals: Any, length: str) -> None:
+    """An invalid Content-Length does not limit the count."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [*HEADERS, ("Content-Length", length)])
         return [b"abcdef"]
@@ -299,9 +315,8 @@ gunicorns = pytest.mark.parametrize(
 
 
 @gunicorns
-def test_gunicorn_gets_its_own_wrapper_back_and_the_count_is_exact(
-    wrap: Any, journals: Any, film: Path, wrapper: Any
-) -> None:
+def test_gunicorn_gets_own_file_wrapper(wrap: Any, journals: Any, film: Path, wrapper: Any) -> None:
+    """gunicorn gets its own file wrapper back, and the count is exact."""
     environ = request()
     app = wrap(wrapped_file(film, length=len(FILM)))
     seen: list[Any] = []
@@ -318,9 +333,10 @@ def test_gunicorn_gets_its_own_wrapper_back_and_the_count_is_exact(
 
 
 @gunicorns
-def test_gunicorns_client_that_hangs_up_is_counted_by_what_the_kernel_took(
+def test_gunicorn_disconnect_counts_kernel_bytes(
     wrap: Any, journals: Any, tmp_path: Path, wrapper: Any
 ) -> None:
+    """If gunicorn's client disconnects, the count is what the kernel accepted."""
     large = tmp_path / "large.mp4"
     large.write_bytes(FILM * 40)
     answer = as_gunicorn(wrap(wrapped_file(large)), request(), read=100_000, wrapper=wrapper)
@@ -330,9 +346,8 @@ def test_gunicorns_client_that_hangs_up_is_counted_by_what_the_kernel_took(
 
 
 @gunicorns
-def test_a_file_that_starts_in_its_middle_counts_only_what_is_sent(
-    wrap: Any, journals: Any, film: Path, wrapper: Any
-) -> None:
+def test_file_from_middle_counts_sent(wrap: Any, journals: Any, film: Path, wrapper: Any) -> None:
+    """A file that is sent from its middle counts only the bytes that are sent."""
     answer = as_gunicorn(wrap(wrapped_file(film, seek=200_000)), request(), wrapper=wrapper)
     assert answer.body == FILM[200_000:]
     assert journals.sent() == [len(FILM) - 200_000]
@@ -344,9 +359,10 @@ def test_a_file_that_starts_in_its_middle_counts_only_what_is_sent(
     sends=st.none() | st.lists(st.integers(0, 1000), max_size=5),
     told=st.booleans(),
 )
-def test_waitress_reads_seeks_back_and_skips_and_the_count_is_what_it_sent(
+def test_waitress_seeks_count_sent_bytes(
     wrap: Any, journals: Any, film: Path, seek: int, sends: list[int] | None, told: bool
 ) -> None:
+    """waitress reads, seeks back and skips in the file, and the count is what it sent."""
     before = len(journals.closed())
     app = wrap(wrapped_file(film, seek=seek, length=len(FILM) - seek if told else None))
     answer = as_waitress(app, request(), sends=sends)
@@ -358,14 +374,15 @@ def test_waitress_reads_seeks_back_and_skips_and_the_count_is_what_it_sent(
 @pytest.mark.parametrize(
     ("serve", "name"), [(as_gunicorn, "blksize"), (as_waitress, "block_size")], ids=["gunicorn", "waitress"]
 )
-def test_the_block_size_may_be_named_as_the_servers_own_wrapper_allows(
-    wrap: Any, journals: Any, film: Path, serve: Any, name: str
-) -> None:
+def test_block_size_as_keyword(wrap: Any, journals: Any, film: Path, serve: Any, name: str) -> None:
+    """An app may pass the block size by the keyword of the server's own wrapper."""
     assert serve(wrap(wrapped_file(film, name=name)), request()).body == FILM
     assert journals.sent() == [len(FILM)]
 
 
-def test_what_is_no_real_file_is_counted_by_what_was_read(wrap: Any, journals: Any) -> None:
+def test_file_like_object_counts_reads(wrap: Any, journals: Any) -> None:
+    """A file-like object without a descriptor is counted by the bytes that were read from it."""
+
     class Pipe:
         """Can be read, and nothing else."""
 
@@ -384,9 +401,8 @@ def test_what_is_no_real_file_is_counted_by_what_was_read(wrap: Any, journals: A
     assert journals.sent() == [len(FILM)]
 
 
-def test_a_wrapper_inside_another_body_is_counted_by_its_iterator_alone(
-    wrap: Any, journals: Any, film: Path
-) -> None:
+def test_wrapper_inside_other_body(wrap: Any, journals: Any, film: Path) -> None:
+    """A file wrapper inside another body counts only what that body yields."""
     inner = wrapped_file(film)
 
     def app(environ: dict[str, Any], start_response: Any) -> Any:
@@ -404,9 +420,9 @@ def test_a_wrapper_inside_another_body_is_counted_by_its_iterator_alone(
     assert journals.sent() == [4096]
 
 
-def test_a_file_that_was_wrapped_and_not_returned_reports_nothing(
-    wrap: Any, journals: Any, film: Path
-) -> None:
+def test_unreturned_file_wrapper_counts_nothing(wrap: Any, journals: Any, film: Path) -> None:
+    """A file that the app wrapped but did not return counts nothing."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         environ["wsgi.file_wrapper"](film.open("rb")).close()
         start_response("200 OK", [("Content-Type", "text/plain")])
@@ -435,9 +451,10 @@ def uwsgi_wrapper(file: Any, size: int = 0) -> Any:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the thread's account is Linux's")
-def test_uwsgis_sendfile_is_counted_by_the_threads_account(
+def test_uwsgi_sendfile_uses_thread_account(
     wrap: Any, journals: Any, film: Path, tmp_path: Path, in_uwsgi: Any
 ) -> None:
+    """uWSGI's sendfile is counted by the kernel's I/O account of the thread."""
     import os
 
     in_uwsgi()
@@ -450,9 +467,8 @@ def test_uwsgis_sendfile_is_counted_by_the_threads_account(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the thread's account is Linux's")
-def test_uwsgi_closing_in_another_thread_counts_nothing_rather_than_anything(
-    wrap: Any, journals: Any, film: Path, in_uwsgi: Any
-) -> None:
+def test_uwsgi_close_in_other_thread(wrap: Any, journals: Any, film: Path, in_uwsgi: Any) -> None:
+    """If uWSGI closes the file in another thread, nothing is counted rather than a wrong number."""
     in_uwsgi()
     body = wrap(wrapped_file(film))(request(**{"wsgi.file_wrapper": uwsgi_wrapper}), lambda *head: None)
     closer = threading.Thread(target=body.close)
@@ -492,9 +508,10 @@ RANGES = {
     [as_gunicorn, lambda app, environ: as_gunicorn(app, environ, wrapper=OldFileWrapper), as_waitress, ask],
     ids=["gunicorn", "old gunicorn", "waitress", "no wrapper"],
 )
-def test_flasks_send_file_is_answered_as_bare_and_counted_exactly(
+def test_flask_send_file_counted_exactly(
     wrap: Any, journals: Any, site: Flask, serve: Any, asked: str
 ) -> None:
+    """Flask's ``send_file`` gives the same answer as without the middleware, and the count is exact."""
     header, status, first, content = RANGES[asked]
     more = {} if header is None else {"HTTP_RANGE": header}
     bare = serve(site.wsgi_app, request(**more))
@@ -507,14 +524,16 @@ def test_flasks_send_file_is_answered_as_bare_and_counted_exactly(
     assert opening.part == (first, first + len(content) - 1, len(FILM))
 
 
-def test_a_range_that_can_not_be_met_is_not_counted(wrap: Any, journals: Any, site: Flask) -> None:
+def test_unsatisfiable_range_not_counted(wrap: Any, journals: Any, site: Flask) -> None:
+    """A range that can't be satisfied (status 416) is not counted."""
     assert ask(wrap(site.wsgi_app), request(HTTP_RANGE="bytes=999999999-")).status == (
         "416 REQUESTED RANGE NOT SATISFIABLE"
     )
     assert journals.files() == []
 
 
-def test_a_film_that_the_client_has_is_not_counted(wrap: Any, journals: Any, site: Flask) -> None:
+def test_not_modified_film_not_counted(wrap: Any, journals: Any, site: Flask) -> None:
+    """A film that the client already has (status 304) is not counted."""
     app = wrap(site.wsgi_app)
     etag = dict(ask(site.wsgi_app).headers)["ETag"]
     answer = ask(app, request(HTTP_IF_NONE_MATCH=etag))

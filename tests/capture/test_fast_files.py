@@ -76,9 +76,8 @@ SERVERS: dict[str, Callable[[Any, dict[str, Any]], Answer]] = {
 
 
 @pytest.mark.parametrize("serve", SERVERS.values(), ids=SERVERS)
-def test_a_range_by_send_file_is_handed_over_as_the_servers_own_wrapper(
-    serve: Any, wrap: Any, journals: Any, site: Flask
-) -> None:
+def test_range_uses_servers_file_wrapper(serve: Any, wrap: Any, journals: Any, site: Flask) -> None:
+    """A range that ``send_file`` answers is passed to the server as its own file wrapper."""
     body = Body(wrap(site))
     answer = serve(body, request(HTTP_RANGE=RANGE))
     bare = serve(site, request(HTTP_RANGE=RANGE))
@@ -100,17 +99,19 @@ def test_any_range_has_the_bare_apps_answer(
     assert journals.sent() == [len(bare.body)]
 
 
-def test_switched_off_the_app_sends_as_it_did(wrap: Any, journals: Any, site: Flask) -> None:
+def test_switched_off_keeps_apps_way(wrap: Any, journals: Any, site: Flask) -> None:
+    """With T23_FAST_FILES off, the app sends the file as it does without the middleware."""
     body = Body(wrap(site, fast_files=False))
     assert as_gunicorn(body, request(HTTP_RANGE=RANGE)).body == FILM[START:STOP]
     assert not isinstance(body.handed, FileWrapper)
     assert journals.sent() == [STOP - START]
 
 
-def test_a_server_that_reads_to_the_end_of_the_file_meets_the_ranges_end(
-    wrap: Any, journals: Any, film: Path
-) -> None:
-    """gunicorn iterates with ``--no-sendfile`` and on TLS (gunicorn/http/wsgi.py, ``write_file``)."""
+def test_iterated_file_ends_at_range(wrap: Any, journals: Any, film: Path) -> None:
+    """A server that reads to the end of the file gets no more than the range.
+
+    gunicorn iterates with ``--no-sendfile`` and on TLS (gunicorn/http/wsgi.py, ``write_file``).
+    """
     taken: list[int] = []
 
     def open_film() -> Any:
@@ -168,9 +169,8 @@ OPENERS = [positioned, unbuffered, read_from, compressed, in_memory, a_subclass]
 
 @pytest.mark.parametrize("serve", SERVERS.values(), ids=SERVERS)
 @pytest.mark.parametrize("opener", OPENERS)
-def test_a_file_of_any_kind_gives_the_bare_apps_answer(
-    opener: Any, serve: Any, wrap: Any, journals: Any, film: Path
-) -> None:
+def test_file_kinds_get_bare_answer(opener: Any, serve: Any, wrap: Any, journals: Any, film: Path) -> None:
+    """Every kind of file object gives the same answer as without the middleware."""
     bare = serve(ranged(lambda: opener(film)), request(HTTP_RANGE=RANGE))
     answer = serve(wrap(ranged(lambda: opener(film))), request(HTTP_RANGE=RANGE))
     # Also where werkzeug itself counts from where the file stood (gunicorn, positioned).
@@ -178,7 +178,8 @@ def test_a_file_of_any_kind_gives_the_bare_apps_answer(
     assert journals.sent() == [STOP - START]
 
 
-def test_only_a_plain_file_at_its_start_is_shortened(wrap: Any, film: Path) -> None:
+def test_only_plain_file_is_shortened(wrap: Any, film: Path) -> None:
+    """Only a plain file whose descriptor is at the start is shortened to the range."""
     shortened = set()
     for opener in OPENERS:
         body = Body(wrap(ranged(lambda opener=opener: opener(film))))
@@ -188,7 +189,9 @@ def test_only_a_plain_file_at_its_start_is_shortened(wrap: Any, film: Path) -> N
     assert shortened == {"unbuffered"}
 
 
-def test_a_content_length_that_contradicts_the_range_leaves_the_apps_own_way(wrap: Any, film: Path) -> None:
+def test_contradicting_content_length_keeps_apps_way(wrap: Any, film: Path) -> None:
+    """If Content-Length contradicts the range, the file is sent in the app's own way."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         start_response(
             "206 PARTIAL CONTENT", [("Content-Type", "video/mp4"), ("Content-Length", "10"), HEADERS[2]]
@@ -200,7 +203,9 @@ def test_a_content_length_that_contradicts_the_range_leaves_the_apps_own_way(wra
     assert not isinstance(body.handed, FileWrapper)
 
 
-def test_a_range_that_was_read_from_before_goes_on_as_it_was(wrap: Any, journals: Any, film: Path) -> None:
+def test_started_range_goes_on(wrap: Any, journals: Any, film: Path) -> None:
+    """A range from which the app already read a chunk goes on from there, in the app's own way."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("206 PARTIAL CONTENT", HEADERS)
         body = _RangeWrapper(wrap_file(environ, film.open("rb")), START, STOP - START)
@@ -213,9 +218,9 @@ def test_a_range_that_was_read_from_before_goes_on_as_it_was(wrap: Any, journals
     assert journals.sent() == [len(answer.body)]
 
 
-def test_a_file_that_shrank_since_its_length_was_told_ends_where_it_ends(
-    wrap: Any, journals: Any, film: Path
-) -> None:
+def test_shrunken_file_ends_early(wrap: Any, journals: Any, film: Path) -> None:
+    """If a file shrank after its length was sent, the body ends at the file's new end."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("206 PARTIAL CONTENT", HEADERS)
         body = _RangeWrapper(wrap_file(environ, film.open("rb")), START, STOP - START)
@@ -227,8 +232,11 @@ def test_a_file_that_shrank_since_its_length_was_told_ends_where_it_ends(
     assert journals.sent() == [10]
 
 
-def test_werkzeugs_private_range_is_still_what_the_fast_way_knows() -> None:
-    """A werkzeug that changes it costs speed and nothing else; this is where one learns of it."""
+def test_werkzeug_range_wrapper_unchanged() -> None:
+    """werkzeug's private range wrapper still has the attributes that the fast way reads.
+
+    If a werkzeug changes them, that costs speed and nothing else; this test reports the change.
+    """
     body = _RangeWrapper(iter([b"x"]), 3, 5)
     state = (body.start_byte, body.byte_range, body.read_length, body.end_reached)
     assert state == (3, 5, 0, False)
@@ -265,9 +273,9 @@ def test_range_of_wrongly_seekable_file(wrap: Any, journals: Any, error: type[Ex
     assert journals.sent() == [STOP - START]
 
 
-def test_a_server_without_a_wrapper_gets_one_that_reads_large_blocks(
-    wrap: Any, journals: Any, film: Path
-) -> None:
+def test_large_blocks_without_server_wrapper(wrap: Any, journals: Any, film: Path) -> None:
+    """For a server without a file wrapper, the middleware provides one that reads large blocks."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("200 OK", [("Content-Type", "video/mp4"), ("Content-Length", str(len(FILM)))])
         return wrap_file(environ, film.open("rb"))
@@ -305,9 +313,9 @@ class FromC:
         self.file.close()
 
 
-def test_declared_leaves_the_servers_way_alone_and_reports_what_was_declared(
-    wrap: Any, journals: Any, film: Path
-) -> None:
+def test_declared_length_is_reported(wrap: Any, journals: Any, film: Path) -> None:
+    """With ``T23_COUNT=declared``, the server sends in its own way, and the declared length is reported."""
+
     def app(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("200 OK", [("Content-Type", "video/mp4"), ("Content-Length", str(len(FILM)))])
         return environ["wsgi.file_wrapper"](film.open("rb"))

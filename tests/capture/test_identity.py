@@ -49,7 +49,8 @@ def reason(query: str = "", cookie: str = "", path: str = "/film.mp4", /, **argu
 # Where session and photo stand.
 
 
-def test_session_and_photo_are_read_from_the_query() -> None:
+def test_session_and_photo_from_query() -> None:
+    """Session and photo are read from the query."""
     assert play("session_id=abc&photo_id=12") == Play("abc", "12")
 
 
@@ -61,7 +62,8 @@ def test_the_query_wins_over_the_cookie() -> None:
     assert play("session_id=q&photo_id=1", "session_id=c; photo_id=2")[:2] == ("q", "1")
 
 
-def test_an_empty_parameter_leaves_the_word_to_the_cookie() -> None:
+def test_empty_parameter_uses_cookie() -> None:
+    """If a parameter is empty, the cookie counts."""
     assert play("session_id=&photo_id=", "session_id=c; photo_id=2")[:2] == ("c", "2")
 
 
@@ -116,7 +118,8 @@ def test_names_and_values_may_be_percent_encoded() -> None:
     assert play("session%5fid=a%2Bb+c&photo%5Fid=12")[:2] == ("a+b c", "12")
 
 
-def test_the_photo_is_read_from_query_then_path_then_cookie() -> None:
+def test_photo_source_order() -> None:
+    """The photo is read from the query, else from the path, else from the cookie."""
     pattern = {"photo_pattern": r"^/films/(?P<photo_id>\d+)"}
     assert play("session_id=a&photo_id=1", "photo_id=3", "/films/2", **pattern).photo_id == "1"
     assert play("session_id=a", "photo_id=3", "/films/2", **pattern).photo_id == "2"
@@ -124,7 +127,8 @@ def test_the_photo_is_read_from_query_then_path_then_cookie() -> None:
     assert reason("session_id=a", "", "/other", **pattern) == "no_photo"
 
 
-def test_a_pattern_whose_group_took_no_part_names_no_photo() -> None:
+def test_pattern_without_group_match() -> None:
+    """A pattern that matches without its group names no photo."""
     assert (
         reason("session_id=a", "", "/live", photo_pattern=r"^/(?:films/(?P<photo_id>\d+)|live)") == "no_photo"
     )
@@ -205,15 +209,18 @@ def test_the_twentythree_pattern_takes_nothing_else(path: str) -> None:
         ("session_id=a&photo_id=" + "7" * 21, "bad_photo"),
     ],
 )
-def test_what_can_not_be_believed_is_not_counted_and_has_a_name(query: str, why: str) -> None:
+def test_invalid_identity_counted_by_reason(query: str, why: str) -> None:
+    """A request with an invalid session or photo is not counted as a play, and its reason has a name."""
     assert reason(query) == why
 
 
-def test_a_session_of_256_characters_is_the_longest() -> None:
+def test_longest_session_has_256_characters() -> None:
+    """The longest session that is accepted has 256 characters."""
     assert play(f"session_id={LONG[1:]}&photo_id=7").session_id == LONG[1:]
 
 
-def test_a_foreign_cookie_that_is_no_utf8_spoils_neither_query_nor_other_cookies() -> None:
+def test_foreign_cookie_with_invalid_utf8() -> None:
+    """A foreign cookie that is not UTF-8 affects neither the query nor other cookies."""
     assert play("session_id=a&photo_id=7", "tracker=\xff\xfe").session_id == "a"
     assert play("photo_id=7", "tracker=\xff; session_id=b").session_id == "b"
     assert reason("photo_id=7", "session_id=\xff\xfe") == "bad_session"
@@ -224,7 +231,8 @@ def test_a_foreign_cookie_that_is_no_utf8_spoils_neither_query_nor_other_cookies
     st.text(st.characters(max_codepoint=255), max_size=60),
 )
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_query_and_cookie_hold_it_is_a_play_or_not_counted(query: str, cookie: str) -> None:
+def test_any_request_is_play_or_not(query: str, cookie: str) -> None:
+    """With any content of query and cookie, a request is a valid play or not counted; nothing else is raised."""
     reader = identifier(session_secret="", photo_pattern="twentythree")
     for asked in (query, f"session_id={query}&photo_id={cookie}"):
         environ = request(query=asked, HTTP_COOKIE=f"session_id={cookie}; {cookie}")
@@ -332,7 +340,8 @@ class Quiet(WSGIRequestHandler):
 # Signed sessions.
 
 
-def test_a_signed_session_is_taken_without_its_signature() -> None:
+def test_signed_session_without_signature() -> None:
+    """A signed session is reported without its signature."""
     for session_id in ("abc", "a.b.c", "é"):
         signed = sign_session(session_id, "key")
         assert play(f"session_id={signed}&photo_id=7", session_secret="key").session_id == session_id
@@ -343,7 +352,8 @@ def test_a_signed_session_may_come_by_cookie() -> None:
     assert play("photo_id=7", cookie, session_secret="key").session_id == "abc"
 
 
-def test_keys_rotate_the_newest_signs_and_the_older_are_still_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_key_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a rotation of keys, the newest key signs, and signatures of older keys are still accepted."""
     keys = {"session_secret": "new,old"}
     assert play(f"session_id={sign_session('a', 'old')}&photo_id=7", **keys).session_id == "a"
     monkeypatch.setenv("T23_SESSION_SECRET", "new,old")
@@ -367,12 +377,14 @@ def test_a_forged_session_is_not_counted(forged: str) -> None:
     assert reason(f"session_id={forged}&photo_id=7", session_secret="key") == "bad_signature"
 
 
-def test_a_signed_session_that_is_empty_or_too_long_is_not_counted_either() -> None:
+def test_signed_session_empty_or_too_long() -> None:
+    """A signed session that is empty or too long is not counted either."""
     assert reason(f"session_id={sign_session('', 'key')}&photo_id=7", session_secret="key") == "no_session"
     assert reason(f"session_id={sign_session(LONG, 'key')}&photo_id=7", session_secret="key") == "bad_session"
 
 
-def test_a_key_that_is_no_utf8_signs_and_verifies() -> None:
+def test_session_key_not_utf8() -> None:
+    """A key that is not UTF-8 signs and verifies."""
     key = b"\xff\xfekey".decode("utf-8", "surrogateescape")  # as os.environ hands it out
     assert play(f"session_id={sign_session('abc', key)}&photo_id=7", session_secret=key).session_id == "abc"
 
@@ -449,7 +461,8 @@ def test_distrusted_url_says_neither_skip_nor_player() -> None:
     assert play(query).skip == 1
 
 
-def test_signing_without_a_key_says_what_to_set() -> None:
+def test_signing_without_key() -> None:
+    """Signing without a key raises an error that names the setting to set."""
     from t23_middleware import ConfigurationError
 
     with pytest.raises(ConfigurationError, match="T23_SESSION_SECRET is not set"):
@@ -474,12 +487,14 @@ def flask_cookie(secret: str | bytes, **values: Any) -> str:
 
 
 @pytest.mark.parametrize("secret", ["key", b"\xff\xfe key"], ids=["text", "bytes"])
-def test_the_session_is_read_from_inside_flasks_own_cookie(secret: str | bytes) -> None:
+def test_session_from_flask_cookie(secret: str | bytes) -> None:
+    """The session is read from inside Flask's own session cookie."""
     cookie = flask_cookie(secret, session_id="abc", other={"a": [1]})
     assert play("photo_id=7", cookie, flask_secret_key=secret).session_id == "abc"
 
 
-def test_cookie_and_key_inside_flasks_session_can_be_named() -> None:
+def test_flask_cookie_and_key_names() -> None:
+    """The names of Flask's session cookie and of the key inside it can be set."""
     cookie = flask_cookie("key", user="u1", filler="long enough to be compressed " * 50)
     renamed = "site" + cookie.removeprefix("session")
     named = {"flask_secret_key": "key", "flask_session_cookie": "site", "flask_session_key": "user"}
@@ -519,7 +534,8 @@ def test_flasks_session_counts_beside_signed_ones() -> None:
     assert reason("session_id=forged&photo_id=7", "", **keys) == "bad_signature"
 
 
-def test_a_number_inside_flasks_session_is_a_session() -> None:
+def test_number_in_flask_session() -> None:
+    """A number inside Flask's session is accepted as a session."""
     assert play("photo_id=7", flask_cookie("key", session_id=42), flask_secret_key="key").session_id == "42"
 
 
@@ -541,7 +557,8 @@ def test_a_number_inside_flasks_session_is_a_session() -> None:
     ],
     ids=range(12),
 )
-def test_a_flask_cookie_that_says_nothing_believable_is_not_counted(cookie: str, why: str) -> None:
+def test_invalid_flask_cookie_not_counted(cookie: str, why: str) -> None:
+    """A Flask cookie without a valid session is not counted, and the reason is named."""
     assert reason("photo_id=7", cookie, flask_secret_key="key") == why
 
 
@@ -564,9 +581,8 @@ def test_a_flask_cookie_that_says_nothing_believable_is_not_counted(cookie: str,
         ("", {"t23.skip": "perhaps"}, None),
     ],
 )
-def test_skip_is_what_the_app_says_else_what_the_url_says(
-    query: str, environ: dict[str, Any], skip: int | None
-) -> None:
+def test_skip_from_app_then_url(query: str, environ: dict[str, Any], skip: int | None) -> None:
+    """``skip`` comes from the app, else from the URL."""
     assert play("session_id=a&photo_id=7" + query, environ=environ).skip == skip
 
 
@@ -577,7 +593,8 @@ def test_the_player_is_read_from_the_query() -> None:
     assert (found.player_type, found.player_version, found.player_resolution) == ("html5", "1.2", "640x360")
 
 
-def test_a_player_type_is_assumed_only_where_the_request_names_none() -> None:
+def test_default_player_type() -> None:
+    """The player type of the settings is used only if the request names no player type."""
     assert play("session_id=a&photo_id=7", player_type="app").player_type == "app"
     assert play("session_id=a&photo_id=7&user_player_type=html5", player_type="app").player_type == "html5"
 
@@ -606,7 +623,8 @@ def test_a_media_element_is_html5(
 
 
 @pytest.mark.parametrize("said", ["", "x" * 101, "a%0D%0Ab", "a%00b"])
-def test_a_player_that_can_not_be_believed_is_left_out(said: str) -> None:
+def test_invalid_player_left_out(said: str) -> None:
+    """An invalid value of the player is left out of the report."""
     assert play(f"session_id=a&photo_id=7&user_player_version={said}").player_version is None
 
 
@@ -620,7 +638,8 @@ def test_a_player_that_can_not_be_believed_is_left_out(said: str) -> None:
         ("video.example.com.:80", "video.example.com"),
     ],
 )
-def test_the_host_of_the_request_names_the_site_where_it_is_allowed(host: str, site: str) -> None:
+def test_allowed_host_names_site(host: str, site: str) -> None:
+    """The host of the request names the site if the settings allow that host."""
     found = play(
         "session_id=a&photo_id=7",
         environ={"HTTP_HOST": host},
@@ -651,13 +670,15 @@ def test_other_hosts_are_not_counted(host: str) -> None:
     assert reason(query, **named) == "foreign_host"
 
 
-def test_without_a_host_header_the_servers_own_name_counts() -> None:
+def test_missing_host_uses_server_name() -> None:
+    """Without a Host header, the server's own name counts."""
     environ = {"HTTP_HOST": "", "SERVER_NAME": "video.example.com"}
     named = {"api_url": "https://{host}", "hosts": "video.example.com", "environ": environ}
     assert play("session_id=a&photo_id=7", **named).host == "video.example.com"
 
 
-def test_the_host_is_not_told_where_all_reports_go_to_one_site() -> None:
+def test_host_left_out_for_one_site() -> None:
+    """The host is not reported if all reports go to one site."""
     assert play("session_id=a&photo_id=7", environ={"HTTP_HOST": "evil.example.com"}).host == ""
 
 
@@ -675,7 +696,8 @@ def overruling(**said: Any) -> Callable[..., Any]:
     return app
 
 
-def test_the_app_overrules_session_photo_and_skip_during_its_call(wrap: Any, journals: Any) -> None:
+def test_app_overrules_identity_during_call(wrap: Any, journals: Any) -> None:
+    """The app can overrule session, photo and skip during its call."""
     ask(
         wrap(overruling(session_id="app", photo_id=99, skip=1)),
         request(query="session_id=a&photo_id=7&skip=0"),
@@ -684,7 +706,8 @@ def test_the_app_overrules_session_photo_and_skip_during_its_call(wrap: Any, jou
     assert transfer.opening.play == Play("app", "99", skip=1)
 
 
-def test_the_app_may_name_a_play_that_the_request_does_not(wrap: Any, journals: Any) -> None:
+def test_app_names_play_itself(wrap: Any, journals: Any) -> None:
+    """The app may name a play that the request does not name."""
     session_id = uuid.uuid4()
     ask(wrap(overruling(session_id=session_id, photo_id="99")), request(query=""))
     (transfer,) = journals.closed()
@@ -701,9 +724,8 @@ def test_the_app_may_name_a_play_that_the_request_does_not(wrap: Any, journals: 
     ],
     ids=str,
 )
-def test_an_app_that_overrules_with_nonsense_gets_no_report(
-    wrap: Any, journals: Any, said: dict[str, str], why: str
-) -> None:
+def test_app_overrules_with_invalid_values(wrap: Any, journals: Any, said: dict[str, str], why: str) -> None:
+    """If the app overrules with an invalid value, there is no report, and the reason is counted."""
     app = wrap(
         lambda environ, start_response: (overruling(**said) if bad else media(b"film"))(
             environ, start_response
@@ -717,7 +739,8 @@ def test_an_app_that_overrules_with_nonsense_gets_no_report(
     assert journals.counts() == {why: 1}
 
 
-def test_an_app_that_says_ignore_gets_no_report_and_no_counter(wrap: Any, journals: Any) -> None:
+def test_app_ignores_response(wrap: Any, journals: Any) -> None:
+    """If the app sets ``t23.ignore``, there is no report and no counter."""
     ask(wrap(overruling(ignore=True)))
     assert journals.files() == []
 
@@ -735,7 +758,8 @@ def test_a_client_can_not_overrule_by_header(wrap: Any, journals: Any) -> None:
     assert transfer.opening.play == Play("s1", "7")
 
 
-def test_bytes_total_in_the_url_and_line_breaks_in_values_change_nothing(wrap: Any, journals: Any) -> None:
+def test_injected_values_change_nothing(wrap: Any, journals: Any) -> None:
+    """``bytes_total`` in the URL and line breaks in values change nothing in the report."""
     query = "session_id=s1&photo_id=7&bytes_total=1&time=1&user_player_type=a%0D%0AX-Evil:1&raw=%0A"
     ask(
         wrap(media(b"film")),
@@ -747,7 +771,8 @@ def test_bytes_total_in_the_url_and_line_breaks_in_values_change_nothing(wrap: A
     assert b"Evil" not in b"".join(file.read_bytes() for file in journals.files())
 
 
-def test_the_path_counts_as_it_came_though_the_app_cuts_it_short(wrap: Any, journals: Any) -> None:
+def test_path_before_app_changes_it(wrap: Any, journals: Any) -> None:
+    """The path counts as the server received it, although the app shortens it."""
     from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
     mounted = DispatcherMiddleware(media(b"none", kind="text/plain"), {"/films": media(b"film")})
@@ -757,7 +782,8 @@ def test_the_path_counts_as_it_came_though_the_app_cuts_it_short(wrap: Any, jour
     assert transfer.opening.play == Play("a", "12")
 
 
-def test_a_flask_app_reports_the_session_that_its_own_cookie_holds(wrap: Any, journals: Any) -> None:
+def test_flask_app_reports_its_session(wrap: Any, journals: Any) -> None:
+    """A Flask app reports the session inside its own cookie."""
     site = Flask(__name__)
     site.secret_key = "key"
 

@@ -108,7 +108,8 @@ def play():
 # What is written.
 
 
-def test_a_journal_begins_with_its_writer_and_has_two_lines_per_response(wrap: Any, state: Path) -> None:
+def test_journal_lines_per_response(wrap: Any, state: Path) -> None:
+    """A journal begins with its writer, and has two lines per response."""
     app = wrap(media(PLAYS))
     ask(app)
     ask(app)
@@ -124,7 +125,8 @@ def test_a_journal_begins_with_its_writer_and_has_two_lines_per_response(wrap: A
         assert writer.boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def test_nothing_is_made_before_the_first_counted_response(wrap: Any, state: Path) -> None:
+def test_no_files_before_first_play(wrap: Any, state: Path) -> None:
+    """No folder or file is created before the first counted response."""
     app = wrap(media(PLAYS))
     ask(app, request(query=""))
     assert not state.exists()
@@ -132,7 +134,8 @@ def test_nothing_is_made_before_the_first_counted_response(wrap: Any, state: Pat
     assert state.exists()
 
 
-def test_all_that_is_made_is_its_users_alone(wrap: Any, state: Path) -> None:
+def test_journal_files_are_private(wrap: Any, state: Path) -> None:
+    """All folders and files that are created are accessible to their user alone."""
     before = os.umask(0)
     try:
         ask(wrap(media(PLAYS)))
@@ -143,7 +146,8 @@ def test_all_that_is_made_is_its_users_alone(wrap: Any, state: Path) -> None:
     assert modes == {".journal": 0o600, ".lock": 0o600}
 
 
-def test_an_open_line_is_there_before_the_body_is_sent(wrap: Any, journals: Any) -> None:
+def test_open_line_before_body(wrap: Any, journals: Any) -> None:
+    """The open line is written before the body is sent."""
     body = wrap(media(PLAYS))(request(), lambda *head: None)
     assert len(journals.opened()) == 1
     assert journals.closed() == []
@@ -151,7 +155,8 @@ def test_an_open_line_is_there_before_the_body_is_sent(wrap: Any, journals: Any)
     assert len(journals.closed()) == 1
 
 
-def test_a_journal_is_followed_by_the_next_past_one_mebibyte(wrap: Any, journals: Any) -> None:
+def test_journal_rotation_at_size(wrap: Any, journals: Any) -> None:
+    """After one MiB, a journal is followed by the next one (rotation), and no play is lost."""
     app = wrap(media(PLAYS))
     session = "s" * 256
     plays = 1500
@@ -177,7 +182,8 @@ def test_one_journal_is_open(wrap: Any, journals: Any) -> None:
     assert [file for file in files if file in open_now] == files[-1:]
 
 
-def test_lines_of_many_threads_are_whole_and_their_numbers_unique(wrap: Any, journals: Any) -> None:
+def test_lines_of_many_threads(wrap: Any, journals: Any) -> None:
+    """Lines that many threads write are whole, and their numbers are unique."""
     app = wrap(media(PLAYS))
     plays, workers = 1000, 8
 
@@ -202,7 +208,8 @@ def test_lines_of_many_threads_are_whole_and_their_numbers_unique(wrap: Any, jou
 # Processes.
 
 
-def test_a_forked_child_writes_its_own_files_and_its_parents_lock_survives(state: Path) -> None:
+def test_fork_child_writes_own_files(state: Path) -> None:
+    """A forked child writes its own files, and the lock of its parent survives."""
     told = run(
         """
 play()
@@ -240,7 +247,8 @@ print(json.dumps(told))
     assert not any(lock_is_held(lock) for lock in (state / "journals").glob("*.lock"))
 
 
-def test_a_response_that_a_forked_child_ends_too_is_its_parents_alone(state: Path) -> None:
+def test_fork_response_belongs_to_parent(state: Path) -> None:
+    """A response that a forked child ends too is counted by its parent alone."""
     run(
         """
 body = site(request(), lambda *head: None)
@@ -261,7 +269,8 @@ print("null")
     assert Journals(state).sent() == [4]
 
 
-def test_a_killed_process_leaves_what_it_closed_word_of_what_it_had_open_and_no_lock(state: Path) -> None:
+def test_killed_process_leaves_journal(state: Path) -> None:
+    """A killed process leaves the close lines of its ended responses, the open lines of the others, and no lock."""
     script = (
         PRELUDE
         + 'play()\nbody = site(request(), lambda *head: None)\nprint("open", flush=True)\nsys.stdin.read()\n'
@@ -300,9 +309,10 @@ def held_by_us(lock: Path) -> bool:
 
 
 @pytest.mark.parametrize("how", ["removed", "moved", "journals removed", "journal replaced"])
-def test_what_is_written_after_somebody_took_the_journal_away_begins_anew_within_a_second(
+def test_removed_journal_begins_again(
     how: str, wrap: Any, state: Path, journals: Any, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """After the journal was removed, moved or replaced, a new one begins within a second."""
     app = wrap(media(PLAYS))
     ask(app)
     (first,) = journals.writers()
@@ -328,9 +338,10 @@ def test_what_is_written_after_somebody_took_the_journal_away_begins_anew_within
     assert "was removed or moved while the app runs" in errors(caplog)[0]
 
 
-def test_a_folder_that_is_taken_away_and_can_not_be_made_anew_is_tried_again(
+def test_removed_folder_is_retried(
     wrap: Any, state: Path, journals: Any, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """If a removed folder can't be created again, the writer tries again later and loses no play since then."""
     app = wrap(media(PLAYS))
     ask(app)
     shutil.rmtree(state)
@@ -465,7 +476,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("relay", ["off", "auto"])
-def test_an_unusable_folder_is_one_error_and_the_plays_are_written_when_it_is_mended(
+def test_unusable_folder_logs_one_error(
     wrap: Any,
     state: Path,
     journals: Any,
@@ -474,6 +485,7 @@ def test_an_unusable_folder_is_one_error_and_the_plays_are_written_when_it_is_me
     monkeypatch: pytest.MonkeyPatch,
     relay: str,
 ) -> None:
+    """An unusable folder gives one error, and the plays are written after it is fixed."""
     monkeypatch.setattr("t23_middleware.capture.launch.start_relay", lambda settings, folder: None)
     state.write_text("a file in place of the folder")
     app = wrap(media(PLAYS), relay=relay)
@@ -508,9 +520,8 @@ def without_rights(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_rights")
-def test_a_folder_that_may_not_be_written_is_one_error_and_the_app_goes_on(
-    wrap: Any, state: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_folder_logs_one_error(wrap: Any, state: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder without write permission gives one error, and the app goes on."""
     app = wrap(media(PLAYS))
     for _ in range(3):
         answer = ask(app)
@@ -519,9 +530,10 @@ def test_a_folder_that_may_not_be_written_is_one_error_and_the_app_goes_on(
     assert f"the state folder {state} can't be used (Permission denied)" in told
 
 
-def test_threads_that_meet_an_unusable_folder_together_all_tell_the_same_reason(
+def test_threads_log_same_folder_error(
     wrap: Any, state: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Threads that find an unusable folder at the same time all log the same reason."""
     state.write_text("")
     app = wrap(media(PLAYS))
     threads = [threading.Thread(target=ask, args=(app,)) for _ in range(8)]
@@ -533,9 +545,8 @@ def test_threads_that_meet_an_unusable_folder_together_all_tell_the_same_reason(
     assert all("set T23_STATE_DIR" in told for told in errors(caplog))
 
 
-def test_of_what_is_kept_aside_only_a_thousand_lines_stay_and_the_lost_plays_are_counted(
-    wrap: Any, state: Path, journals: Any, clock: Clock
-) -> None:
+def test_line_buffer_is_bounded(wrap: Any, state: Path, journals: Any, clock: Clock) -> None:
+    """The buffer keeps only the last 1000 lines, and the plays that are lost are counted."""
     state.write_text("")
     app = wrap(media(PLAYS))
     for _ in range(600):
@@ -550,9 +561,10 @@ def test_of_what_is_kept_aside_only_a_thousand_lines_stay_and_the_lost_plays_are
     assert journals.counts() == {"capture_lost": lost, "capture_lost_bytes": lost * len(PLAYS)}
 
 
-def test_a_full_disk_keeps_its_lines_and_its_counters_for_later(
+def test_full_disk_buffers_lines(
     wrap: Any, journals: Any, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """While the disk is full, lines and counters are buffered and written later."""
     app = wrap(media(PLAYS))
     ask(app)
     disk.takes = lambda data: 0
@@ -571,9 +583,8 @@ def test_a_full_disk_keeps_its_lines_and_its_counters_for_later(
     assert 0 < lost <= 201
 
 
-def test_a_line_that_was_written_in_part_is_torn_and_written_again_whole(
-    wrap: Any, state: Path, disk: Disk
-) -> None:
+def test_partly_written_line_repeated(wrap: Any, state: Path, disk: Disk) -> None:
+    """A line that was written only in part is torn, and is written again as a whole."""
     app = wrap(media(PLAYS))
     ask(app)
     parts = iter([40])
@@ -594,9 +605,8 @@ def test_a_line_that_was_written_in_part_is_torn_and_written_again_whole(
     assert numbers == [1, 2, 3]
 
 
-def test_what_is_counted_aside_is_written_once_a_second_though_no_play_follows(
-    wrap: Any, journals: Any, clock: Clock
-) -> None:
+def test_counters_written_once_a_second(wrap: Any, journals: Any, clock: Clock) -> None:
+    """Counters are written once a second, even if no play follows."""
     app = wrap(media(PLAYS))
     ask(app, request(query="photo_id=7"))
     assert journals.files() == [], "before the first play there is no journal"
@@ -612,7 +622,8 @@ def test_what_is_counted_aside_is_written_once_a_second_though_no_play_follows(
     assert journals.counts() == {"no_session": 6}, "the last ones ride with the next play"
 
 
-def test_a_counters_line_that_the_disk_refuses_is_not_lost(wrap: Any, journals: Any, disk: Disk) -> None:
+def test_refused_counters_line_is_retried(wrap: Any, journals: Any, disk: Disk) -> None:
+    """A line of counters that the disk refuses is not lost."""
     app = wrap(media(PLAYS))
     ask(app, request(query="photo_id=7"))
     disk.takes = lambda data: 0 if b'"counts"' in data else len(data)
@@ -624,9 +635,10 @@ def test_a_counters_line_that_the_disk_refuses_is_not_lost(wrap: Any, journals: 
     assert journals.sent() == [4, 4]
 
 
-def test_a_journal_whose_first_line_was_cut_short_is_taken_away_and_begun_again(
+def test_cut_first_line_restarts_journal(
     wrap: Any, state: Path, journals: Any, disk: Disk, clock: Clock
 ) -> None:
+    """A journal whose first line was cut short is removed and begun again."""
     app = wrap(media(PLAYS))
     disk.takes = lambda data: 20
     ask(app)
@@ -637,9 +649,10 @@ def test_a_journal_whose_first_line_was_cut_short_is_taken_away_and_begun_again(
     assert journals.sent() == [4, 4]
 
 
-def test_a_rotation_that_fails_goes_on_in_the_old_journal(
+def test_failed_rotation_keeps_old_journal(
     wrap: Any, journals: Any, disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """If a rotation fails, writing goes on in the old journal."""
     monkeypatch.setattr("t23_middleware.journal.ROTATE_AT", 2000)
     app = wrap(media(PLAYS))
     ask(app)
@@ -727,9 +740,8 @@ def test_reserve_missing_for_other_reasons(wrap: Any, state: Path, journals: Any
     assert len(journals.closed()) == 2
 
 
-def test_a_disk_that_fails_now_and_then_under_many_threads_loses_and_doubles_nothing(
-    wrap: Any, journals: Any, disk: Disk
-) -> None:
+def test_flaky_disk_with_many_threads(wrap: Any, journals: Any, disk: Disk) -> None:
+    """A disk that fails now and then under many threads loses no play and writes none twice."""
     app = wrap(media(PLAYS))
     dice = random.Random(23)
     disk.takes = lambda data: 0 if dice.random() < 0.3 else len(data)
@@ -752,7 +764,8 @@ def test_a_disk_that_fails_now_and_then_under_many_threads_loses_and_doubles_not
     assert written == Counter(range(1, plays * workers + 3))
 
 
-def test_a_real_limit_on_file_size_tears_a_line_and_loses_no_play(state: Path) -> None:
+def test_file_size_limit_tears_line(state: Path) -> None:
+    """A real limit on the file size (RLIMIT_FSIZE) tears one line and loses no play."""
     told = run(
         """
 import signal
@@ -781,8 +794,8 @@ print(json.dumps(str(journal)))
     assert numbers == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_limit_on_file_size_begins_another_journal(state: Path) -> None:
-    """A process that may write no large file (RLIMIT_FSIZE) loses no play for that."""
+def test_file_size_limit_begins_journal(state: Path) -> None:
+    """A process that may write no large file (RLIMIT_FSIZE) begins another journal and loses no play."""
     told = run(
         """
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

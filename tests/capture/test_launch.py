@@ -113,20 +113,23 @@ def relay(folder: StateFolder) -> Iterator[Relay]:
     relay.end()
 
 
-def test_a_close_line_starts_a_relay_where_none_runs(folder: StateFolder, started: list[float]) -> None:
+def test_close_line_starts_relay(folder: StateFolder, started: list[float]) -> None:
+    """A close line starts a relay if none runs."""
     launcher(folder).line_written()
     assert started == [0.0]
 
 
-def test_a_close_line_of_the_middleware_starts_a_relay(wrap: Any, started: list[float]) -> None:
+def test_middleware_close_line_starts_relay(wrap: Any, started: list[float]) -> None:
+    """A close line that the middleware writes starts a relay."""
     ask(wrap(media(b"film"), relay="auto"))
     assert started == [0.0]
 
 
 @pytest.mark.parametrize("relay", ["external", "off"])
-def test_no_relay_is_started_where_a_service_runs_it_or_none_is_wanted(
+def test_no_start_with_external_or_off(
     folder: StateFolder, started: list[float], clock: Clock, relay: str
 ) -> None:
+    """No relay is started if a service runs it (``external``) or if none is wanted (``off``)."""
     folder.unfinished.touch()
     one = launcher(folder, relay=relay)
     one.wake()
@@ -134,16 +137,18 @@ def test_no_relay_is_started_where_a_service_runs_it_or_none_is_wanted(
     assert started == []
 
 
-def test_no_relay_is_started_beside_one_that_runs(
+def test_no_start_beside_running_relay(
     folder: StateFolder, started: list[float], clock: Clock, relay: Relay
 ) -> None:
+    """No relay is started while another one runs."""
     pass_time([launcher(folder)], clock, 10)
     assert started == []
 
 
-def test_the_lock_is_looked_at_once_a_second_at_most(
+def test_lock_checked_once_a_second(
     folder: StateFolder, started: list[float], clock: Clock, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The lock is checked at most once a second."""
     looks: list[float] = []
 
     def look(path: Path) -> bool:
@@ -155,9 +160,10 @@ def test_the_lock_is_looked_at_once_a_second_at_most(
     assert looks == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_relay_that_dies_gets_a_successor_at_the_next_close_line(
+def test_dead_relay_gets_successor(
     folder: StateFolder, started: list[float], clock: Clock, relay: Relay
 ) -> None:
+    """A relay that dies gets a successor at the next close line."""
     one = launcher(folder)
     pass_time([one], clock, 3)
     relay.end()
@@ -165,16 +171,16 @@ def test_a_relay_that_dies_gets_a_successor_at_the_next_close_line(
     assert started == [3.0]
 
 
-def test_a_start_by_one_worker_keeps_its_siblings_from_it(
-    folder: StateFolder, started: list[float], clock: Clock
-) -> None:
+def test_one_worker_starts_relay(folder: StateFolder, started: list[float], clock: Clock) -> None:
+    """While one worker starts the relay, the other workers do not."""
     pass_time([launcher(folder) for _ in range(8)], clock, 0.9)
     assert started == [0.0]
 
 
-def test_starts_that_fail_are_repeated_ever_more_seldom_and_told_once(
+def test_failed_starts_retried_with_backoff(
     folder: StateFolder, started: list[float], clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Failed starts are retried with growing waits up to a limit, and logged once."""
     pass_time([launcher(folder)], clock, 300)
     assert started[:6] == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0]
     waits = [after - before for before, after in zip(started, started[1:], strict=False)]
@@ -262,9 +268,11 @@ def test_successor_waits_for_outdated_relay(folder: StateFolder, started: list[f
         other.end()
 
 
-def test_a_start_that_raises_is_told_once_and_is_never_the_apps(
+def test_raising_start_logged_once(
     folder: StateFolder, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """A start that raises is logged once, and the exception never reaches the app."""
+
     def refused(settings: Settings, folder: StateFolder) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
@@ -274,9 +282,8 @@ def test_a_start_that_raises_is_told_once_and_is_never_the_apps(
     assert "Resource temporarily unavailable" in told
 
 
-def test_at_the_first_request_a_relay_is_started_only_where_something_waits(
-    folder: StateFolder, started: list[float]
-) -> None:
+def test_first_request_starts_only_with_work(folder: StateFolder, started: list[float]) -> None:
+    """The first request starts a relay only if work waits."""
     launcher(folder).wake()
     assert started == []
     folder.unfinished.touch()
@@ -284,9 +291,8 @@ def test_at_the_first_request_a_relay_is_started_only_where_something_waits(
     assert started == [0.0]
 
 
-def test_requests_see_a_relay_with_other_settings_out_and_start_its_successor(
-    folder: StateFolder, started: list[float], clock: Clock
-) -> None:
+def test_requests_replace_outdated_relay(folder: StateFolder, started: list[float], clock: Clock) -> None:
+    """After a relay with other settings has ended, the next request starts its successor."""
     other = Relay(folder, "00000000")
     one = launcher(folder)
     try:
@@ -359,9 +365,8 @@ def start_and_reap(settings: Settings, folder: StateFolder) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_the_relay_is_nobodys_child_in_a_session_of_its_own_and_leaves_no_zombie(
-    folder: StateFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relay_is_detached_process(folder: StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay is not a child of the app, has a session of its own, and leaves no zombie."""
     monkeypatch.setenv("DATABASE_PASSWORD", "hidden")
     start_and_reap(settings(folder.path, session_secret="hidden-too", timeout=7), folder)
     told = told_by_the_relay(folder)
@@ -380,7 +385,8 @@ def test_the_relay_is_nobodys_child_in_a_session_of_its_own_and_leaves_no_zombie
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_relays_log_that_has_grown_is_set_aside(folder: StateFolder) -> None:
+def test_relay_log_rotation(folder: StateFolder) -> None:
+    """A relay log that has grown too large is renamed, and a new one begins (rotation)."""
     folder.relay_log.write_text("x" * (launch.LOG_LIMIT + 1))
     start_relay(settings(folder.path), folder)
     told_by_the_relay(folder)
@@ -489,9 +495,10 @@ def test_own_package_wins(folder: StateFolder, stand_in: Path, tmp_path: Path) -
     assert told["arguments"] == ["relay"]
 
 
-def test_the_interpreter_is_the_prefixs_own_whatever_the_executable_is(
+def test_interpreter_of_prefix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The interpreter is the one in ``sys.prefix``, even if ``sys.executable`` is another program."""
     monkeypatch.setattr(sys, "executable", "/usr/bin/uwsgi")
     version = subprocess.run(
         [python(), "-c", "import sys; print(sys.prefix, *sys.version_info[:2])"],
@@ -502,9 +509,8 @@ def test_the_interpreter_is_the_prefixs_own_whatever_the_executable_is(
     assert version.stdout.split() == [sys.prefix, *map(str, sys.version_info[:2])]
 
 
-def test_an_interpreter_without_the_short_name_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interpreter_without_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that has only the name ``python3`` is found."""
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     (tmp_path / "bin").mkdir()
     assert python() == str(tmp_path / "bin" / "python")

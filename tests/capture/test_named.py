@@ -38,7 +38,8 @@ def offloading(header: str = "X-Accel-Redirect", status: str = "200 OK", kind: s
     return app
 
 
-def test_a_counted_response_is_named_to_the_proxy_by_the_journals_own_id(wrap, journals):
+def test_response_carries_journal_id(wrap, journals):
+    """A counted response carries the id of its journal line in a header for the proxy."""
     site = wrap(media(b"film"), proxy_log=LOG)
     answers = [ask(site) for _ in range(2)]
     (writer,) = journals.writers()
@@ -67,7 +68,9 @@ def test_several_ranges_left_to_it(wrap, journals, path, asked, named):
     assert len(ids(answer)) == len(journals.opened()) == int(named)
 
 
-def test_but_for_that_header_the_answer_is_the_same(wrap):
+def test_only_id_header_is_added(wrap):
+    """Except for that header, the answer is the same as without the middleware."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [("Content-Type", "video/mp4"), ("X-Own", "1"), ("Content-Length", "4")])
         return [b"film"]
@@ -111,7 +114,8 @@ def test_what_is_not_counted_is_not_named(wrap, journals, app, query):
 
 
 @pytest.mark.parametrize("header", OFFLOADS)
-def test_a_file_that_is_left_to_the_proxy_is_named_and_counted_by_it_alone(wrap, journals, header):
+def test_offloaded_file_counted_by_proxy(wrap, journals, header):
+    """A file that the app leaves to the proxy carries an id, and only the proxy counts it."""
     answer = ask(wrap(offloading(header), proxy_log=LOG))
     (transfer,) = journals.closed()
     assert ids(answer) == [play_id(journals.writers()[0].name, 1)]
@@ -129,13 +133,15 @@ def test_a_file_that_is_left_to_the_proxy_is_named_and_counted_by_it_alone(wrap,
         ("furlongs=1-2", 206, Part(None, None, None)),
     ],
 )
-def test_of_such_a_file_only_what_was_asked_for_is_known(wrap, journals, asked, status, part):
+def test_offloaded_file_records_asked_range(wrap, journals, asked, status, part):
+    """Of a file that is left to the proxy, only the range that was asked for is known."""
     ask(wrap(offloading(status="204 No Content"), proxy_log=LOG), request(HTTP_RANGE=asked))
     (opening,) = journals.opened()
     assert (opening.status, opening.part, opening.length) == (status, part, None)
 
 
-def test_the_body_beside_such_a_header_is_the_apps_very_own(wrap):
+def test_offloaded_body_passes_unchanged(wrap):
+    """The body of an offloaded response is the very object that the app returned."""
     own = [b"nothing"]
 
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -146,7 +152,8 @@ def test_the_body_beside_such_a_header_is_the_apps_very_own(wrap):
 
 
 @pytest.mark.parametrize("header", OFFLOADS)
-def test_without_a_log_such_a_play_is_counted_as_offloaded_at_once(wrap, journals, header):
+def test_offloaded_without_log_counted(wrap, journals, header):
+    """Without a proxy log, an offloaded play is counted as ``offloaded`` at once."""
     answer = ask(wrap(offloading(header, kind="video/mp4")))
     assert ids(answer) == []
     assert journals.counts() == {"offloaded": 1}, "no line may ever follow that this could ride with"
@@ -154,21 +161,25 @@ def test_without_a_log_such_a_play_is_counted_as_offloaded_at_once(wrap, journal
 
 
 @pytest.mark.parametrize("query", ["photo_id=7", "session_id=s1", "session_id=s1&photo_id=none", ""])
-def test_an_offload_that_names_no_play_is_not_counted_as_such(wrap, journals, query):
+def test_offload_without_play_not_counted(wrap, journals, query):
+    """An offloaded response that names no play is not counted as ``offloaded``."""
     site = wrap(offloading())
     ask(site, request(query=query))
     ask(wrap(media(b"film")))
     assert journals.counts()["offloaded"] == 0
 
 
-def test_a_segment_or_what_the_app_wants_ignored_is_not_offloaded_to_us(wrap, journals):
+def test_offload_of_segment_or_ignored(wrap, journals):
+    """A segment, or a response that the app wants ignored, is not counted as ``offloaded``."""
     site = wrap(offloading())
     ask(site, request(path="/part.ts"))
     ask(site, request(**{"t23.ignore": True}))
     assert journals.lines() == []
 
 
-def test_what_the_app_says_of_the_play_counts_for_an_offloaded_file_too(wrap, journals):
+def test_app_overrules_offloaded_file(wrap, journals):
+    """The values with which the app overrules the play count for an offloaded file too."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         environ.update({"t23.session_id": "own", "t23.photo_id": "9"})
         return offloading()(environ, start_response)  # type: ignore[no-any-return]
@@ -180,7 +191,9 @@ def test_what_the_app_says_of_the_play_counts_for_an_offloaded_file_too(wrap, jo
 # What goes out in its place.
 
 
-def test_an_error_page_in_place_of_media_has_no_id_and_the_relay_need_not_wait(wrap, journals):
+def test_error_page_has_no_id(wrap, journals):
+    """An error page in place of media has no id, and the relay need not wait for the proxy's line."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [("Content-Type", "video/mp4")])
         try:
@@ -195,7 +208,9 @@ def test_an_error_page_in_place_of_media_has_no_id_and_the_relay_need_not_wait(w
     assert (transfer.opening.counted_by, transfer.sent) == (APP, 0)
 
 
-def test_media_in_place_of_an_error_page_is_named(wrap, journals):
+def test_media_after_error_has_id(wrap, journals):
+    """Media in place of an error page has an id and is counted."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("500 Oh", [("Content-Type", "text/html")])
         try:
@@ -209,7 +224,9 @@ def test_media_in_place_of_an_error_page_is_named(wrap, journals):
     assert journals.sent() == [4]
 
 
-def test_an_app_that_raises_before_anything_went_out_leaves_nothing_to_wait_for(wrap, journals):
+def test_raise_before_output(wrap, journals):
+    """If the app raises before anything was sent, the relay need not wait for the proxy's line."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         start_response("200 OK", [("Content-Type", "video/mp4")])
         raise ValueError("the app's own")
@@ -220,7 +237,9 @@ def test_an_app_that_raises_before_anything_went_out_leaves_nothing_to_wait_for(
     assert (transfer.opening.counted_by, transfer.sent) == (APP, 0)
 
 
-def test_an_app_that_raises_after_it_wrote_is_the_proxys_to_count(wrap, journals):
+def test_raise_after_write_counted_by_proxy(wrap, journals):
+    """If the app raises after it wrote, the proxy counts the response."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         write = start_response("200 OK", [("Content-Type", "video/mp4")])
         write(b"film")
@@ -232,7 +251,9 @@ def test_an_app_that_raises_after_it_wrote_is_the_proxys_to_count(wrap, journals
     assert (transfer.opening.counted_by, transfer.sent) == (PROXY, 4)
 
 
-def test_a_server_that_refuses_the_headers_is_heard_by_the_app(wrap, journals):
+def test_refused_headers_reach_app(wrap, journals):
+    """If the server refuses the headers, the app gets that exception."""
+
     def app(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         try:
             start_response("200 OK", [("Content-Type", "video/mp4"), ("Bad", "\n")])
@@ -264,9 +285,8 @@ def test_a_generator_that_starts_late_is_named(wrap, journals):
     assert [(each.opening.counted_by, each.sent) for each in journals.closed()] == [(PROXY, 4)]
 
 
-def test_a_response_whose_journal_was_removed_meanwhile_is_left_to_its_first_line(
-    wrap: Callable[..., Any], journals, monkeypatch
-):
+def test_journal_removed_during_response(wrap: Callable[..., Any], journals, monkeypatch):
+    """A response whose journal was removed meanwhile is left to its open line; it has no close line."""
     monkeypatch.setattr("t23_middleware.journal.CHECK_EVERY", 0.0)
     site = wrap(media(b"film"), proxy_log=LOG)
     body = site(request(), lambda *given: None)
@@ -282,7 +302,8 @@ def test_a_response_whose_journal_was_removed_meanwhile_is_left_to_its_first_lin
 
 
 @pytest.mark.parametrize("header", ["HTTP_X_FORWARDED_FOR", "HTTP_VIA"])
-def test_that_requests_come_through_a_proxy_is_counted_once_per_process(wrap, journals, header):
+def test_proxy_counted_once_per_process(wrap, journals, header):
+    """A process counts only once that its requests come through a proxy (``behind_proxy``)."""
     site = wrap(media(b"film"))
     ask(site)
     assert journals.counts() == {}
@@ -291,7 +312,8 @@ def test_that_requests_come_through_a_proxy_is_counted_once_per_process(wrap, jo
     assert journals.counts() == {"behind_proxy": 1}
 
 
-def test_it_never_asks_the_proxy_to_stop_buffering(wrap, tmp_path: Path):
+def test_no_header_stops_proxy_buffering(wrap, tmp_path: Path):
+    """No header asks the proxy to stop buffering."""
     for app in (media(b"film"), offloading()):
         answer = ask(wrap(app, proxy_log=LOG))
         assert "x-accel-buffering" not in [name.lower() for name, _ in answer.headers]
