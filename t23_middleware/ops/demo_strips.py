@@ -61,7 +61,7 @@ class Strip:
 
     def has_end_near(self, offset: int) -> bool:
         """Whether what was handed over so far ends at *offset*, so that what starts there goes on from it."""
-        return any(abs(bar.end - offset) <= self.viewing.near for bar in self.bars)
+        return any(abs(bar.end - offset) <= self.viewing.reach for bar in self.bars)
 
 
 class Strips:
@@ -111,13 +111,13 @@ class Strips:
             self._end(fact.writer, what, reports)
 
     def _begin(self, writer: str, opening: Opening) -> None:
-        found = self._playback.at_open(writer, opening.number)
+        found = self._playback.find_open(writer, opening.number)
         if found is None:
             return  # it asks whether ranges work, and plays nothing
         viewing, response = found
         strip = self._strip_of(viewing, opening)
         first = response.first or 0
-        said, follows = opening.play.skip, not viewing.is_first(response)
+        said, follows = opening.play.skip, not viewing.is_first_response(response)
         strip.total = response.total or strip.total
         strip.bars.append(
             Bar(
@@ -155,7 +155,7 @@ class Strips:
         dead = self._journals.dead_writers({writer for writer, _ in open_now}) if open_now else set()
         for writer, number in open_now:
             if writer in dead:
-                self._playback.lost(writer, number, at_ns, _wall_ms())
+                self._playback.writer_died(writer, number, at_ns, _wall_ms())
                 for _, bar in self._find(writer, number):
                     bar.ended_ms = _wall_ms()
 

@@ -7,8 +7,8 @@ from typing import TypeAlias
 from ..transfer import Acknowledged, Opening, Progress, Transfer
 
 #: A boot, and how far its wall clock was ahead of CLOCK_MONOTONIC, in ns: where that boot's times lie on any other's.
-Axis: TypeAlias = tuple[str, int]
-NO_AXIS: Axis = ("", 0)
+BootClock: TypeAlias = tuple[str, int]
+NO_CLOCK: BootClock = ("", 0)
 
 #: What a response does, and that or what the kernel told of its connection.
 Step: TypeAlias = Opening | Progress | Transfer
@@ -22,7 +22,7 @@ def time_of(what: Event) -> int:
     return what.ended_ns if isinstance(what, Transfer) else what.at_ns
 
 
-def placed_by_wall_clock(what: Event, ahead_ns: int) -> Event:
+def rebased_by_wall_clock(what: Event, ahead_ns: int) -> Event:
     """*what* of another boot, on the axis of one whose wall clock is *ahead_ns* ahead."""
     if isinstance(what, Opening):
         return what._replace(started_ns=what.started_ms * 1_000_000 - ahead_ns)

@@ -17,7 +17,7 @@ from .segments import Player
 #: Writer and number of a response.
 Id: TypeAlias = tuple[str, int]
 #: A cookie of a connection that is gone for sure: it was another boot's.
-GONE = 0
+GONE_COOKIE = 0
 
 
 def final_count(sent: int, base: int, position: int, acked: int) -> int:
@@ -53,7 +53,7 @@ def _scaled(bytes: int, sent: int, written: int) -> int:
     return bytes * sent // written if 0 <= sent < written - HEAD_DOUBT else bytes
 
 
-class Watched(NamedTuple):
+class WatchedConnection(NamedTuple):
     """A response whose connection matters."""
 
     cookie: int
@@ -70,7 +70,7 @@ class Drain:
 
     writer: str
     number: int
-    #: :data:`GONE` where nothing more will be told of it.
+    #: :data:`GONE_COOKIE` where nothing more will be told of it.
     cookie: int
     port: int
     #: The connection's positions before and after the body, and the body bytes between them.
@@ -84,8 +84,8 @@ class Drain:
     time_ms: int = 0
     skip: int | None = None
     player: Player = (None, None, None)
-    #: Per stream: start of the segment that gets its bytes; ``None`` where that is told.
-    segment_ns: int | None = None
+    #: Per stream: start of the run that gets its bytes; ``None`` where that is told.
+    run_ns: int | None = None
 
     @classmethod
     def of(cls, writer: str, transfer: Transfer) -> Drain | None:
@@ -102,11 +102,11 @@ class Drain:
         return self.writer, self.number
 
     @property
-    def watched(self) -> Watched:
+    def watched(self) -> WatchedConnection:
         """What is to be known of its connection."""
-        return Watched(self.cookie, self.port, self.started_ns, self.position)
+        return WatchedConnection(self.cookie, self.port, self.started_ns, self.position)
 
-    def hold(self, report: Report) -> None:
+    def keep_report(self, report: Report) -> None:
         """Its *report* waits for the count."""
         self.time_ms, self.skip = report.time_ms, report.skip
         self.player = (report.player_type, report.player_version, report.player_resolution)
@@ -129,16 +129,16 @@ class Drains:
         #: Local ports of all connections that there were.
         self.ports: set[int] = set()
         #: The latest that the kernel told of a connection that lives: cookie -> acknowledged bytes.
-        self.last: dict[int, int] = {}
+        self.last_acked: dict[int, int] = {}
         self._new: list[int] = []
-        self._watched: dict[Id, Watched] = {}
+        self._watched: dict[Id, WatchedConnection] = {}
         #: Responses that drain, since when in ms since the epoch; the oldest first.
         self._since: dict[Id, int] = {}
 
     def __len__(self) -> int:
         return len(self._since)
 
-    def watch(self, id: Id, watched: Watched) -> None:
+    def watch(self, id: Id, watched: WatchedConnection) -> None:
         """A response is open or drains; a port that can't be is no connection's."""
         if not 0 < watched.port < 1 << 16:
             return
@@ -154,7 +154,7 @@ class Drains:
         new, self._new = self._new, []
         return [cookie for cookie in new if cookie in self.cookies]
 
-    def knows(self, id: Id) -> bool:
+    def is_watched(self, id: Id) -> bool:
         """Whether its connection is known."""
         return id in self._watched
 
@@ -177,22 +177,22 @@ class Drains:
             self.cookies[watched.cookie] = others
         else:
             del self.cookies[watched.cookie]
-            self.last.pop(watched.cookie, None)
+            self.last_acked.pop(watched.cookie, None)
 
-    def on(self, cookie: int) -> tuple[Id, ...]:
+    def responses_on(self, cookie: int) -> tuple[Id, ...]:
         """The responses on that connection."""
         return self.cookies.get(cookie, ())
 
-    def last_of(self, id: Id) -> int | None:
+    def last_acked_of(self, id: Id) -> int | None:
         """The acknowledged bytes of its connection, as they were known last."""
         watched = self._watched.get(id)
-        return None if watched is None else self.last.get(watched.cookie)
+        return None if watched is None else self.last_acked.get(watched.cookie)
 
     def ids(self) -> list[Id]:
         """All that drain."""
         return list(self._since)
 
-    def draining(self) -> list[Watched]:
+    def draining(self) -> list[WatchedConnection]:
         """The same with their connections, but for those that are gone."""
         return [watched for id in self._since if (watched := self._watched.get(id))]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 MOST_WRITERS = 1000
 
 
-class GivenOut:
+class IssuedIds:
     """The ids that writers named to the proxy, in a few bytes per writer however many they are."""
 
     def __init__(self) -> None:

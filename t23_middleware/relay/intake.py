@@ -15,7 +15,7 @@ from ..media import MediaTypes
 from ..settings import Settings
 from ..state import StateFolder, boot_id
 from ..transfer import Acknowledged, Opening, Progress, Writer
-from .axis import Axis
+from .axis import BootClock
 from .bounds import Bounds, taken_as_lost
 from .crash import crash_point
 from .health import ACKED, AWAITED, AWAITED_SINCE, DRAINING, ELSEWHERE, LAST_LINE, OPEN_RESPONSES
@@ -215,7 +215,7 @@ class Intake:
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // MS
         return ProxyJoin(self._settings.proxy_log, self._playback, rows, now_ns, now_ms)
 
-    def _axis(self) -> Axis:
+    def _axis(self) -> BootClock:
         return self._boot, time.time_ns() - time.monotonic_ns()
 
     def _read(self) -> _Look:
@@ -269,7 +269,7 @@ class Intake:
         self._looked_for_dead = time.monotonic()
         reports = []
         for writer, number in self.left_by_the_dead():
-            reports += self._playback.lost(writer, number, at_ns, time.time_ns() // MS)
+            reports += self._playback.writer_died(writer, number, at_ns, time.time_ns() // MS)
         return reports
 
     def _end_what_nobody_waits_for(self) -> list[Report]:

@@ -26,7 +26,7 @@ from ..transfer import (
     Writer,
     decode,
 )
-from .axis import Event, placed_by_wall_clock, time_of, without_connection
+from .axis import Event, rebased_by_wall_clock, time_of, without_connection
 from .crash import crash_point
 
 log = logging.getLogger(__name__)
@@ -395,7 +395,7 @@ class Journals:
         """Lines of another boot are placed by their wall clock: the monotonic one began anew."""
         header, now_ns = journal.header, time.monotonic_ns()
         if header is not None and header.boot != self._boot:
-            what = placed_by_wall_clock(what, self._ahead_ns)
+            what = rebased_by_wall_clock(what, self._ahead_ns)
         at_ns = time_of(what)
         # A time that has not come yet is another clock's: it would hold up the journal until it comes.
         return what, at_ns if at_ns <= now_ns else until_ns

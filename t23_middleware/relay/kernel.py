@@ -19,7 +19,7 @@ from ..state import StateFolder, network_namespace
 from ..transfer import Acknowledged, encode
 from ..version import VERSION
 from .crash import crash_point
-from .drains import Drains, Watched
+from .drains import Drains, WatchedConnection
 from .health import BY_PROXY, OFF
 from .journals import RELAY
 from .sock_diag import Listener, Row, dump
@@ -171,7 +171,7 @@ class Kernel:
         self._ports |= dict.fromkeys(new, since_ns)
 
     def _dump(self) -> None:
-        draining: dict[int, list[Watched]] = {}
+        draining: dict[int, list[WatchedConnection]] = {}
         for watched in self._drains.draining():
             draining.setdefault(watched.cookie, []).append(watched)
         at_ns = time.monotonic_ns()
@@ -190,7 +190,7 @@ class Kernel:
             else:
                 self._not_found(cookie, responses)
 
-    def _found(self, row: Row, responses: list[Watched], at_ns: int) -> None:
+    def _found(self, row: Row, responses: list[WatchedConnection], at_ns: int) -> None:
         seen, positions = (
             self._seen[row.cookie],
             [each.position for each in responses if each.position is not None],
@@ -202,12 +202,12 @@ class Kernel:
             acked = max(seen.position or 0, *positions, 0)
         else:
             return
-        self._drains.last[row.cookie] = acked
+        self._drains.last_acked[row.cookie] = acked
         if any(seen.written < position <= acked for position in positions):
             seen.written = acked
             self._write(row.cookie, acked, at_ns, gone=0)
 
-    def _not_found(self, cookie: int, responses: list[Watched]) -> None:
+    def _not_found(self, cookie: int, responses: list[WatchedConnection]) -> None:
         """Its end was missed, or its socket is closed but for the server, which will close it: then that is heard."""
         seen, now_ns = self._seen[cookie], time.monotonic_ns()
         since_ns = self._ports.get(responses[0].port, self._heard_since_ns)

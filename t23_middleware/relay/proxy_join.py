@@ -70,7 +70,7 @@ class ProxyJoin:
         self.last_line_ms = 0
         #: Named events since the caller last took them.
         self.counts: Counter[str] = Counter()
-        playback.given_out.restore(_writers(rows))
+        playback.issued_ids.restore(_writers(rows))
 
     @property
     def all_read(self) -> bool:
@@ -131,7 +131,7 @@ class ProxyJoin:
         reports = self._playback.logged(line, logged.at_ns)
         if reports is not None:
             return reports
-        known = self._playback.given_out
+        known = self._playback.issued_ids
         if line.play in self._held:
             self.counts["proxy_cached"] += 1
         elif known.has(*line.writer_and_number):
@@ -163,7 +163,7 @@ class ProxyJoin:
         """The rows of the outbox that change with what was judged, ``None`` for one that goes."""
         rows: list[tuple[str, str | None]] = [
             (_WRITER + writer, None if number is None else str(number))
-            for writer, number in self._playback.given_out.changed()
+            for writer, number in self._playback.issued_ids.changed()
         ]
         rows += [(_LINE + play, None) for play in self._stored - self._held.keys()]
         rows += [(_PLACES + path, _places_text(places)) for path, places in self._kept_places()]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..transfer import OFFLOADED, Opening, Part, Progress, Transfer, decode, play_id
 from .proxy_line import ProxyLine, parse_line
-from .viewer import Key, Viewer
+from .viewer import Key, SessionState
 
 #: Plays that are looked at: enough to say what is wrong.
 MOST_LOOKED_AT = 1000
@@ -41,11 +41,11 @@ def waiting_plays(rows: Iterable[tuple[Key, str]]) -> list[WaitingPlay]:
 def _waiting(rows: Iterable[tuple[Key, str]]) -> Iterator[WaitingPlay]:
     for key, text in rows:
         try:
-            viewer = Viewer.load(key, text)
+            session = SessionState.load(key, text)
         except (ValueError, TypeError, RecursionError):
             continue
-        for each in [response for viewing in viewer.viewings for response in viewing.open]:
-            opening = _opening(each.known)
+        for each in [response for viewing in session.viewings for response in viewing.open]:
+            opening = _opening(each.last_line)
             if each.awaited_since_ms is not None and opening is not None:
                 yield WaitingPlay(
                     play_id(each.writer, each.number),

@@ -24,16 +24,16 @@ def loads(kind: type[T], text: str) -> T:
     return value
 
 
-def move_times(state: Any, by_ns: int, latest_ns: int) -> None:
+def shift_times(state: Any, by_ns: int, latest_ns: int) -> None:
     """Put each time in *state*, a field named ``…_ns``, *by_ns* further, but none behind *latest_ns*."""
     if isinstance(state, tuple):
         for each in state:
-            move_times(each, by_ns, latest_ns)
+            shift_times(each, by_ns, latest_ns)
     elif is_dataclass(state):
         for field in fields(state):
             value = getattr(state, field.name)
             if not field.name.endswith("_ns"):
-                move_times(value, by_ns, latest_ns)
+                shift_times(value, by_ns, latest_ns)
             elif value is not None:
                 setattr(state, field.name, min(value + by_ns, latest_ns))
 

@@ -11,22 +11,22 @@ from sys import intern
 from typing import TypeAlias
 
 from ..transfer import Play
-from .axis import NO_AXIS, Axis
+from .axis import NO_CLOCK, BootClock
 from .drains import Drain
 from .report import Report
 from .segments import Player
-from .stored import dumps, loads, move_times
-from .viewing import Response, Viewing
+from .stored import dumps, loads, shift_times
+from .viewing import OpenResponse, Viewing
 
 #: Host, session and photo.
 Key: TypeAlias = tuple[str, str, str]
 
-#: Version of the stored form; what another one stored is not believed.
-STORED = 2
+#: Version of the format form; what another one format is not believed.
+STATE_FORMAT = 2
 #: Ends that are remembered, so that a line that is read twice is told once.
-REMEMBERED = 8
+MOST_ENDED = 8
 #: What lies further ahead than this comes from before the clock was set back.
-CLOCK_FELL_NS = 60_000_000_000
+CLOCK_SET_BACK_NS = 60_000_000_000
 
 
 def key_of(play: Play) -> Key:
@@ -35,7 +35,7 @@ def key_of(play: Play) -> Key:
 
 
 @dataclass(slots=True, eq=False)
-class Viewer:
+class SessionState:
     """What is kept of one key: the viewing that it is at, and former ones whose responses are still open."""
 
     key: tuple[str, str, str]
@@ -47,9 +47,9 @@ class Viewer:
     viewings: tuple[Viewing, ...] = ()
     #: Marks of its latest responses that ended.
     ended: tuple[int, ...] = ()
-    #: What its times count from; as it was stored.
-    axis: tuple[str, int] = NO_AXIS
-    stored: int = STORED
+    #: What its times count from; as it was format.
+    clock: tuple[str, int] = NO_CLOCK
+    format: int = STATE_FORMAT
 
     def at(self, time_ns: int) -> Viewing | None:
         """The viewing that it was at then."""
@@ -58,7 +58,7 @@ class Viewer:
                 return viewing
         return self.viewings[0] if self.viewings else None
 
-    def find(self, writer: str, number: int) -> tuple[Viewing, Response] | None:
+    def find(self, writer: str, number: int) -> tuple[Viewing, OpenResponse] | None:
         """The open response of that name, and its viewing."""
         for viewing in self.viewings:
             for response in viewing.open:
@@ -66,7 +66,7 @@ class Viewer:
                     return viewing, response
         return None
 
-    def place(self, response: Response, skip: int | None) -> Viewing:
+    def add(self, response: OpenResponse, skip: int | None) -> Viewing:
         """Put *response* into the viewing that it belongs to, or that it starts.
 
         From byte 0 on it starts one, once the player plays; *skip* is the app's own word, if it gave one.
@@ -74,12 +74,12 @@ class Viewer:
         viewing = self.at(response.started_ns)
         again = response.first == 0 and skip != 1
         if viewing is not None and again and skip is None:
-            again = not viewing.joins_pieces(response)
+            again = not viewing.is_first_piece(response)
         if viewing is None or (again and viewing.is_playing(response.started_ns)):
-            known = response.may_begin or skip == 0
-            viewing = Viewing(response.started_ns, response.started_ns, known)
+            at_beginning = response.starts_at_beginning or skip == 0
+            viewing = Viewing(response.started_ns, response.started_ns, at_beginning)
             self.viewings = tuple(sorted((*self.viewings, viewing), key=lambda viewing: viewing.started_ns))
-        viewing.admit(response)
+        viewing.add(response)
         return viewing
 
     def draining(self, writer: str, number: int) -> tuple[Viewing, Drain] | None:
@@ -90,14 +90,14 @@ class Viewer:
                     return viewing, drain
         return None
 
-    def take_back(self, viewing: Viewing, response: Response, ended_ns: int) -> None:
+    def drop_unplayed(self, viewing: Viewing, response: OpenResponse, ended_ns: int) -> None:
         """*response* handed over nothing: where *viewing* began with it, that viewing never was."""
-        seed = viewing.open[0] is response and not (viewing.sent or viewing.begun)
-        viewing.leave(response, ended_ns)
+        seed = viewing.open[0] is response and not (viewing.sent or viewing.beginning_counted)
+        viewing.remove_open(response, ended_ns)
         if seed:
             self.remove(viewing)
             for other in viewing.open:
-                self.place(other, None)
+                self.add(other, None)
 
     def remove(self, viewing: Viewing) -> None:
         """*viewing* is over."""
@@ -107,98 +107,98 @@ class Viewer:
         """Whether that response was told to have ended."""
         return _mark(writer, number) in self.ended
 
-    def remember(self, writer: str, number: int) -> None:
+    def note_ended(self, writer: str, number: int) -> None:
         """That response has ended."""
-        self.ended = (*self.ended[1 - REMEMBERED :], _mark(writer, number))
+        self.ended = (*self.ended[1 - MOST_ENDED :], _mark(writer, number))
 
     def report(self, time_ms: int, sent: int, skip: int, player: Player) -> Report:
         """A report; its time is *time_ms*, or just after the report before."""
         self.last_ms = max(time_ms, self.last_ms + 1)
         return Report(self.last_ms, *self.key, sent, skip, *player)
 
-    def believe_clock(self, now_ns: int) -> None:
+    def clamp_times(self, now_ns: int) -> None:
         """The clock was set back: nothing was later than *now_ns*."""
         self.last_ns = min(self.last_ns, now_ns)
         for viewing in self.viewings:
             viewing.last_ns = min(viewing.last_ns, now_ns)
 
-    def move_to(self, axis: Axis, now_ns: int) -> None:
+    def rebase(self, clock: BootClock, now_ns: int) -> None:
         """Where its times are another boot's, place them by the wall clock; none is later than *now_ns*."""
-        if self.axis[0] != axis[0]:
-            move_times(self, self.axis[1] - axis[1], now_ns)
+        if self.clock[0] != clock[0]:
+            shift_times(self, self.clock[1] - clock[1], now_ns)
             for viewing in self.viewings:
-                viewing.move_to(axis)
+                viewing.rebase(clock)
 
-    def dump(self, axis: Axis) -> str:
-        """Its state as compact JSON; its times are on *axis*."""
-        self.axis = axis
+    def dump(self, clock: BootClock) -> str:
+        """Its state as compact JSON; its times are on *clock*."""
+        self.clock = clock
         return dumps(self)
 
     @classmethod
-    def load(cls, key: Key, text: str) -> Viewer:
-        """The viewer whose :meth:`dump` *text* is; raises ValueError or TypeError where it is none."""
-        viewer = loads(cls, text)
-        if viewer.stored != STORED or viewer.key != key:
+    def load(cls, key: Key, text: str) -> SessionState:
+        """The session whose :meth:`dump` *text* is; raises ValueError or TypeError where it is none."""
+        session = loads(cls, text)
+        if session.format != STATE_FORMAT or session.key != key:
             raise ValueError("not the state of this key")
-        return viewer
+        return session
 
 
-class Viewers:
+class Sessions:
     """All that are kept, by key."""
 
     def __init__(self) -> None:
         #: Those that time has something to do to once they are idle; the one with the oldest fact first.
-        self._lively: OrderedDict[Key, Viewer] = OrderedDict()
+        self._lively: OrderedDict[Key, SessionState] = OrderedDict()
         #: Those to whom that was done; likewise.
-        self._idle: OrderedDict[Key, Viewer] = OrderedDict()
+        self._idle: OrderedDict[Key, SessionState] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._lively) + len(self._idle)
 
-    def __iter__(self) -> Iterator[Viewer]:
+    def __iter__(self) -> Iterator[SessionState]:
         return chain(self._idle.values(), self._lively.values())
 
-    def get(self, key: Key) -> Viewer | None:
-        """The viewer of *key*, if it is kept."""
+    def get(self, key: Key) -> SessionState | None:
+        """The session of *key*, if it is kept."""
         return self._lively.get(key) or self._idle.get(key)
 
-    def touch(self, viewer: Viewer) -> None:
-        """*viewer* is kept, and has the latest fact."""
-        self._idle.pop(viewer.key, None)
-        self._lively[viewer.key] = viewer
-        self._lively.move_to_end(viewer.key)
+    def touch(self, session: SessionState) -> None:
+        """*session* is kept, and has the latest fact."""
+        self._idle.pop(session.key, None)
+        self._lively[session.key] = session
+        self._lively.move_to_end(session.key)
 
-    def remove(self, viewer: Viewer) -> None:
-        """*viewer* is kept no longer."""
-        self._lively.pop(viewer.key, None)
-        self._idle.pop(viewer.key, None)
+    def remove(self, session: SessionState) -> None:
+        """*session* is kept no longer."""
+        self._lively.pop(session.key, None)
+        self._idle.pop(session.key, None)
 
-    def oldest(self) -> Viewer:
+    def oldest(self) -> SessionState:
         """The one that was silent longest."""
         return next(iter(self))
 
-    def fall_idle(self, now_ns: int, after_ns: int) -> Iterator[Viewer]:
+    def fall_idle(self, now_ns: int, after_ns: int) -> Iterator[SessionState]:
         """Those that were silent for so long, each once until it has a new fact."""
-        for viewer in _silent(self._lively, now_ns, after_ns):
-            self._idle[viewer.key] = self._lively.pop(viewer.key)
-            yield viewer
+        for session in _silent(self._lively, now_ns, after_ns):
+            self._idle[session.key] = self._lively.pop(session.key)
+            yield session
 
-    def silent(self, now_ns: int, for_ns: int) -> Iterator[Viewer]:
+    def silent(self, now_ns: int, for_ns: int) -> Iterator[SessionState]:
         """Those that were silent for so long; who is not removed then is looked at again as late."""
-        for viewer in _silent(self._idle, now_ns, for_ns):
-            viewer.last_ns = now_ns
-            self._idle.move_to_end(viewer.key)
-            yield viewer
+        for session in _silent(self._idle, now_ns, for_ns):
+            session.last_ns = now_ns
+            self._idle.move_to_end(session.key)
+            yield session
 
 
-def _silent(queue: OrderedDict[Key, Viewer], now_ns: int, for_ns: int) -> Iterator[Viewer]:
+def _silent(queue: OrderedDict[Key, SessionState], now_ns: int, for_ns: int) -> Iterator[SessionState]:
     while queue:
-        viewer = next(iter(queue.values()))
-        if viewer.last_ns - now_ns > CLOCK_FELL_NS:
-            viewer.believe_clock(now_ns)
-            queue.move_to_end(viewer.key)
-        elif now_ns - viewer.last_ns >= for_ns:
-            yield viewer
+        session = next(iter(queue.values()))
+        if session.last_ns - now_ns > CLOCK_SET_BACK_NS:
+            session.clamp_times(now_ns)
+            queue.move_to_end(session.key)
+        elif now_ns - session.last_ns >= for_ns:
+            yield session
         else:
             break
 

@@ -139,8 +139,8 @@ def test_a_line_decides_where_the_writer_died_before_it_said_how_much():
         playback.opened(WRITER, each)
     playback.progressed(WRITER, Progress(first, 11 * S, 11_000, 8 << 20))
     logged(playback, line(2, 11.5, 4_000))
-    assert told(playback.lost(WRITER, 2, 12 * S, 12_000)) == [(0, 4_000)]
-    assert playback.lost(WRITER, 1, 12 * S, 12_000) == []
+    assert told(playback.writer_died(WRITER, 2, 12 * S, 12_000)) == [(0, 4_000)]
+    assert playback.writer_died(WRITER, 1, 12 * S, 12_000) == []
     assert list(playback.open_responses()) == [], "nobody need look for its writer any more"
     assert told(logged(playback, line(1, 15, 9 << 20))) == [(0, 9 << 20)]
     assert playback.counts == {}
@@ -165,7 +165,7 @@ def test_without_a_line_and_after_its_writers_death_what_is_known_is_told():
         playback.opened(WRITER, each)
     playback.progressed(WRITER, Progress(first, 11 * S, 11_000, 8 << 20))
     for number in (1, 2):
-        playback.lost(WRITER, number, 12 * S, 12_000)
+        playback.writer_died(WRITER, number, 12 * S, 12_000)
     assert told(playback.advance(112 * S, 112_000)) == [(0, 8 << 20)]
     assert playback.counts == {"unconfirmed": 1, "interrupted": 1, "interrupted_unknown": 1}
 
@@ -279,7 +279,7 @@ def test_more_than_a_player_has_open_are_told_unconfirmed_and_not_forgotten():
 
 
 def test_a_viewer_who_makes_room_for_another_is_told_unconfirmed(monkeypatch):
-    monkeypatch.setattr(playback_module, "MOST_VIEWERS", 2)
+    monkeypatch.setattr(playback_module, "MOST_SESSIONS", 2)
     playback = machine()
     reports = []
     for number, by in ((1, PROXY), (2, OFFLOADED), (3, PROXY), (4, PROXY)):
@@ -511,7 +511,7 @@ class World:
         self.reports += self.playback.closed(WRITER, transfer)
 
     def die(self, number: int) -> None:
-        self.reports += self.playback.lost(WRITER, number + 1, int(self.now * S), int(self.now * 1000))
+        self.reports += self.playback.writer_died(WRITER, number + 1, int(self.now * S), int(self.now * 1000))
 
     def line(self, number: int) -> None:
         self.reports += say(self.joined, line(number + 1, self.now, self.plays[number][2] // 2))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from t23_middleware.relay import kernel as draining_module
 from t23_middleware.relay import sock_diag
-from t23_middleware.relay.drains import Drains, Watched
+from t23_middleware.relay.drains import Drains, WatchedConnection
 from t23_middleware.relay.kernel import Kernel
 from t23_middleware.relay.sock_diag import Listener, Row, dump
 from t23_middleware.settings import Settings
@@ -174,7 +174,7 @@ def acknowledged(journals: Journals) -> list[Acknowledged]:
 def watching(cookie: int, port: int, position: int | None = None, started_ns: int | None = None) -> Drains:
     drains = Drains(600)
     started_ns = time.monotonic_ns() if started_ns is None else started_ns
-    drains.watch(("w", 1), Watched(cookie, port, started_ns, position))
+    drains.watch(("w", 1), WatchedConnection(cookie, port, started_ns, position))
     drains.wait(("w", 1), 0)
     return drains
 

@@ -100,7 +100,7 @@ class OutboxView:
         return [Waiting(Report(*report), bool(leased)) for leased, *report in reversed(rows)]
 
     def viewings(self) -> list[tuple[Key, str]]:
-        """The viewings that are under way, as :meth:`~t23_middleware.relay.viewer.Viewer.load` takes them."""
+        """The viewings that are under way, as :meth:`~t23_middleware.relay.viewer.SessionState.load` takes them."""
         with self._one_moment():
             rows = self._rows("SELECT host, session_id, photo_id, state FROM viewings")
         return [((host, session_id, photo_id), state) for host, session_id, photo_id, state in rows]
