@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..relay.axis import Step
+from ..relay.axis import ResponseEvent
 from ..relay.intake import LATE_NS
 from ..relay.journals import Fact, Journals
 from ..relay.playback import Playback
@@ -96,9 +96,9 @@ class Strips:
             pass  # nothing of it is kept
 
     def _take(self, fact: Fact) -> None:
-        if isinstance(fact.what, Acknowledged):
+        if isinstance(fact.event, Acknowledged):
             return
-        what = _as_the_app_counts(fact.what)
+        what = _as_the_app_counts(fact.event)
         if isinstance(what, Opening):
             self._playback.opened(fact.writer, what)
             self._begin(fact.writer, what)
@@ -169,7 +169,7 @@ class Strips:
         ]
 
 
-def _as_the_app_counts(what: Step) -> Step:
+def _as_the_app_counts(what: ResponseEvent) -> ResponseEvent:
     """Behind nginx too: its log is not followed here, and without it a response would never end."""
     if isinstance(what, Opening):
         return what._replace(counted_by=APP)

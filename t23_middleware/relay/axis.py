@@ -11,8 +11,8 @@ BootClock: TypeAlias = tuple[str, int]
 NO_CLOCK: BootClock = ("", 0)
 
 #: What a response does, and that or what the kernel told of its connection.
-Step: TypeAlias = Opening | Progress | Transfer
-Event: TypeAlias = Step | Acknowledged
+ResponseEvent: TypeAlias = Opening | Progress | Transfer
+Event: TypeAlias = ResponseEvent | Acknowledged
 
 
 def time_of(what: Event) -> int:
@@ -34,7 +34,7 @@ def rebased_by_wall_clock(what: Event, ahead_ns: int) -> Event:
     return what._replace(opening=opening, ended_ns=what.ended_ms * 1_000_000 - ahead_ns)
 
 
-def without_connection(what: Step) -> Step:
+def without_connection(what: ResponseEvent) -> ResponseEvent:
     """*what* as it is where the kernel can't be asked: the server's count has to do."""
     if isinstance(what, Opening):
         return what._replace(connection=None)

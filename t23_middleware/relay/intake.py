@@ -172,9 +172,9 @@ class Intake:
         return self._in_hand is not None
 
     @property
-    def awaited(self) -> int:
+    def awaiting_line(self) -> int:
         """Responses that only the proxy's line is missing of."""
-        return self._playback.awaited
+        return self._playback.awaiting_line
 
     @property
     def draining(self) -> int:
@@ -248,15 +248,15 @@ class Intake:
         for fact in sorted(facts, key=lambda fact: fact.at_ns):
             if isinstance(fact, Logged):
                 reports += self._join.judge(fact)
-            elif isinstance(fact.what, Opening):
-                reports += self._playback.opened(fact.writer, fact.what)
-            elif isinstance(fact.what, Progress):
-                self._playback.progressed(fact.writer, fact.what)
-            elif isinstance(fact.what, Acknowledged):
-                reports += self._playback.acknowledged(fact.what)
+            elif isinstance(fact.event, Opening):
+                reports += self._playback.opened(fact.writer, fact.event)
+            elif isinstance(fact.event, Progress):
+                self._playback.progressed(fact.writer, fact.event)
+            elif isinstance(fact.event, Acknowledged):
+                reports += self._playback.acknowledged(fact.event)
             else:
-                reports += self._playback.closed(fact.writer, fact.what)
-                reading.counts["declared"] += fact.what.declared
+                reports += self._playback.closed(fact.writer, fact.event)
+                reading.counts["declared"] += fact.event.declared
         reports += self._end_what_the_dead_left(reading.until_ns)
         reports += self._end_what_nobody_waits_for()
         reports += self._join.hold(reading.until_ns)
@@ -296,10 +296,10 @@ class Intake:
         notes[DRAINING] = str(self.draining)
         notes[ACKED] = self._kernel.problem
         notes[ELSEWHERE] = str(self._writers_elsewhere())
-        if self._settings.proxy_log or self.awaited or self._told_awaited:
-            self._told_awaited = self.awaited > 0
-            notes[AWAITED] = str(self.awaited)
-            notes[AWAITED_SINCE] = str(self._playback.awaited_since_ms or 0)
+        if self._settings.proxy_log or self.awaiting_line or self._told_awaited:
+            self._told_awaited = self.awaiting_line > 0
+            notes[AWAITED] = str(self.awaiting_line)
+            notes[AWAITED_SINCE] = str(self._playback.awaiting_line_since_ms or 0)
         if self._join.last_line_ms:
             notes[LAST_LINE] = str(self._join.last_line_ms)
         return notes

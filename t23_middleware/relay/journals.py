@@ -54,7 +54,7 @@ class Fact(NamedTuple):
 
     at_ns: int
     writer: str
-    what: Event
+    event: Event
 
 
 @dataclass

@@ -1,8 +1,9 @@
-"""Transfers of one session and video in, reports out: the only place that decides ``skip``.
+"""Turns transfers into reports. This is the only place that decides ``skip``.
 
-A pure, ordered state machine: no clock, no I/O. Facts come in the order of their time, on one clock in ns; what
-comes later than that is judged as it comes and counted ``late``. When the caller lets time pass changes nothing in
-what is reported. The state is handed out as text, for the transaction that takes the facts in.
+A pure, ordered state machine without a clock and without I/O. Facts come in the order of their time, in ns of
+CLOCK_MONOTONIC; a fact that comes late is judged when it comes and counted as ``late``. How often the caller calls
+:meth:`Playback.advance` does not change the reports. The state is returned as text, so that the caller can store it in
+the same transaction as the facts' offsets.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .segments import player_of
 from .viewer import CLOCK_SET_BACK_NS, Key, SessionState, key_of
 from .viewing import MOST_OPEN, PROBE, OpenResponse, Viewing, is_probe
 
-#: A viewing is dropped after this time without a request or an open response: longer than a pause worth joining.
+#: A viewing is dropped after this time without a request or an open response. A longer pause starts a new viewing.
 DROP_VIEWING_NS = 30 * 60 * 1_000_000_000
-#: A response is given up after this time: no viewing lasts as long, but its close line may have been lost.
+#: A response is dropped after this time: no viewing lasts as long, and its close line may be lost.
 LONGEST_OPEN_NS = 24 * 3600 * 1_000_000_000
-#: Sessions at a video that are kept, at 1 to 2 KB each; the one that was silent longest makes room.
+#: Most session states in memory, at 1 to 2 KB each; beyond this, the one without a fact for longest is dropped.
 MOST_SESSIONS = 200_000
-#: How far the proxy's clock may be off before the app's is believed instead, in ms. Apache tells whole seconds.
+#: The proxy's clock is ignored if it differs from the app's by more than this, in ms. Apache logs whole seconds.
 CLOCK_OFF_MS = 2000
 
 #: Writer and number of a response.
@@ -36,14 +37,15 @@ _Id = tuple[str, int]
 class Playback(DrainingPlayback):
     """Turns openings and transfers into reports.
 
-    *per* is ``"response"``: each counted response is a report as it closes, or ``"stream"``: one report per
-    viewing and one per scrub. *idle_s* is the time in seconds without a request or an open response after which
-    a stream counts as concluded; in ``"stream"`` a viewing that handed over less than *min_bytes* bytes makes no
-    report (``None``: the smaller of 512 KiB and an eighth of the file).
+    With *per* ``"response"``, each counted response is a report when it closes. With ``"stream"``, a viewing is one
+    report, plus one per scrub. *idle_s* is the time in seconds without a request or an open response after which a
+    stream is concluded. With ``"stream"``, a viewing that handed over less than *min_bytes* bytes makes no report
+    (``None``: the smaller of 512 KiB and an eighth of the file).
 
-    A response that a proxy counts stays open until the line of the proxy's log, for *proxy_wait_s* seconds after the
-    app is done with it; *counts_type* tells which content types of that log are media. One that the client's kernel
-    has not all of makes its report when that has it or is gone, *drain_wait_s* seconds after its end at the latest.
+    A response that a proxy counts stays open until its line in the proxy's log, for at most *proxy_wait_s* seconds
+    after the app ended it; *counts_type* decides which content types of that log are media. A response that the
+    client's kernel has not acknowledged in full makes its report when it has, when the connection is closed, or
+    *drain_wait_s* seconds after its end.
     """
 
     def __init__(
@@ -63,15 +65,14 @@ class Playback(DrainingPlayback):
         self._open: dict[_Id, Key] = {}
         self._proxy_wait_ms = int(proxy_wait_s * 1000)
         self._counts_type = counts_type
-        #: Those that the app is done with and the proxy is not; since when, in ms since the epoch.
-        self._awaited: dict[_Id, int] = {}
-        #: The ids that proxies may tell of.
+        #: Responses that the app ended and that wait for the proxy's line -> since when, in ms since the epoch.
+        self._awaiting_line: dict[_Id, int] = {}
+        #: The play ids that were issued to proxies.
         self.issued_ids = IssuedIds()
-        # Named events in self.counts: ``late``, ``repeated``, ``below_minimum``,
-        # ``interrupted``, ``interrupted_unknown``, ``ignored_empty``, ``ignored_probe``, ``responses_given_up``,
-        # ``viewings_dropped``, ``state_unreadable``; of what drains ``unknown_end``, ``drain_wait_over``; of what a
-        # proxy counts ``unconfirmed``, ``no_proxy_line`` (plays that are lost), ``proxy_cached``,
-        # ``proxy_not_played``, ``proxy_clock_differs``.
+        # Events in self.counts: ``late``, ``repeated``, ``below_minimum``, ``interrupted``, ``interrupted_unknown``,
+        # ``ignored_empty``, ``ignored_probe``, ``responses_given_up``, ``viewings_dropped``, ``state_unreadable``; for
+        # draining responses ``unknown_end``, ``drain_wait_over``; for responses that a proxy counts ``unconfirmed``,
+        # ``no_proxy_line`` (plays that are lost), ``proxy_cached``, ``proxy_not_played``, ``proxy_clock_differs``.
 
     # Facts.
 
@@ -83,7 +84,7 @@ class Playback(DrainingPlayback):
         return [] if is_probe(opening) else self._open_response(writer, opening)
 
     def closed(self, writer: str, transfer: Transfer) -> list[Report]:
-        """A counted response is over, whether its start was seen or not."""
+        """A counted response ended; its start may be unknown here."""
         self._advance_clock(transfer.ended_ns)
         opening = transfer.opening
         if opening.counted_by == OFFLOADED or (opening.counted_by != APP and transfer.sent > 0):
@@ -95,14 +96,14 @@ class Playback(DrainingPlayback):
         return reports + self._close(session, writer, transfer)
 
     def progressed(self, writer: str, progress: Progress) -> None:
-        """An open response has handed over so much."""
+        """An open response made progress."""
         session, found = self._find(writer, progress.opening.number)
         if session is not None and found is not None:
             found[1].last_line = encode(progress).decode().rstrip()
             self._changed[session.key] = None
 
     def writer_died(self, writer: str, number: int, at_ns: int, at_ms: int) -> list[Report]:
-        """The writer of an open response died: it ends with its connection, or with what is known of it."""
+        """The writer of an open response died: end it with its connection, or with its latest known count."""
         session, found = self._find(writer, number)
         if session is None or found is None:
             return []
@@ -111,37 +112,37 @@ class Playback(DrainingPlayback):
         return self._add_orphan(session, *found, at_ns, at_ms)
 
     def logged(self, line: ProxyLine, at_ns: int) -> list[Report] | None:
-        """A proxy's log says what it sent; ``None`` where no response is open that has the line's id."""
+        """A proxy logged what it sent. Returns ``None`` if no open response has the line's id."""
         session, found = self._find(*line.writer_and_number)
         if session is None or found is None or found[1].counted_by == APP:
             return None
         self._advance_clock(at_ns)
         response = found[1]
-        if response.awaited_since_ms is not None:
+        if response.awaiting_line_since_ms is not None:
             return self._end_by_line(session, *found, line, at_ns)
         if response.proxy_line is not None:
             self.counts["proxy_cached"] += 1
             return []
-        # The app's own count is less where framing was added to the body, and an app that lost its client says it at
-        # the next chunk.
+        # Wait for the app's own count too: it is smaller if framing was added to the body, and an app whose client
+        # disconnected ends the response at its next chunk.
         response.proxy_line = line.to_text()
         self._changed[session.key] = None
         return []
 
     def advance(self, now_ns: int, now_ms: int) -> list[Report]:
-        """Time passed: streams that are idle conclude, old viewings are dropped, and a proxy's line may be overdue."""
+        """Time passed: conclude idle streams, drop old viewings, and end responses whose proxy line is overdue."""
         if self._clock_ns - now_ns > CLOCK_SET_BACK_NS:
             self._clock_ns = now_ns
         self._clock_ns = max(self._clock_ns, now_ns)
         reports = self._end_overdue_lines(now_ms) + self._end_overdue_drains(now_ms)
         for session in self._sessions.fall_idle(now_ns, min(self._idle_ns, DROP_VIEWING_NS)):
-            reports += self._age(session, now_ns)
+            reports += self._apply_time(session, now_ns)
         for session in self._sessions.silent(now_ns, DROP_VIEWING_NS):
-            reports += self._age(session, now_ns)
+            reports += self._apply_time(session, now_ns)
         return reports
 
     def conclude(self, now_ms: int) -> list[Report]:
-        """The relay shuts down: every stream that can be reported is reported."""
+        """The relay stops: report every stream that can be reported."""
         reports = self.end_draining()
         for session in self._sessions:
             for viewing in session.viewings:
@@ -151,9 +152,9 @@ class Playback(DrainingPlayback):
     # State.
 
     def changed(self, clock: BootClock = NO_CLOCK) -> Iterator[tuple[Key, str | None]]:
-        """The viewings that changed since the last call: their key and state, ``None`` for those dropped.
+        """Key and state of the sessions that changed since the last call; the state is ``None`` if one was dropped.
 
-        *clock* is that of the facts' times.
+        *clock* is the boot that the facts' times belong to.
         """
         changed, self._changed = self._changed, {}
         for key in changed:
@@ -161,9 +162,9 @@ class Playback(DrainingPlayback):
             yield key, None if session is None else session.dump(clock)
 
     def restore(self, rows: Iterable[tuple[Key, str]], clock: BootClock = NO_CLOCK, now_ns: int = 0) -> None:
-        """Take in what :meth:`changed` gave before; a row that can't be read is left out and counted.
+        """Load the *rows* that :meth:`changed` returned before; a row that can't be read is skipped and counted.
 
-        *clock* is that of the facts to come; what another boot left is placed on it by the wall clock.
+        *clock* is the boot of the facts to come. Times of another boot are converted by the wall clock.
         """
         sessions = []
         for key, text in rows:
@@ -179,42 +180,42 @@ class Playback(DrainingPlayback):
             self._sessions.touch(session)
             for viewing in session.viewings:
                 self._open.update({(each.writer, each.number): session.key for each in viewing.open})
-        self._restore_awaited()
+        self._restore_awaiting_line()
         self._restore_draining()
 
-    def _restore_awaited(self) -> None:
+    def _restore_awaiting_line(self) -> None:
         open_now = [found for id in self._open if (found := self._find(*id)[1]) is not None]
         since = {
-            (each.writer, each.number): each.awaited_since_ms
+            (each.writer, each.number): each.awaiting_line_since_ms
             for _, each in open_now
-            if each.awaited_since_ms is not None
+            if each.awaiting_line_since_ms is not None
         }
-        self._awaited = dict(sorted(since.items(), key=lambda item: item[1]))
+        self._awaiting_line = dict(sorted(since.items(), key=lambda item: item[1]))
 
     def open_responses(self) -> Iterable[_Id]:
-        """Writer and number of what the app has open now."""
-        return self._open.keys() - self._awaited.keys() - set(self.drains.ids())
+        """Writer and number of the responses that the app has open."""
+        return self._open.keys() - self._awaiting_line.keys() - set(self.drains.ids())
 
     @property
     def latest_ns(self) -> int:
-        """Time of the latest fact of all that are kept; before any time where there is none."""
+        """Time of the latest fact of all sessions, or ``BEFORE_ALL_TIME_NS`` without one."""
         return max((session.last_ns for session in self._sessions), default=BEFORE_ALL_TIME_NS)
 
     @property
-    def awaited(self) -> int:
-        """Responses that only the proxy's line is missing of."""
-        return len(self._awaited)
+    def awaiting_line(self) -> int:
+        """Number of responses that wait for the proxy's line."""
+        return len(self._awaiting_line)
 
     @property
-    def awaited_since_ms(self) -> int | None:
-        """Since when the oldest of them is, in ms since the epoch."""
-        return next(iter(self._awaited.values()), None)
+    def awaiting_line_since_ms(self) -> int | None:
+        """Since when the oldest of them waits, in ms since the epoch."""
+        return next(iter(self._awaiting_line.values()), None)
 
     def find_open(self, writer: str, number: int) -> tuple[Viewing, OpenResponse] | None:
-        """The open response of that name, and the viewing that it belongs to."""
+        """The open response with this writer and number, and its viewing."""
         return self._find(writer, number)[1]
 
-    # A response's way through.
+    # Open and close.
 
     def _find(
         self, writer: str, number: int
@@ -229,9 +230,9 @@ class Playback(DrainingPlayback):
         self._clock_ns = max(self._clock_ns, time_ns)
 
     def _session_at(self, key: Key, at_ns: int) -> tuple[SessionState, list[Report]]:
-        """The session of *key*, and what the time up to *at_ns* made of it."""
+        """The session of *key*, new if necessary, and the reports that are due by *at_ns*."""
         session = self._sessions.get(key)
-        reports = [] if session is None else self._age(session, at_ns)
+        reports = [] if session is None else self._apply_time(session, at_ns)
         if session is None:
             reports += self._make_room()
             session = SessionState(key, at_ns)
@@ -258,7 +259,7 @@ class Playback(DrainingPlayback):
         if len(viewing.open) <= MOST_OPEN:
             return []
         oldest = viewing.open[0]
-        if oldest.awaited_since_ms is not None:
+        if oldest.awaiting_line_since_ms is not None:
             return self._end_without_line(session, viewing, oldest)
         if oldest.orphaned_since_ms is not None:
             return self._end_orphan(session, viewing, oldest)
@@ -277,7 +278,7 @@ class Playback(DrainingPlayback):
         return reports + self._close(session, writer, transfer)
 
     def _is_not_played(self, transfer: Transfer) -> bool:
-        """Whether nobody played it."""
+        """Whether it is empty or a probe, and so not played."""
         if transfer.sent <= 0:
             self.counts["ignored_empty"] += 1
             return True
@@ -311,8 +312,8 @@ class Playback(DrainingPlayback):
                 return []
             drain.run_ns = None if run is None else run.started_ns
             return self._drain(session, viewing, response, drain)
-        said = transfer.opening.play.skip
-        skip = said if said in (0, 1) else int(not first)
+        app_skip = transfer.opening.play.skip
+        skip = app_skip if app_skip in (0, 1) else int(not first)
         viewing.play_reported = viewing.play_reported or first or skip == 0
         report = session.report(transfer.ended_ms, transfer.sent, skip, player_of(transfer.opening.play))
         if drain is None:
@@ -322,7 +323,7 @@ class Playback(DrainingPlayback):
 
     def _close_uncounted(self, viewing: Viewing, response: OpenResponse, at_ns: int) -> None:
         self._forget_open(response)
-        # Per response its report is the one with skip=0, and there is none; a stream's report is reported without it.
+        # Per response, its report would have had skip=0, and is never made. A stream is reported without it.
         if not self._per_stream and viewing.is_first_response(response):
             viewing.play_reported = True
         viewing.close_uncounted(response, at_ns)
@@ -342,13 +343,13 @@ class Playback(DrainingPlayback):
 
     def _forget_id(self, id: _Id) -> None:
         self._open.pop(id, None)
-        self._awaited.pop(id, None)
+        self._awaiting_line.pop(id, None)
         self.drains.forget(id)
 
-    # What a proxy counts.
+    # Responses that a proxy counts.
 
     def _app_finished(self, writer: str, transfer: Transfer) -> list[Report]:
-        """The app is done with a response that the proxy goes on to send, whether its start was seen or not."""
+        """The app ended a response that the proxy still sends; its start may be unknown here."""
         opening, reports = transfer.opening, []
         if self._open.get((writer, opening.number)) != key_of(opening.play):
             if is_probe(opening):
@@ -365,21 +366,21 @@ class Playback(DrainingPlayback):
     def _await_line(
         self, session: SessionState, viewing: Viewing, response: OpenResponse, since_ms: int
     ) -> list[Report]:
-        """Nothing more comes from the app: decide by the proxy's line, or wait for it."""
+        """The app sends no more of *response*: end it by the proxy's line, or wait for that."""
         if response.proxy_line is not None:
             line = ProxyLine.from_text(response.proxy_line)
             ago_ns = max(since_ms - line.ended_ms, 0) * 1_000_000
             return self._end_by_line(session, viewing, response, line, self._clock_ns - ago_ns)
-        if response.awaited_since_ms is None:
-            response.awaited_since_ms = since_ms
-            self._awaited[response.writer, response.number] = since_ms
+        if response.awaiting_line_since_ms is None:
+            response.awaiting_line_since_ms = since_ms
+            self._awaiting_line[response.writer, response.number] = since_ms
             self._changed[session.key] = None
         return []
 
     def _end_by_line(
         self, session: SessionState, viewing: Viewing, response: OpenResponse, line: ProxyLine, at_ns: int
     ) -> list[Report]:
-        """*response* ends as the proxy's *line* tells."""
+        """End *response* with the count and the time in the proxy's *line*."""
         last = _last_event(response)
         opening = last if isinstance(last, Opening) else last.opening
         if response.counted_by == OFFLOADED:
@@ -406,7 +407,7 @@ class Playback(DrainingPlayback):
         return self._finish_fact(session)
 
     def _end_time(self, opening: Opening, line: ProxyLine, at_ns: int) -> tuple[int, int]:
-        """When it ended, on the clock and in ms since the epoch: by the proxy's clock, unless that differs from ours."""
+        """Its end in monotonic ns and in ms since the epoch: by the proxy's clock, unless that differs from ours."""
         took_ms = round(line.seconds * 1000)
         before_ms = opening.started_ms - line.ended_ms
         after_ms = line.ended_ms - took_ms - opening.started_ms
@@ -418,25 +419,25 @@ class Playback(DrainingPlayback):
         return at_ns, line.ended_ms
 
     def _end_overdue_lines(self, now_ms: int) -> list[Report]:
-        """The oldest first; what was awaited from a time that has not come yet is from before the clock was set back."""
+        """End what waited too long, the oldest first. A start in the future was taken before the clock was set back."""
         reports: list[Report] = []
-        while self._awaited:
-            id, since_ms = next(iter(self._awaited.items()))
+        while self._awaiting_line:
+            id, since_ms = next(iter(self._awaiting_line.items()))
             if since_ms - now_ms > CLOCK_SET_BACK_NS // 1_000_000:
-                del self._awaited[id]
-                self._awaited[id] = now_ms
+                del self._awaiting_line[id]
+                self._awaiting_line[id] = now_ms
             elif now_ms - since_ms < self._proxy_wait_ms:
                 break
             else:
                 session, found = self._find(*id)
-                del self._awaited[id]
+                del self._awaiting_line[id]
                 reports += [] if session is None or found is None else self._end_without_line(session, *found)
         return reports
 
     def _end_without_line(
         self, session: SessionState, viewing: Viewing, response: OpenResponse
     ) -> list[Report]:
-        """No line came: the app's count has to do, if it has one."""
+        """No line came: end *response* with the app's count, if there is one."""
         last = _last_event(response)
         if response.counted_by == OFFLOADED:
             self.counts["no_proxy_line"] += 1
@@ -453,7 +454,7 @@ class Playback(DrainingPlayback):
     # After each fact.
 
     def _finish_fact(self, session: SessionState) -> list[Report]:
-        """After a fact of *session*: tell what is over, and note that it changed."""
+        """After a fact of *session*: report the runs that are concluded, and mark it as changed."""
         reports: list[Report] = []
         for viewing in session.viewings:
             current = session.viewings[-1]
@@ -466,7 +467,7 @@ class Playback(DrainingPlayback):
             self._remove_session(session)
         return reports
 
-    # What is reported per stream.
+    # Reports per stream.
 
     def _report_runs(self, session: SessionState, viewing: Viewing, *, over: bool) -> Iterator[Report]:
         runs = viewing.runs
@@ -477,21 +478,21 @@ class Playback(DrainingPlayback):
             viewing.play_reported = viewing.play_reported or skip == 0
             self._changed[session.key] = None
             ended_ms, sent = run.ended_ms, runs.take_unreported(run)
-            if sent > 0:  # else all of it drained to nothing
+            if sent > 0:  # else the client acknowledged nothing of it
                 yield session.report(ended_ms, sent, skip, run.player)
 
     def _report_late(self, session: SessionState, viewing: Viewing) -> Iterator[Report]:
-        """The viewing ends: what came after its run was reported rides on nothing any more."""
+        """The viewing ends: report the bytes that came after their run was reported."""
         runs = viewing.runs
         if runs is not None and runs.late:
             self.counts["late"] += 1
             run = runs.all[-1]
             yield session.report(run.ended_ms, runs.take_unreported(run), 1, run.player)
 
-    # What time does.
+    # Time.
 
-    def _age(self, session: SessionState, now_ns: int) -> list[Report]:
-        """What happened to *session* by *now_ns*."""
+    def _apply_time(self, session: SessionState, now_ns: int) -> list[Report]:
+        """Drop and report what is due in *session* by *now_ns*."""
         reports: list[Report] = []
         for viewing in session.viewings:
             for response in [each for each in viewing.open if _is_expired(each, now_ns)]:
@@ -527,7 +528,7 @@ class Playback(DrainingPlayback):
         self.counts["viewings_dropped"] += len(session.viewings)
         reports: list[Report] = []
         for viewing in session.viewings:
-            for response in [each for each in viewing.open if each.awaited_since_ms is not None]:
+            for response in [each for each in viewing.open if each.awaiting_line_since_ms is not None]:
                 reports += self._end_without_line(session, viewing, response)
             for response in [each for each in viewing.open if each.orphaned_since_ms is not None]:
                 reports += self._end_orphan(session, viewing, response)
@@ -537,7 +538,7 @@ class Playback(DrainingPlayback):
 
 
 def _last_event(response: OpenResponse) -> Opening | Progress | Transfer:
-    """The latest that is known of *response*; raises ValueError where that is not its line."""
+    """The event in the latest journal line of *response*. Raises ValueError if that is another line."""
     last = decode((response.last_line or "").encode())
     if not isinstance(last, (Opening, Progress, Transfer)):
         raise ValueError("not the line of a response")
@@ -545,7 +546,7 @@ def _last_event(response: OpenResponse) -> Opening | Progress | Transfer:
 
 
 def _check_lines(session: SessionState) -> None:
-    """Raises ValueError where a line in the state of *session* can't be read."""
+    """Raises ValueError if a line in the state of *session* can't be read."""
     for response in [each for viewing in session.viewings for each in viewing.open]:
         if response.counted_by != APP or response.last_line is not None:
             _last_event(response)
@@ -554,7 +555,7 @@ def _check_lines(session: SessionState) -> None:
 
 
 def _is_expired(response: OpenResponse, now_ns: int) -> bool:
-    """Whether nobody will close it any more; what waits for a proxy has a bound of its own."""
-    if response.awaited_since_ms is not None or response.orphaned_since_ms is not None:
+    """Whether its close line must be lost. A response that waits for a proxy or a kernel has a limit of its own."""
+    if response.awaiting_line_since_ms is not None or response.orphaned_since_ms is not None:
         return False
     return now_ns - response.started_ns > LONGEST_OPEN_NS

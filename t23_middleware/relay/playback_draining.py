@@ -1,7 +1,7 @@
 """The part of the playback machine that waits for final counts, and for the connections of workers that died.
 
-What a response decides (``skip``, which run gets its bytes) is decided as it closes; only its bytes wait. So the
-order in which connections drain changes no decision.
+All decisions about a response (its ``skip``, the run that gets its bytes) are made when it closes. Only its byte count
+waits, so the order in which connections drain changes no decision.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from .report import Report
 from .viewer import CLOCK_SET_BACK_NS, Key, Sessions, SessionState
 from .viewing import MOST_OPEN, OpenResponse, Viewing
 
-#: Before any time: those of another boot lie before this one's beginning.
+#: Earlier than any other time: times of another boot may be negative.
 BEFORE_ALL_TIME_NS = -(1 << 63)
 
 
 class DrainingPlayback(ABC):
-    """What :class:`~t23_middleware.relay.playback.Playback` does for responses that drain, for *wait_s* seconds each."""
+    """The half of :class:`~.playback.Playback` for draining responses, each of which waits *wait_s* seconds at most."""
 
     def __init__(self, wait_s: float) -> None:
-        #: The connections that matter, and what drains.
+        #: The watched connections and the draining responses.
         self.drains = Drains(wait_s)
         self.counts: Counter[str] = Counter()
         self._sessions = Sessions()
         self._changed: dict[Key, None] = {}
         self._clock_ns = BEFORE_ALL_TIME_NS
-        #: Whose each is that drains and whose writer said that it is over.
+        #: Draining response -> its session state's key. Orphans, whose writers died, are not in it.
         self._draining_keys: dict[Id, Key] = {}
 
     @abstractmethod
@@ -53,7 +53,7 @@ class DrainingPlayback(ABC):
     # Facts.
 
     def acknowledged(self, ack: Acknowledged) -> list[Report]:
-        """The kernel ack how far a connection is, or that it is gone."""
+        """The kernel reports how much of a connection was acknowledged, or that it is closed."""
         reports: list[Report] = []
         for id in self.drains.responses_on(ack.cookie):
             session, found = self._find(*id)
@@ -64,7 +64,7 @@ class DrainingPlayback(ABC):
         return reports
 
     def end_draining(self, ids: Iterable[Id] | None = None) -> list[Report]:
-        """Wait no longer for *ids*, or for anything: the counts that are known last are ack."""
+        """Stop waiting for *ids*, or for all with ``None``: each ends with its latest known count."""
         reports: list[Report] = []
         for id in self.drains.ids() if ids is None else ids:
             reports += self._stop_waiting(id)
@@ -77,20 +77,20 @@ class DrainingPlayback(ABC):
             reports += self._stop_waiting(id)
         return reports
 
-    # What the server is done with.
+    # Responses that the server has ended.
 
     def _drain(
         self, session: SessionState, viewing: Viewing, response: OpenResponse, drain: Drain
     ) -> list[Report]:
-        """*drain* waits, unless all is known of its connection."""
+        """Let *drain* wait for its final count, unless its connection is closed already."""
         viewing.draining = (*viewing.draining, drain)
         self._draining_keys[drain.id] = session.key
         if response.connection_gone:
             return self._count_drained(session, viewing, drain, response.acked, viewing.last_ns)
         self.drains.watch(drain.id, drain.watched)
         self.drains.wait(drain.id, drain.ended_ms)
-        all_of_viewer = [(each, drain) for each in session.viewings for drain in each.draining]
-        return self._end_drain(session, *all_of_viewer[0]) if len(all_of_viewer) > MOST_OPEN else []
+        draining = [(each, drain) for each in session.viewings for drain in each.draining]
+        return self._end_drain(session, *draining[0]) if len(draining) > MOST_OPEN else []
 
     def _drain_acknowledged(self, id: Id, ack: Acknowledged) -> list[Report]:
         session = self._sessions.get(self._draining_keys[id])
@@ -145,10 +145,10 @@ class DrainingPlayback(ABC):
             return []
         return self._end_orphan(session, *found)
 
-    # What a worker that died left open.
+    # Responses that a dead worker left open.
 
     def _watch(self, response: OpenResponse, opening: Opening) -> None:
-        """A response opens; its open line is kept with it, for its writer may die."""
+        """Watch the connection of a response that opens, and keep its open line in case its writer dies."""
         if opening.connection is not None:
             response.last_line = encode(opening).decode().rstrip()
             self._watch_again(response)
@@ -172,7 +172,7 @@ class DrainingPlayback(ABC):
     def _add_orphan(
         self, session: SessionState, viewing: Viewing, response: OpenResponse, at_ns: int, at_ms: int
     ) -> list[Report]:
-        """The writer of *response* died; its connection may go on."""
+        """The writer of *response* died: wait for the end of its connection, which may still be open."""
         id = response.writer, response.number
         if response.connection_gone or not self.drains.is_watched(id):
             return self._interrupt(session, viewing, response, at_ns, at_ms)
@@ -189,9 +189,9 @@ class DrainingPlayback(ABC):
     def _interrupt(
         self, session: SessionState, viewing: Viewing, response: OpenResponse, at_ns: int, at_ms: int
     ) -> list[Report]:
-        """It ends with what the kernel or else its writer ack of it last.
+        """End *response* with the latest count of the kernel or, without one, of its writer.
 
-        Where nothing is known it makes no report, and what follows of its viewing is ``skip=1``.
+        If neither is known, it makes no report, and later reports of its viewing have ``skip=1``.
         """
         last = None if response.last_line is None else decode(response.last_line.encode())
         opening = _opening_of(response)
@@ -210,7 +210,7 @@ class DrainingPlayback(ABC):
         return self._end_uncounted(session, viewing, response, at_ns)
 
     def _restore_draining(self) -> None:
-        """After the sessions were restored."""
+        """Find the draining responses and the orphans in the restored sessions."""
         since: dict[Id, int] = {}
         for session in self._sessions:
             for viewing in session.viewings:
@@ -227,7 +227,7 @@ class DrainingPlayback(ABC):
 
 
 def _opening_of(response: OpenResponse) -> Opening | None:
-    """What is known of its start."""
+    """The opening in the latest journal line of *response*, if any."""
     last = None if response.last_line is None else decode(response.last_line.encode())
     if isinstance(last, Opening):
         return last

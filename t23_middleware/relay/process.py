@@ -189,7 +189,7 @@ class Relay:
 
     def _say_delivered(self, until_ns: int) -> None:
         """Workers that end look at this file's time, and go when all that they wrote is delivered."""
-        if not self._intake.all_read() or self._intake.awaited:
+        if not self._intake.all_read() or self._intake.awaiting_line:
             return
         if not self._delivery.in_flight and not self._outbox.hosts():
             owned.touch(self._folder.delivered, until_ns)
@@ -197,7 +197,7 @@ class Relay:
     def _should_leave(self) -> bool:
         if not self._automatic or self._intake.is_in_hand or self._intake.draining:
             return False
-        stays = LEAVE_AWAITED_AFTER if self._intake.awaited else LEAVE_AFTER
+        stays = LEAVE_AWAITED_AFTER if self._intake.awaiting_line else LEAVE_AFTER
         living = self._intake.has_live_writer()
         if time.monotonic() - self._moved < stays or (living and self._replaced_at is None):
             return False
@@ -308,7 +308,7 @@ class Relay:
     def _say_whether_finished(self) -> None:
         """Still with the lock: the next relay's word must not be taken back."""
         try:
-            if not self._outbox.stats().waiting and not self._intake.awaited:
+            if not self._outbox.stats().waiting and not self._intake.awaiting_line:
                 owned.remove(self._folder.unfinished)
         except OutboxError as error:
             self._say_store_fails(error)

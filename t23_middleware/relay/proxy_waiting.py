@@ -46,12 +46,12 @@ def _waiting(rows: Iterable[tuple[Key, str]]) -> Iterator[WaitingPlay]:
             continue
         for each in [response for viewing in session.viewings for response in viewing.open]:
             opening = _opening(each.last_line)
-            if each.awaited_since_ms is not None and opening is not None:
+            if each.awaiting_line_since_ms is not None and opening is not None:
                 yield WaitingPlay(
                     play_id(each.writer, each.number),
                     each.counted_by == OFFLOADED,
                     opening.started_ms,
-                    each.awaited_since_ms,
+                    each.awaiting_line_since_ms,
                     opening.part,
                     opening.length,
                 )

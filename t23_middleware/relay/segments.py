@@ -1,4 +1,4 @@
-"""The runs of a viewing: its first run, and the run after each scrub. Each is one report per stream."""
+"""The runs of a viewing: the first one, and one after each scrub. With one report per stream, each run is a report."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from ..transfer import Play, Transfer
 #: ``user_player_type``, ``_version`` and ``_resolution``.
 Player: TypeAlias = tuple[str | None, str | None, str | None]
 
-#: Runs that wait for a response that started before them; the oldest does not wait for more.
+#: Most runs that wait for a response that started before them. If there are more, the oldest is reported at once.
 MOST_RUNS = 64
 
 
 def player_of(play: Play) -> Player:
-    """What *play* says of the player."""
+    """The player's type, version and resolution in *play*."""
     return _shared((play.player_type, play.player_version, play.player_resolution))
 
 
 @lru_cache(maxsize=1024)
 def _shared(player: Player) -> Player:
-    """One object for all who say the same: it is kept per run, and there are few players."""
+    """One object for equal values: each run keeps one, and there are few players."""
     return player
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """One run: it gets the bytes of all responses that belong to it."""
+    """A part of a viewing without a scrub. It adds up the bytes of all responses that belong to it."""
 
-    #: 0 for a viewing's first run, 1 for a scrub's.
+    #: 0 for a viewing's first run, 1 for a run after a scrub.
     skip: int
     started_ns: int
-    #: Of its first response.
+    #: The player of its first response.
     player: Player
-    #: Wall clock in ms, of its last response.
+    #: End of its last response, in ms since the epoch.
     ended_ms: int = 0
     sent: int = 0
     reported: bool = False
@@ -44,24 +44,24 @@ class Run:
 
 @dataclass(slots=True, eq=False)
 class Runs:
-    """Those of one viewing, in the order of their start; what was told and is not the last is forgotten."""
+    """The runs of one viewing, in the order of their start. A reported one is removed, unless it is the last."""
 
     all: tuple[Run, ...] = ()
-    #: Bytes whose run was told before they came.
+    #: Bytes that came after their run was reported.
     late: int = 0
 
     def open(self, skip: int, started_ns: int, transfer: Transfer) -> Run:
-        """A new run; its first response is *transfer*, whose bytes are not added yet."""
+        """Add a new run, whose first response is *transfer*; the bytes of *transfer* are not added here."""
         run = Run(skip, started_ns, player_of(transfer.opening.play))
         self.all = tuple(sorted((*self.all, run), key=lambda run: run.started_ns))
         return run
 
     def at(self, time_ns: int) -> Run | None:
-        """The run that was current then; ``None`` where it is forgotten."""
+        """The run that was current at *time_ns*; ``None`` if it was removed."""
         return next((run for run in reversed(self.all) if run.started_ns <= time_ns), None)
 
     def add(self, run: Run | None, sent: int, ended_ms: int) -> None:
-        """Give *run* the bytes of a response; they are late where it was told or forgotten."""
+        """Add a response's bytes to *run*; they are late if it was reported or removed."""
         if run is None or run.reported:
             self.late += sent
         else:
@@ -69,9 +69,9 @@ class Runs:
             run.ended_ms = max(run.ended_ms, ended_ms)
 
     def concluded(self, oldest_open_ns: int | None, *, over: bool) -> Iterator[Run]:
-        """Those to which nothing can be added, the last one only if the viewing is *over*.
+        """The unreported runs that can't grow any more, the last run only if the viewing is *over*.
 
-        *oldest_open_ns* is the start of the oldest response that is open in the viewing.
+        *oldest_open_ns* is the start of the viewing's oldest open response.
         """
         too_many = len(self.all) - MOST_RUNS
         for at, run in enumerate(self.all):
@@ -82,7 +82,7 @@ class Runs:
                 yield run
 
     def take_unreported(self, run: Run) -> int:
-        """The bytes to tell of *run*, the late ones with it."""
+        """Mark *run* as reported. Returns the bytes to report, which include the late ones."""
         sent = run.sent + self.late
         run.reported = True
         run.sent = self.late = 0
@@ -91,5 +91,5 @@ class Runs:
 
     @property
     def unreported(self) -> int:
-        """Bytes that nothing was told of."""
+        """Bytes that no report contains."""
         return self.late + sum(run.sent for run in self.all)

@@ -42,11 +42,11 @@ def drain(journals: Journals) -> list[Reading]:
 
 def numbers(*readings: Reading) -> list[int]:
     """Numbers of the responses that ended, in the order in which they are judged."""
-    return [fact.what.opening.number for each in readings for fact in each.facts if not is_opening(fact)]
+    return [fact.event.opening.number for each in readings for fact in each.facts if not is_opening(fact)]
 
 
 def is_opening(fact: module.Fact) -> bool:
-    return isinstance(fact.what, Opening)
+    return isinstance(fact.event, Opening)
 
 
 # Order.
@@ -489,7 +489,7 @@ def test_news_is_a_living_writer_or_a_line_that_was_not_taken(folder):
 
 
 def placed(*readings: Reading) -> list[tuple[int, int]]:
-    return [(fact.at_ns, fact.what.opening.number) for each in readings for fact in each.facts]
+    return [(fact.at_ns, fact.event.opening.number) for each in readings for fact in each.facts]
 
 
 @pytest.mark.parametrize("days", [0, 3650], ids=["this boot", "before this boot"])
@@ -585,7 +585,7 @@ def test_however_the_bytes_arrive_and_the_relay_restarts_each_whole_line_is_read
         begin = end
         for reading in drain(journals):
             places |= reading.places
-            seen += [fact.what for fact in reading.facts]
+            seen += [fact.event for fact in reading.facts]
         assert journals.remove_finished() == []
         if turn in restarts:
             journals = Journals(shared, dict(places))

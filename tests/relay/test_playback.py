@@ -58,16 +58,16 @@ def facts_of(transfers: Iterable[Transfer], writers: int = 1) -> list[Fact]:
         writer = f"w{transfer.opening.number % writers}"
         facts.append(Fact(transfer.opening.started_ns, writer, transfer.opening))
         facts.append(Fact(transfer.ended_ns, writer, transfer))
-    return sorted(facts, key=lambda fact: (fact.at_ns, isinstance(fact.what, Transfer)))
+    return sorted(facts, key=lambda fact: (fact.at_ns, isinstance(fact.event, Transfer)))
 
 
 def feed(playback: Playback, facts: Iterable[Fact]) -> list[Report]:
     reports: list[Report] = []
     for fact in facts:
-        if isinstance(fact.what, Opening):
-            reports += playback.opened(fact.writer, fact.what)
+        if isinstance(fact.event, Opening):
+            reports += playback.opened(fact.writer, fact.event)
         else:
-            reports += playback.closed(fact.writer, fact.what)
+            reports += playback.closed(fact.writer, fact.event)
     return reports
 
 
@@ -110,8 +110,8 @@ class TestPerResponse:
         playback = Playback()
         for fact in facts_of(PLAY_AND_TWO_SCRUBS):
             reports = feed(playback, [fact])
-            if isinstance(fact.what, Transfer):
-                assert [report.time_ms for report in reports] == [fact.what.ended_ms]
+            if isinstance(fact.event, Transfer):
+                assert [report.time_ms for report in reports] == [fact.event.ended_ms]
             else:
                 assert reports == []
 

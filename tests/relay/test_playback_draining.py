@@ -38,10 +38,10 @@ def acked(cookie: int, at: float, bytes: int | None, gone: int = 1) -> Acknowled
 def begun(playback: Playback, *transfers: Transfer) -> None:
     """Feeds both lines of each; nothing is told yet."""
     for fact in facts_of(transfers):
-        if isinstance(fact.what, Opening):
-            assert playback.opened(fact.writer, fact.what) == []
+        if isinstance(fact.event, Opening):
+            assert playback.opened(fact.writer, fact.event) == []
         else:
-            assert playback.closed(fact.writer, fact.what) == []
+            assert playback.closed(fact.writer, fact.event) == []
 
 
 # The count.
@@ -347,10 +347,10 @@ def _played(
         reports += playback.advance(at_ns, at_ns // 10**6)
         if isinstance(fact, Acknowledged):
             reports += playback.acknowledged(fact)
-        elif isinstance(fact.what, Opening):
-            reports += playback.opened(fact.writer, fact.what)
+        elif isinstance(fact.event, Opening):
+            reports += playback.opened(fact.writer, fact.event)
         else:
-            reports += playback.closed(fact.writer, fact.what)
+            reports += playback.closed(fact.writer, fact.event)
         for key, text in playback.changed():
             rows.pop(key, None)
             rows |= {} if text is None else {key: text}

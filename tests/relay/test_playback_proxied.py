@@ -88,7 +88,7 @@ def test_a_play_is_told_with_its_line_at_the_lines_time():
     (report,) = logged(playback, line(1, 60, 3_000_000, seconds=50.0)) or []
     assert (report.time_ms, report.sent, report.skip) == (60_000, 3_000_000, 0)
     assert list(playback.open_responses()) == []
-    assert playback.awaited == 0
+    assert playback.awaiting_line == 0
 
 
 def test_a_range_the_proxy_answered_whole():
@@ -210,7 +210,7 @@ def test_what_the_app_never_sent_waits_for_nobody():
     first = opening(1, 10)
     playback.opened(WRITER, first)
     assert playback.closed(WRITER, ended(first, 10.1, 0)) == []
-    assert (playback.awaited, playback.counts) == (0, {"ignored_empty": 1})
+    assert (playback.awaiting_line, playback.counts) == (0, {"ignored_empty": 1})
 
 
 @pytest.mark.parametrize("off", [-3600.0, 3600.0])
@@ -251,7 +251,7 @@ def test_what_waits_outlives_the_relay_with_all_that_is_known():
     logged(playback, line(3, 11, 4_000))
     successor = machine()
     successor.restore([(key, state) for key, state in playback.changed() if state is not None])
-    assert (successor.awaited, successor.awaited_since_ms) == (2, 11_000)
+    assert (successor.awaiting_line, successor.awaiting_line_since_ms) == (2, 11_000)
     assert list(successor.open_responses()) == [(WRITER, 3)]
     assert told(successor.closed(WRITER, ended(third, 12, 4_000))) == [(0, 4_000)]
     assert told(logged(successor, line(2, 20, 600_000))) == [(0, 600_000)]
@@ -539,7 +539,7 @@ def test_each_id_makes_one_report_at_most_and_the_sums_agree(history, per):
     for word, number in [*events, *[("wait", 10**4)] * 3]:
         getattr(world, word)(number)
         world.commit()
-    assert (world.playback.awaited, list(world.playback.open_responses()), world.viewings) == (0, [], {})
+    assert (world.playback.awaiting_line, list(world.playback.open_responses()), world.viewings) == (0, [], {})
     assert [name for name in world.rows if name.startswith("line")] == []
     told_of = Counter(report.session_id for report in world.reports)
     assert all(times == 1 for times in told_of.values())
