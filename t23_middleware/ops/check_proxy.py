@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..relay.outbox import NoOutbox, OutboxError, OutboxView, Snapshot
 from ..relay.proxy_files import Siblings
-from ..relay.proxy_join import all_places
+from ..relay.proxy_join import all_positions
 from ..relay.proxy_line import CACHE_NOT_TOLD, NGINX_LINES, ProxyLine
 from ..relay.proxy_log import ProxyLog
 from ..relay.proxy_waiting import WaitingPlay, last_lines, waiting_plays
@@ -86,17 +86,17 @@ def _causes(settings: Settings, known: Snapshot) -> Iterator[Item]:
         if latest and latest[-1].cache == CACHE_NOT_TOLD:
             yield Item(WARN, "proxy", _NO_CACHE.format(path=path), NGINX_LINES.replace("{path}", path))
     plays: list[WaitingPlay] = []
-    places = set()
+    positions = set()
     if awaited(known).number:
         try:
             with OutboxView(StateFolder(settings.state_path()).outbox) as view:
                 plays = waiting_plays(view.viewings())
-                places = {(place.device, place.inode) for place in all_places(view.proxy_rows())}
+                positions = {(place.device, place.inode) for place in all_positions(view.proxy_rows())}
         except (NoOutbox, OutboxError):
             pass  # the outbox has an item of its own
     all_lines = [line for latest in lines.values() for line in latest]
     found = [
-        *(item for path in settings.proxy_log for item in _moved(path, plays, places)),
+        *(item for path in settings.proxy_log for item in _moved(path, plays, positions)),
         *_sent_elsewhere(plays, all_lines, known, settings.proxy_log[0]),
         *_mirrored([play for play in plays if not play.offloaded], all_lines),
     ]
@@ -110,7 +110,7 @@ _NO_CACHE = (
 )
 
 
-def _moved(path: str, plays: list[WaitingPlay], places: set[tuple[int, int]]) -> Iterator[Item]:
+def _moved(path: str, plays: list[WaitingPlay], positions: set[tuple[int, int]]) -> Iterator[Item]:
     """A rotated file that is not followed, or that is not to be found any more."""
     waiting, siblings = {play.play for play in plays}, Siblings(Path(path))
     for stranger in siblings.strangers()[:MOST_STRANGERS] if waiting else []:
@@ -123,7 +123,7 @@ def _moved(path: str, plays: list[WaitingPlay], places: set[tuple[int, int]]) ->
             yield Item(WARN, "proxy", said)
             return
     there = {_identity(file) for file in siblings.all()}
-    if waiting and places and not places & there:
+    if waiting and positions and not positions & there:
         said = (
             f"the file that the relay read last is neither {path} nor beside it, and plays wait for their lines: did"
             " logrotate move it (olddir) or compress it? Let olddir be below the log's folder, add delaycompress, and"

@@ -24,10 +24,10 @@ from ..relay.history import (
     SENT,
     TOOK,
     WAITING,
-    Fatality,
     History,
+    Refusal,
     Series,
-    Watched,
+    VideoFigures,
     quantile,
     quantiles,
     troubles_of,
@@ -332,7 +332,7 @@ def _videos(history: History) -> Markup:
     return _table_of_videos("Most bytes", history.by_bytes) + _table_of_videos("Most plays", played)
 
 
-def _table_of_videos(caption: str, videos: Sequence[Watched]) -> Markup:
+def _table_of_videos(caption: str, videos: Sequence[VideoFigures]) -> Markup:
     with_host = any(video.host for video in videos)
     rows = [
         (
@@ -367,15 +367,15 @@ def recent(status: Status, history: History) -> list[Recent]:
     return sorted(said, key=lambda each: each.at_ms, reverse=True)[:MOST_ERRORS]
 
 
-def _alike(refused: Iterable[Fatality]) -> Iterable[list[Fatality]]:
+def _alike(refused: Iterable[Refusal]) -> Iterable[list[Refusal]]:
     """Those with the same answer of the same API together, the newest first."""
-    groups: dict[tuple[str, str, str], list[Fatality]] = {}
+    groups: dict[tuple[str, str, str], list[Refusal]] = {}
     for each in refused:
         groups.setdefault((each.host, each.code, each.answer), []).append(each)
     return groups.values()
 
 
-def _refusals(same: list[Fatality]) -> str:
+def _refusals(same: list[Refusal]) -> str:
     last = same[0]
     answer = last.answer if last.answer.startswith(last.code) else f"{last.code}: {last.answer}"
     if len(same) == 1:

@@ -216,7 +216,7 @@ def _not_taken_in(folder: StateFolder, outbox: Snapshot) -> int:
     total = 0
     for path in folder.readable_journals():
         try:
-            total += max(owned.look_at(path).st_size - outbox.places.get(path.name, 0), 0)
+            total += max(owned.look_at(path).st_size - outbox.offsets.get(path.name, 0), 0)
         except OSError:
             continue  # removed since, or no journal: the relay says of what it can't read
     return total

@@ -1,4 +1,4 @@
-"""The bounds of what waits: its age, its size, the journals, dead letters, and the room on the disk.
+"""The limits of what waits: its age, its size, the journals, dead letters, and the room on the disk.
 
 Whatever is given up is counted by day and reason, with its bytes, in the transaction that gives it up; so
 captured = waiting + sent + dead + lost, always. The order: old dead letters, what is too old, the oldest.
@@ -21,15 +21,15 @@ from ..state import StateFolder
 from ..transfer import LONGEST_LINE
 from .elapsed import Elapsed
 from .journals import PIECE
-from .outbox import LONG_LOG, GivenUp, Ingest, OutboxError, OutboxFull, SQLiteOutbox, readers
+from .outbox import LONG_LOG, EarlyLoss, Ingest, OutboxError, OutboxFull, SQLiteOutbox, readers
 from .report import CLOCK_SET_MS
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two looks.
-LOOK_EVERY = 1.0
+CHECK_EVERY = 1.0
 #: Seconds between two looks at the age of all that waits, at most; a hundredth of ``T23_MAX_AGE`` where that is less.
-LOOK_AT_AGE_EVERY = 60.0
+CHECK_AGE_EVERY = 60.0
 #: Reports that are given up in one transaction: more would hold up delivery.
 MOST_AT_ONCE = 2000
 #: Bytes that a report takes in the outbox, roughly and without its viewing.
@@ -54,7 +54,7 @@ LEAST_ROOM = 64 << 10
 #: Bytes of the reserve.
 RESERVE = 512 << 10
 #: Seconds after a failed write before more room is tried than the outbox has.
-TRY_FULL_EVERY = 10.0
+RETRY_FULL_EVERY = 10.0
 #: Free pages that the outbox's file keeps, room that nobody else can take; on a small disk a share of it.
 FREE_PAGES, FREE_SHARE = 256, 1 << 18
 #: Pages that it gives back at once, and how many while there is little room: each may first be moved by the log.
@@ -67,7 +67,7 @@ LONG_FOR = 2.0
 #: Bytes of a long log with which two transactions are a second apart, and how far apart they are at most.
 LOG_FOR_A_SECOND, LONGEST_REST = 8 << 20, 30.0
 #: Seconds between two lines of the log for the same reason.
-TELL_EVERY = 3600.0
+LOG_EVERY = 3600.0
 
 _WHY = {
     "too_old": "they waited for longer than T23_MAX_AGE",
@@ -78,7 +78,7 @@ _WHY = {
 }
 
 
-class Space(NamedTuple):
+class DiskSpace(NamedTuple):
     """Room on a disk, in bytes."""
 
     free: int
@@ -99,11 +99,11 @@ class Space(NamedTuple):
         return max(self.free - self.low_water // LAST_SHARE, 0) // 2
 
 
-def space_at(path: Path) -> Space:
+def space_at(path: Path) -> DiskSpace:
     """The room at *path*. Raises :class:`OSError`."""
     found = os.statvfs(path)
     free = found.f_bfree if os.geteuid() == 0 else found.f_bavail
-    return Space(free * found.f_frsize, found.f_blocks * found.f_frsize)
+    return DiskSpace(free * found.f_frsize, found.f_blocks * found.f_frsize)
 
 
 class Reserve:
@@ -118,16 +118,16 @@ class Reserve:
         self._path = path
         self._new = path.with_suffix(".new")
         self._mark = mark
-        self._given_up = False
+        self._released = False
 
-    def give_up(self) -> bool:
+    def release(self) -> bool:
         """Remove it; whether it was there."""
         try:
             if not owned.remove(self._path):
                 return False
         except OSError:
             return False
-        self._given_up = True
+        self._released = True
         log.error(
             "the disk is full: the reserve %s is given up for acknowledgements; make room",
             self._path,
@@ -136,12 +136,12 @@ class Reserve:
         return True
 
     @property
-    def is_given_up(self) -> bool:
+    def is_released(self) -> bool:
         """Whether it went, and there was no room for it since: the disk is full, whatever it says of itself."""
-        self._given_up = self._given_up or (self._mark.exists() and not self._path.exists())
-        return self._given_up
+        self._released = self._released or (self._mark.exists() and not self._path.exists())
+        return self._released
 
-    def keep(self, space: Space, *, something_waits: bool = False) -> None:
+    def ensure(self, space: DiskSpace, *, something_waits: bool = False) -> None:
         """Make it where it is missing and there is room.
 
         The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much
@@ -149,21 +149,21 @@ class Reserve:
         """
         if self._is_there():
             return
-        given_up = self.is_given_up
+        was_released = self.is_released
         if space.free < space.low_water + RESERVE:
             with suppress(OSError):
                 self._mark.unlink()  # no quota: the disk itself has too little, and workers may write
             return
         try:
-            self._make(RESERVE * 2 if given_up and something_waits else RESERVE)
+            self._make(RESERVE * 2 if was_released and something_waits else RESERVE)
             self._mark.touch(mode=0o600)
             self._new.replace(self._path)  # not earlier: workers write as soon as it is there
         except OSError:
             with suppress(OSError):
                 owned.remove(self._new)
             return
-        if given_up:
-            self._given_up = False
+        if was_released:
+            self._released = False
             log.warning("there is room on the disk again", extra={"t23_event": "disk_free"})
 
     def _is_there(self) -> bool:
@@ -184,8 +184,8 @@ class Reserve:
             os.close(descriptor)
 
 
-class Bounds:
-    """Keeps *outbox*, and what lies in *folder* beside it, within bounds.
+class Limits:
+    """Keeps *outbox*, and what lies in *folder* beside it, within limits.
 
     *max_age* is in seconds, *max_bytes* in bytes; *monotonic* is a clock in seconds, *wall_ms* one in ms since the
     epoch, *space* tells the room on the folder's disk. Ages are *elapsed*'s, by default counted from now on.
@@ -201,7 +201,7 @@ class Bounds:
         max_bytes: int,
         monotonic: Callable[[], float] = time.monotonic,
         wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
-        space: Callable[[Path], Space] = space_at,
+        space: Callable[[Path], DiskSpace] = space_at,
         elapsed: Elapsed | None = None,
     ) -> None:
         self._outbox = outbox
@@ -209,30 +209,30 @@ class Bounds:
         self._reserve = reserve
         self._max_age_ms = int(max_age * 1000)
         self._max_bytes = max_bytes
-        self._age_every = min(max_age / 100, LOOK_AT_AGE_EVERY)
+        self._age_every = min(max_age / 100, CHECK_AGE_EVERY)
         self._monotonic = monotonic
         self._wall_ms = wall_ms
         self._space_at = space
         self._elapsed = elapsed or Elapsed({}, "", monotonic)
-        self._look_at = self._look_at_age = self._try_reserve_at = self._full_until = float("-inf")
-        self._told: dict[str, float] = {}
+        self._check_at = self._check_age_at = self._try_reserve_at = self._full_until = float("-inf")
+        self._logged_at: dict[str, float] = {}
         self._shift_ms: int | None = None
         self._log_is_long_since: float | None = None
-        self._said_long = False
+        self._logged_long = False
 
-    def keep(self) -> None:
-        """Give up what is beyond the bounds, a piece at a time: the next look goes on. Raises :class:`OutboxError`."""
+    def enforce(self) -> None:
+        """Give up what is beyond the limits, a piece at a time: the next look goes on. Raises :class:`OutboxError`."""
         now = self._monotonic()
-        if now < self._look_at:
+        if now < self._check_at:
             return
-        self._look_at = now + LOOK_EVERY
+        self._check_at = now + CHECK_EVERY
         space = self._space()
         if now >= self._try_reserve_at:
-            self._reserve.keep(self._told_space(), something_waits=bool(self._outbox.hosts()))
-            self._try_reserve_at = now + (TRY_FULL_EVERY if self._reserve.is_given_up else 0)
-        full = self._drop_aged(now) >= MOST_AT_ONCE
-        if self._drop_what_is_over() or full:
-            self._look_at = now  # there may be more
+            self._reserve.ensure(self._reported_space(), something_waits=bool(self._outbox.hosts()))
+            self._try_reserve_at = now + (RETRY_FULL_EVERY if self._reserve.is_released else 0)
+        full = self._drop_old(now) >= MOST_AT_ONCE
+        if self._drop_excess() or full:
+            self._check_at = now  # there may be more
         else:
             self._shrink(space)
 
@@ -242,7 +242,7 @@ class Bounds:
         return self._elapsed.now_ms()
 
     @property
-    def piece(self) -> int:
+    def piece_bytes(self) -> int:
         """Bytes to take from a journal at once."""
         return PIECE if self._space().growth >= USUAL_GROWTH else SMALL_PIECE
 
@@ -265,24 +265,24 @@ class Bounds:
         """Whether a reader has kept the write-ahead log for so long that nothing more should be written."""
         return self._outbox.log_size() > min(MOST_LOG, self._max_bytes // MOST_LOG_SHARE + LONG_LOG)
 
-    def rest(self) -> float:
+    def pause_seconds(self) -> float:
         """Seconds to wait before the next transaction: each makes a log longer that a reader keeps from being reused."""
         size, now = self._outbox.log_size(), self._monotonic()
         if size <= LONG_LOG:
-            if self._said_long:
+            if self._logged_long:
                 log.warning("the outbox's log is short again", extra={"t23_event": "log_short"})
-            self._log_is_long_since, self._said_long = None, False
+            self._log_is_long_since, self._logged_long = None, False
             return 0.0
         self._log_is_long_since = self._log_is_long_since or now
         if now < self._log_is_long_since + LONG_FOR:
             return 0.0
-        self._say_long(size)
+        self._log_long(size)
         return min((size / LOG_FOR_A_SECOND) ** 2, LONGEST_REST)
 
-    def _say_long(self, size: int) -> None:
-        if self._said_long:
+    def _log_long(self, size: int) -> None:
+        if self._logged_long:
             return
-        self._said_long = True
+        self._logged_long = True
         who = ", ".join(readers(self._folder.outbox)) or "a process that can't be seen from here"
         log.error(
             "%s keeps the outbox open for reading, so its log (%s-wal, %d MiB) can't be reused: end that. Until then"
@@ -309,17 +309,17 @@ class Bounds:
                 self._outbox.ingest(batch)
         except OutboxError as error:
             if isinstance(error, OutboxFull) and growth >= USUAL_GROWTH:
-                self._full_until = self._monotonic() + TRY_FULL_EVERY
+                self._full_until = self._monotonic() + RETRY_FULL_EVERY
             if self._unread() <= MOST_UNREAD:
                 raise
             self._outbox.ingest(batch._replace(lost_as="journals_full", at_ms=self._wall_ms()))
-            self._tell("journals_full", len(batch.reports))
+            self._log_dropped("journals_full", len(batch.reports))
 
-    def _shrink(self, space: Space) -> None:
+    def _shrink(self, space: DiskSpace) -> None:
         most = SHRINK_PAGES if space.free >= space.low_water else SMALL_SHRINK_PAGES
         with suppress(OutboxFull):
             if self._outbox.shrink(min(FREE_PAGES, space.size // FREE_SHARE), most):
-                self._look_at = self._monotonic()
+                self._check_at = self._monotonic()
 
     def _dated(self, batch: Ingest) -> Ingest:
         """A time from before the host's clock was set is none: such a report tells of its way into the outbox."""
@@ -333,7 +333,7 @@ class Bounds:
         )
         return batch._replace(reports=list(dated))
 
-    def _date_what_waits(self) -> None:
+    def _date_waiting(self) -> None:
         """Likewise what came in before the clock was set."""
         if self._wall_ms() >= CLOCK_SET_MS and (latest := self._outbox.latest_undated()) is not None:
             self._outbox.date(self._shift(latest))
@@ -344,39 +344,39 @@ class Bounds:
             self._shift_ms = self._wall_ms() - latest_ms
         return self._shift_ms
 
-    def _drop_aged(self, now: float) -> int:
+    def _drop_old(self, now: float) -> int:
         """Looks at all that waits, and so not at every look."""
-        if now < self._look_at_age:
+        if now < self._check_age_at:
             return 0
-        self._date_what_waits()
+        self._date_waiting()
         outbox, elapsed_ms = self._outbox, self._elapsed.now_ms()
         outbox.note(self._elapsed.note())
-        outbox.begin_ages(elapsed_ms)
+        outbox.start_ages(elapsed_ms)
         dropped = [
-            self._gone("dead_too_old", outbox.lose_dead_older, elapsed_ms - DEAD_MS, MOST_AT_ONCE),
-            self._gone("dead_full", outbox.lose_dead_oldest, MOST_AT_ONCE, MOST_DEAD),
-            self._gone("too_old", outbox.lose_older, elapsed_ms - self._max_age_ms, MOST_AT_ONCE),
+            self._drop("dead_too_old", outbox.drop_dead_older, elapsed_ms - DEAD_MS, MOST_AT_ONCE),
+            self._drop("dead_full", outbox.drop_oldest_dead, MOST_AT_ONCE, MOST_DEAD),
+            self._drop("too_old", outbox.drop_older, elapsed_ms - self._max_age_ms, MOST_AT_ONCE),
         ]
-        self._look_at_age = now + (0 if max(dropped) >= MOST_AT_ONCE else self._age_every)
+        self._check_age_at = now + (0 if max(dropped) >= MOST_AT_ONCE else self._age_every)
         return sum(dropped)
 
-    def _drop_what_is_over(self) -> int:
+    def _drop_excess(self) -> int:
         over = self._outbox.size() - self._max_bytes
         if over <= 0:
             return 0
         most = min(over // REPORT_BYTES + 1, MOST_AT_ONCE)
         kept = self._max_bytes // LEAST_SHARE // REPORT_BYTES
-        return self._gone("outbox_full", self._outbox.lose_oldest, most, kept)
+        return self._drop("outbox_full", self._outbox.drop_oldest, most, kept)
 
-    def _gone(self, reason: str, lose: Callable[[int, int, str, int], int], first: int, second: int) -> int:
+    def _drop(self, reason: str, lose: Callable[[int, int, str, int], int], first: int, second: int) -> int:
         dropped = lose(first, second, reason, self._wall_ms())
-        self._tell(reason, dropped)
+        self._log_dropped(reason, dropped)
         return dropped
 
-    def _tell(self, reason: str, dropped: int) -> None:
+    def _log_dropped(self, reason: str, dropped: int) -> None:
         now = self._monotonic()
-        if dropped and now >= self._told.get(reason, float("-inf")) + TELL_EVERY:
-            self._told[reason] = now
+        if dropped and now >= self._logged_at.get(reason, float("-inf")) + LOG_EVERY:
+            self._logged_at[reason] = now
             log.error(
                 "reports are given up, and counted as lost (%s): %s",
                 reason,
@@ -384,44 +384,44 @@ class Bounds:
                 extra={"t23_event": "reports_lost", "t23_reason": reason, "t23_count": dropped},
             )
 
-    def _space(self) -> Space:
+    def _space(self) -> DiskSpace:
         """The room there is: none after a write that failed, whatever the disk says (a quota, a limit on files).
 
         Where nothing waits, a little is tried: there is nothing to acknowledge that needs it.
         """
-        space = self._told_space()
-        failed = self._reserve.is_given_up or self._monotonic() < self._full_until
+        space = self._reported_space()
+        failed = self._reserve.is_released or self._monotonic() < self._full_until
         if not failed or space.free < space.low_water:
             return space
         return space._replace(free=0 if self._outbox.hosts() else USUAL_GROWTH)
 
-    def _told_space(self) -> Space:
+    def _reported_space(self) -> DiskSpace:
         try:
             space = self._space_at(self._folder.path)
         except OSError:  # the folder is gone, which the relay sees by its lock
-            return Space(0, 0)
+            return DiskSpace(0, 0)
         largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if largest == resource.RLIM_INFINITY:
             return space
         # Pages beyond that would be in the log for ever.
         left = max(largest - self._outbox.size() - self._outbox.free(), 0)
-        return Space(min(space.free, left), min(space.size, largest))
+        return DiskSpace(min(space.free, left), min(space.size, largest))
 
     def _unread(self) -> int:
         """Bytes in the journals that the outbox does not have."""
-        places, total = self._outbox.places(), 0
+        offsets, total = self._outbox.offsets(), 0
         for path in self._folder.readable_journals():
             with suppress(FileNotFoundError):
-                total += max(owned.look_at(path).st_size - places.get(path.name, 0), 0)
+                total += max(owned.look_at(path).st_size - offsets.get(path.name, 0), 0)
         return total
 
 
-def taken_as_lost(counts: Counter[str]) -> list[GivenUp]:
+def take_losses(counts: Counter[str]) -> list[EarlyLoss]:
     """Take out of *counts* what counts as reports: what workers could neither write down nor keep, and what a proxy
     sent without a word of how much."""
     reports, size = counts.pop("capture_lost", 0), counts.pop("capture_lost_bytes", 0)
     losses = [
-        GivenUp("capture_lost", reports, size),
-        GivenUp("no_proxy_line", counts.pop("no_proxy_line", 0), 0),
+        EarlyLoss("capture_lost", reports, size),
+        EarlyLoss("no_proxy_line", counts.pop("no_proxy_line", 0), 0),
     ]
     return [loss for loss in losses if loss.reports > 0]

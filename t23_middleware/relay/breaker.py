@@ -12,7 +12,7 @@ FAILURES_TO_OPEN = 5
 #: Seconds to the first probe; each one that fails doubles it, up to the longest.
 FIRST_PROBE, LONGEST_PROBE = 1.0, 60.0
 #: The same while something answers that is not understood: it may record each report, and seldom passes by itself.
-LONGEST_STRANGE_PROBE = 3600.0
+LONGEST_UNCLEAR_PROBE = 3600.0
 #: Seconds between two probes while the API takes nothing from this server; somebody has to mend that by hand.
 PROBE_WHEN_PAUSED = 300.0
 #: Longest that ``Retry-After`` is obeyed, in seconds.
@@ -71,7 +71,7 @@ class Breaker:
         if self.is_open and (probed or not was_open):
             # Only a probe lengthens the wait: what was under way when the API failed tells nothing new.
             strange = isinstance(error, NoAnswer) and error.answered
-            longest = self._next_wait(LONGEST_STRANGE_PROBE if strange else LONGEST_PROBE)
+            longest = self._next_wait(LONGEST_UNCLEAR_PROBE if strange else LONGEST_PROBE)
             wait = max(wait, self._jitter(longest / 2, longest))
         self._closed_until = max(self._closed_until, now + wait)
         return self.is_open and not was_open

@@ -18,7 +18,7 @@ from .crash import crash_point
 from .elapsed import Elapsed
 from .health import FAILING, PAUSED, WELL, Health, as_notes, healths, next_health
 from .history import grown_troubles, troubles_note, troubles_of
-from .outbox import Acked, Again, Dead, Entry, Lost, Outbox, OutboxError, Settlement
+from .outbox import Acked, Dead, Entry, Lost, Outbox, OutboxError, Retry, Settlement
 from .quoted import clip
 from .report import REPORT_PATHS, Report
 
@@ -36,7 +36,7 @@ MOST_CLAIMED = 256
 #: each time that others got through since and it did not.
 RETRY_AFTER, LONGEST_RETRY = 1.0, 300.0
 #: The longest where its answer is not understood: each try may be recorded.
-LONGEST_STRANGE_RETRY = 3600.0
+LONGEST_UNCLEAR_RETRY = 3600.0
 #: Name of the note that an API took a report, before its host.
 ACCEPTED = "accepted:"
 #: Seconds between two tries to write down, at the end, what could not be written.
@@ -44,7 +44,7 @@ SETTLE_AGAIN = 0.1
 #: Seconds before each further try of a report that the API refuses with a code nobody documents: over an hour in all.
 UNEXPLAINED_DELAYS = (60.0, 300.0, 900.0, 2700.0)
 #: Seconds between two log lines of reports that the same API refused with the same code.
-SAY_REFUSED_EVERY = 3600.0
+LOG_REFUSED_EVERY = 3600.0
 #: Codes of refusals that are remembered for that; an API that makes up new ones is told of more often.
 MOST_CODES = 100
 #: Longest answer that is kept with a dead letter, in characters.
@@ -83,7 +83,7 @@ class Delivery:
         self._tasks: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
         self._came = threading.Event()
-        self._at_hand = MOST_SENDERS * CLAIMED_PER_SENDER
+        self._claim_limit = MOST_SENDERS * CLAIMED_PER_SENDER
         self._senders: list[threading.Thread] = []
         self._breakers: dict[str, Breaker] = {}
         self._unsettled: list[Settlement] = []
@@ -116,7 +116,7 @@ class Delivery:
         """
         self._gather()
         try:
-            with self._outbox.together():
+            with self._outbox.atomic():
                 self._write_down()
                 entries = self._claim()
                 health = self._note_health()
@@ -132,7 +132,7 @@ class Delivery:
         self._troubles = grown_troubles(self._troubles, self._health, health)
         self._health = health
         self.store_fails = False
-        self._hand_out(entries)
+        self._queue_claimed(entries)
         return moved
 
     def wait(self, seconds: float) -> None:
@@ -148,7 +148,7 @@ class Delivery:
         if not self._unsettled:
             return False
         try:
-            with self._outbox.together():
+            with self._outbox.atomic():
                 self._write_down()
         except OutboxError as error:
             self._say_store_fails(error)
@@ -191,7 +191,7 @@ class Delivery:
         while not self._results.empty():
             result = self._results.get()
             self.in_flight -= 1
-            self._unsettled.append(self._judge(result)._replace(said=_said(result.outcome)))
+            self._unsettled.append(self._judge(result)._replace(outcome=_said(result.outcome)))
 
     def _note_health(self) -> dict[str, Health]:
         """How the APIs are, for commands and pages; written down where it changed."""
@@ -221,11 +221,11 @@ class Delivery:
                 kept.append(entry)
                 continue
             self.in_flight -= 1
-            self._unsettled.append(Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts))
+            self._unsettled.append(Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers))
         for entry in kept:
             self._tasks.put(entry)
 
-    def _hand_out(self, entries: list[Entry]) -> None:
+    def _queue_claimed(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._breaker(entry.report.host).claimed(entry.id)
             self._tasks.put(entry)
@@ -237,7 +237,7 @@ class Delivery:
 
     def _claim(self) -> list[Entry]:
         self._set_at_hand()
-        room = self._at_hand - self.in_flight
+        room = self._claim_limit - self.in_flight
         return self._claim_allowed(room) if room > 0 else []
 
     def _set_at_hand(self) -> None:
@@ -248,8 +248,8 @@ class Delivery:
         """
         least = MOST_SENDERS * CLAIMED_PER_SENDER
         taken = sum(isinstance(item, Acked) for item in self._unsettled)
-        wanted = max(2 * taken, self._at_hand * 3 // 4, least)
-        self._at_hand = min(wanted, MOST_CLAIMED) if self._retry_ambiguous else least
+        wanted = max(2 * taken, self._claim_limit * 3 // 4, least)
+        self._claim_limit = min(wanted, MOST_CLAIMED) if self._retry_ambiguous else least
 
     def _claim_allowed(self, room: int) -> list[Entry]:
         now = self._monotonic()
@@ -353,7 +353,7 @@ class Delivery:
                 extra=_told("api_paused", breaker.host, why),
             )
         self._spare(breaker)
-        return Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts)
+        return Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
 
     def _spare(self, breaker: Breaker) -> None:
         """What waits for a sender is no longer for an API that is left alone, its probe excepted."""
@@ -365,7 +365,7 @@ class Delivery:
         successes, seconds = self._setbacks.get(entry.id, (breaker.successes, RETRY_AFTER))
         strange = isinstance(error, NoAnswer) and error.answered
         if breaker.successes > successes:
-            seconds = min(seconds * 2, LONGEST_STRANGE_RETRY if strange else LONGEST_RETRY)
+            seconds = min(seconds * 2, LONGEST_UNCLEAR_RETRY if strange else LONGEST_RETRY)
             if strange:
                 self._say_strange(entry.report, error)
         self._setbacks[entry.id] = breaker.successes, seconds
@@ -373,12 +373,12 @@ class Delivery:
 
     def _answered(self, entry: Entry, answer: Answer) -> Settlement:
         """``cached`` on a first try: the API answered from its cache and recorded nothing; on a later one, the first did."""
-        if not answer.cached or entry.tries:
+        if not answer.cached or entry.ambiguous_sends:
             return Acked(entry.id, max(self._wall_ms() - entry.report.time_ms, 0))
         if entry.retimed:
             return Dead(entry.id, "cached", "the API answered from its cache twice, and so recorded nothing")
         later = max(self._wall_ms(), entry.report.time_ms + 1)
-        return Again(entry.id, self._elapsed_ms(), 0, entry.attempts, later)
+        return Retry(entry.id, self._elapsed_ms(), 0, entry.unexplained_answers, later)
 
     def _unanswered(self, entry: Entry, error: RetryLater, seconds: float) -> Settlement:
         ambiguous = isinstance(error, NoAnswer)
@@ -386,13 +386,13 @@ class Delivery:
             self._setbacks.pop(entry.id, None)
             return Lost(entry.id, "ambiguous")
         due_ms = self._elapsed_ms() + int(seconds * 1000)
-        return Again(entry.id, due_ms, entry.tries + ambiguous, entry.attempts)
+        return Retry(entry.id, due_ms, entry.ambiguous_sends + ambiguous, entry.unexplained_answers)
 
     def _refused(self, entry: Entry, error: DeliveryError) -> Settlement:
         code = error.code if isinstance(error, Refused) else type(error).__name__
-        if isinstance(error, Unexplained) and entry.attempts < len(UNEXPLAINED_DELAYS):
-            due = self._elapsed_ms() + int(UNEXPLAINED_DELAYS[entry.attempts] * 1000)
-            return Again(entry.id, due, entry.tries, entry.attempts + 1)
+        if isinstance(error, Unexplained) and entry.unexplained_answers < len(UNEXPLAINED_DELAYS):
+            due = self._elapsed_ms() + int(UNEXPLAINED_DELAYS[entry.unexplained_answers] * 1000)
+            return Retry(entry.id, due, entry.ambiguous_sends, entry.unexplained_answers + 1)
         self._say_refused(entry.report, code, error)
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])
 
@@ -400,7 +400,7 @@ class Delivery:
         """Once an hour for each code: a site whose videos are all unknown would fill the log, and tell nothing new."""
         key, now = (report.host, code), self._monotonic()
         told_at, number = self._told_refused.get(key, (float("-inf"), 0))
-        if now < told_at + SAY_REFUSED_EVERY:
+        if now < told_at + LOG_REFUSED_EVERY:
             self._told_refused[key] = told_at, number + 1
             return
         if len(self._told_refused) >= MOST_CODES:

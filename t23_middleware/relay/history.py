@@ -1,4 +1,4 @@
-"""What happened when: figures per minute of two days, and what was watched per hour.
+"""What happened when: figures per minute of two days, and what was video_figures per hour.
 
 Pure. The outbox adds to the figures in the transactions that they tell of, so that they agree with its counters,
 and reads them for the operator's pages.
@@ -46,8 +46,8 @@ UNBOUNDED = f"{TOOK}inf"
 TROUBLES = "troubles"
 
 
-class Watched(NamedTuple):
-    """What was watched of a video."""
+class VideoFigures(NamedTuple):
+    """What was video_figures of a video."""
 
     host: str
     photo_id: str
@@ -67,7 +67,7 @@ class Trouble(NamedTuple):
     reason: str
 
 
-class Fatality(NamedTuple):
+class Refusal(NamedTuple):
     """A report was refused for good; nothing of its viewer."""
 
     at_ms: int
@@ -108,10 +108,10 @@ class History(NamedTuple):
     #: Name -> sum since the outbox was made.
     totals: Mapping[str, int]
     #: The videos of the last day with the most bytes, and with the most plays.
-    by_bytes: Sequence[Watched]
-    by_plays: Sequence[Watched]
+    by_bytes: Sequence[VideoFigures]
+    by_plays: Sequence[VideoFigures]
     #: The latest refusals, the newest first.
-    refused: Sequence[Fatality]
+    refused: Sequence[Refusal]
 
 
 # What is added.
@@ -128,7 +128,7 @@ def of_reports(reports: Iterable[Report]) -> Counter[tuple[int, str]]:
     return happened
 
 
-def watched(reports: Iterable[Report]) -> list[tuple[int, Watched]]:
+def video_figures(reports: Iterable[Report]) -> list[tuple[int, VideoFigures]]:
     """(Hour, what to add to the video's figures) for new reports."""
     plays: Counter[tuple[int, str, str]] = Counter()
     sent: Counter[tuple[int, str, str]] = Counter()
@@ -136,7 +136,7 @@ def watched(reports: Iterable[Report]) -> list[tuple[int, Watched]]:
         key = report.time_ms // HOUR_MS, report.host, report.photo_id
         plays[key] += report.skip == 0
         sent[key] += report.sent
-    return [(key[0], Watched(*key[1:], plays[key], sent[key])) for key in sent]
+    return [(key[0], VideoFigures(*key[1:], plays[key], sent[key])) for key in sent]
 
 
 def of_tries(tries: Iterable[tuple[str, int | None]]) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""From the journals and the proxy's logs into the outbox: read, judged, and kept in one transaction with the places."""
+"""From the journals and the proxy's logs into the outbox: read, judged, and kept in one transaction with the offsets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..settings import Settings
 from ..state import StateFolder, boot_id
 from ..transfer import Acknowledged, Opening, Progress, Writer
 from .axis import BootClock
-from .bounds import Bounds, taken_as_lost
+from .bounds import Limits, take_losses
 from .crash import crash_point
 from .health import ACKED, AWAITED, AWAITED_SINCE, DRAINING, ELSEWHERE, LAST_LINE, OPEN_RESPONSES
 from .history import MINUTE_MS
@@ -24,7 +24,7 @@ from .journals import Fact, Journals, Reading
 from .kernel import Kernel
 from .outbox import Ingest, SQLiteOutbox
 from .playback import Playback
-from .proxy_join import Logged, ProxyJoin
+from .proxy_join import LoggedLine, ProxyJoin
 from .report import Report
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 LATE_NS = 250_000_000
 MS = 1_000_000
 #: Seconds between two looks for responses that dead workers left open.
-LOOK_FOR_DEAD_EVERY = 1.0
+CHECK_DEAD_EVERY = 1.0
 #: Name of the note that says since when journals of another version wait.
 FOREIGN_SINCE = "foreign_since"
 #: How many lines of the proxy's log are odd changes all the time, and is not worth a line of ours.
@@ -53,17 +53,17 @@ class _Look(NamedTuple):
 
 
 class Intake:
-    """What lies in *folder* and in the proxy's logs, on its way into *outbox*, within *bounds*.
+    """What lies in *folder* and in the proxy's logs, on its way into *outbox*, within *limits*.
 
     Call :meth:`begin` first, then in turn :meth:`look`, :meth:`keep` and :meth:`tidy`; each of these but
     :meth:`look` raises :class:`~t23_middleware.relay.outbox.OutboxError` where the store fails, and is tried again.
     """
 
-    def __init__(self, settings: Settings, folder: StateFolder, outbox: SQLiteOutbox, bounds: Bounds) -> None:
+    def __init__(self, settings: Settings, folder: StateFolder, outbox: SQLiteOutbox, limits: Limits) -> None:
         self._settings = settings
         self._folder = folder
         self._outbox = outbox
-        self._bounds = bounds
+        self._limits = limits
         self._kernel = Kernel(settings, folder)
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
         self._looked_for_dead = 0.0
@@ -90,7 +90,7 @@ class Intake:
         self._kernel.begin(self._playback.drains)
         self._journals = Journals(
             self._folder,
-            self._outbox.places(),
+            self._outbox.offsets(),
             mine=lambda: self._kernel.writer_name,
             network=self._kernel.network,
         )
@@ -106,14 +106,14 @@ class Intake:
         What the outbox refuses stays in hand, for nothing is judged twice.
         """
         batch = self._looked.batch or self._batch(self._looked.reading)
-        if batch.reports or batch.viewings or batch.places or batch.counts or batch.losses or batch.proxy:
+        if batch.reports or batch.viewings or batch.offsets or batch.counts or batch.losses or batch.proxy:
             self._in_hand = self._looked._replace(batch=batch)
-            self._bounds.ingest(batch)
+            self._limits.ingest(batch)
             crash_point("after_ingest_commit")
             self._journals.taken(self._looked.reading)
             self._join.taken()
         self._in_hand = None
-        return bool(batch.reports or batch.viewings or batch.places)
+        return bool(batch.reports or batch.viewings or batch.offsets)
 
     def tidy(self) -> None:
         """Remove what is read to the end, and write down what pages read once a minute."""
@@ -124,9 +124,9 @@ class Intake:
         self._folder.forget_leaving()
         self._begin_minute()
 
-    def take_smaller_pieces(self) -> None:
+    def retry_with_smaller_pieces(self) -> None:
         """The outbox refused what is in hand: read and judge it again where less at once may find room."""
-        if self._in_hand and self._bounds.piece < self._in_hand.piece:
+        if self._in_hand and self._limits.piece_bytes < self._in_hand.piece:
             self.begin()
 
     def conclude(self, *, streams: bool = True) -> bool:
@@ -139,7 +139,7 @@ class Intake:
         changed = list(self._playback.changed(self._axis()))
         if changed:
             counts = dict(self._playback.counts)
-            self._bounds.ingest(Ingest(reports, changed, {}, counts, self._notes()))
+            self._limits.ingest(Ingest(reports, changed, {}, counts, self._notes()))
             self._playback.counts.clear()
         return bool(reports)
 
@@ -148,7 +148,7 @@ class Intake:
         name = self._kernel.writer_name
         self._kernel.stop()
         if name:
-            self._outbox.forget_journals(self._journals.remove_taken(name))
+            self._outbox.forget_journals(self._journals.remove_committed(name))
 
     def stop(self) -> None:
         """Ask the kernel no more, whatever happened."""
@@ -157,7 +157,7 @@ class Intake:
     # What is known now.
 
     @property
-    def looked_ns(self) -> int:
+    def read_at_ns(self) -> int:
         """When the last look was, in ns since the epoch."""
         return self._looked.wall_ns
 
@@ -167,7 +167,7 @@ class Intake:
         return self._looked.reading.more or self._join.has_more
 
     @property
-    def is_in_hand(self) -> bool:
+    def has_unstored(self) -> bool:
         """Whether the outbox did not take yet what was read last."""
         return self._in_hand is not None
 
@@ -198,13 +198,13 @@ class Intake:
         writers = self._journals.live_writers()
         return writers[-1] if writers else None
 
-    def left_by_the_dead(self) -> list[tuple[str, int]]:
+    def orphaned_responses(self) -> list[tuple[str, int]]:
         """Writer and number of each open response that nobody will close."""
         open_responses = list(self._playback.open_responses())
         dead = self._journals.dead_writers({writer for writer, _ in open_responses})
         return [(writer, number) for writer, number in open_responses if writer in dead]
 
-    def look_for_the_dead(self) -> None:
+    def check_writers_now(self) -> None:
         """With the next look, however short ago that was done."""
         self._looked_for_dead = 0.0
 
@@ -219,7 +219,7 @@ class Intake:
         return self._boot, time.time_ns() - time.monotonic_ns()
 
     def _read(self) -> _Look:
-        wall_ns, piece = time.time_ns(), self._bounds.piece
+        wall_ns, piece = time.time_ns(), self._limits.piece_bytes
         self._join.look(time.monotonic_ns(), wall_ns // MS)
         self._say_log_problems()
         self._kernel.ask()
@@ -232,21 +232,21 @@ class Intake:
         return Ingest(
             reports,
             list(self._playback.changed(self._axis())),
-            reading.places,
+            reading.offsets,
             counts,
             self._notes(),
-            losses=taken_as_lost(counts),
+            losses=take_losses(counts),
             proxy=self._join.changed(),
             at_ms=time.time_ns() // MS,
-            since_ms=self._bounds.elapsed_ms,
+            since_ms=self._limits.elapsed_ms,
         )
 
     def _judge(self, reading: Reading) -> list[Report]:
         """Time passes no further than *reading* tells: of a backlog's rest, nothing is known yet."""
         reports = []
-        facts: list[Fact | Logged] = [*reading.facts, *self._join.due(reading.until_ns)]
+        facts: list[Fact | LoggedLine] = [*reading.facts, *self._join.due(reading.until_ns)]
         for fact in sorted(facts, key=lambda fact: fact.at_ns):
-            if isinstance(fact, Logged):
+            if isinstance(fact, LoggedLine):
                 reports += self._join.judge(fact)
             elif isinstance(fact.event, Opening):
                 reports += self._playback.opened(fact.writer, fact.event)
@@ -264,11 +264,11 @@ class Intake:
         return reports + self._playback.advance(reading.until_ns, (time.time_ns() - passed_ns) // MS)
 
     def _end_what_the_dead_left(self, at_ns: int) -> list[Report]:
-        if time.monotonic() - self._looked_for_dead < LOOK_FOR_DEAD_EVERY:
+        if time.monotonic() - self._looked_for_dead < CHECK_DEAD_EVERY:
             return []
         self._looked_for_dead = time.monotonic()
         reports = []
-        for writer, number in self.left_by_the_dead():
+        for writer, number in self.orphaned_responses():
             reports += self._playback.writer_died(writer, number, at_ns, time.time_ns() // MS)
         return reports
 
@@ -338,13 +338,13 @@ class Intake:
         self._foreign = foreign
 
     def _give_up_foreign(self) -> None:
-        known, elapsed_ms = self._foreign_since, self._bounds.elapsed_ms
+        known, elapsed_ms = self._foreign_since, self._limits.elapsed_ms
         self._foreign_since = {name: known.get(name, elapsed_ms) for name in self._journals.foreign()}
         if self._foreign_since != known:
             self._outbox.note({FOREIGN_SINCE: json.dumps(self._foreign_since)})
         before_ms = elapsed_ms - self._settings.max_age * 1000
         old = [name for name, since_ms in self._foreign_since.items() if since_ms < before_ms]
-        if gone := self._journals.give_up_foreign(old):
+        if gone := self._journals.remove_foreign(old):
             log.error(
                 "%s are given up: no relay of their version came for T23_MAX_AGE",
                 ", ".join(gone),

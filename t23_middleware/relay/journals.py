@@ -36,7 +36,7 @@ PIECE = 256 << 10
 #: Bytes that are read of a new journal, to see when it begins.
 GLANCE = 16 << 10
 #: Seconds between two looks at who lives; a writer's death is no hurry.
-LOOK_AT_WRITERS_EVERY = 0.5
+CHECK_WRITERS_EVERY = 0.5
 
 
 #: Of a line that says nothing of its time: it never has to wait for its turn.
@@ -63,7 +63,7 @@ class Reading:
 
     until_ns: int
     facts: list[Fact] = field(default_factory=list)
-    places: dict[str, int] = field(default_factory=dict)
+    offsets: dict[str, int] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     #: Whether a backlog is left that can be read at once.
     more: bool = False
@@ -124,7 +124,7 @@ class _Piece(NamedTuple):
 
 
 class Journals:
-    """The folder of journals; *places* says up to where each was taken in already.
+    """The folder of journals; *offsets* says up to where each was taken in already.
 
     *mine* gives the name of this process's own writer, ``""`` where it has none. *network* is the inode of the network
     namespace whose connections the kernel can be asked about; what is told of others is left out.
@@ -133,7 +133,7 @@ class Journals:
     def __init__(
         self,
         folder: StateFolder,
-        places: dict[str, int],
+        offsets: dict[str, int],
         *,
         mine: Callable[[], str] = str,
         network: int | None = None,
@@ -141,7 +141,7 @@ class Journals:
         self._folder = folder
         self._mine = mine
         self._network = network
-        self._places = places
+        self._offsets = offsets
         self._followed: dict[str, _Journal] = {}
         self._newest: dict[str, int] = {}
         self._boot = boot_id()
@@ -160,7 +160,7 @@ class Journals:
         # Now, and not when one more is found: what was read before its end was known to be one is not at its end.
         # Files are found in the order of their names, so a writer's last one counts.
         self._newest = {journal.writer: journal.sequence for journal in self._followed.values()}
-        self._look_at_writers()
+        self._check_writers()
         pieces, horizon = self._pieces(until_ns, size)
         reading = Reading(horizon)
         for piece in pieces:
@@ -170,7 +170,7 @@ class Journals:
 
     def taken(self, reading: Reading) -> None:
         """The outbox has *reading*: go on behind it."""
-        for name, offset in reading.places.items():
+        for name, offset in reading.offsets.items():
             self._followed[name].offset = offset
 
     def live_writers(self) -> list[Writer]:
@@ -214,10 +214,10 @@ class Journals:
             del self._followed[name]
             crash_point("after_unlink")
         self._remove_locks()
-        forgotten, self._places = list(self._places), {}
+        forgotten, self._offsets = list(self._offsets), {}
         return finished + forgotten
 
-    def remove_taken(self, writer: str) -> list[str]:
+    def remove_committed(self, writer: str) -> list[str]:
         """Unlink the journals of *writer*, which has ended, and its lock where all that it wrote was taken."""
         self._find()
         files = {name: journal for name, journal in self._followed.items() if journal.writer == writer}
@@ -237,7 +237,7 @@ class Journals:
             if journal.header and journal.is_foreign()
         }
 
-    def give_up_foreign(self, names: Iterable[str]) -> list[str]:
+    def remove_foreign(self, names: Iterable[str]) -> list[str]:
         """Unlink those of *names*, all from :meth:`foreign`, that nobody writes."""
         gone = []
         for name in names:
@@ -254,18 +254,18 @@ class Journals:
 
     def has_news(self, *, of_writers: bool = True) -> bool:
         """Whether anything was written that :meth:`taken` does not know of or, with *of_writers*, a writer lives."""
-        self._look_at_writers()
+        self._check_writers()
         self._find()
         return (of_writers and self.has_live_writer()) or any(
             journal.has_grown() for journal in self._followed.values()
         )
 
-    def _look_at_writers(self) -> None:
+    def _check_writers(self) -> None:
         """Who lives is asked before reading: then a dead writer's end of file is its last word.
 
         That one lives may be remembered for a while. That one is dead may not: it may only now have begun.
         """
-        if time.monotonic() - self._looked >= LOOK_AT_WRITERS_EVERY:
+        if time.monotonic() - self._looked >= CHECK_WRITERS_EVERY:
             self._looked = time.monotonic()
             self._living.clear()
         # Our own lock must not be looked at: that would give it up (see hold_lock).
@@ -279,7 +279,7 @@ class Journals:
     def _find(self) -> None:
         for name in owned.names(self._folder.journals, ".journal"):
             if name not in self._followed and (parts := _NAME.fullmatch(name)):
-                offset = max(self._places.pop(name, 0), 0)  # one flipped bit makes it negative
+                offset = max(self._offsets.pop(name, 0), 0)  # one flipped bit makes it negative
                 path = self._folder.journals / name
                 self._followed[name] = _Journal(path, parts[1], int(parts[2]), offset)
 
@@ -327,7 +327,7 @@ class Journals:
             if line.at_ns > reading.until_ns:
                 break
             taken += 1
-            reading.places[piece.journal.path.name] = line.end
+            reading.offsets[piece.journal.path.name] = line.end
             self._put(line, piece.journal, reading)
         all_taken = taken == len(piece.lines)
         piece.journal.next_ns = ANY_TIME if all_taken else piece.lines[taken].at_ns

@@ -35,7 +35,7 @@ MOST_ENDS = 20_000
 #: Dumps that miss a connection before it is given up: its end may be heard after the first.
 ROUNDS = 2
 #: Seconds for which a server may hold a socket whose client is gone; after that its end was missed.
-HELD_MOST = 20.0
+LONGEST_HELD = 20.0
 _NEVER_NS = 1 << 62
 MS = 1_000_000
 
@@ -56,7 +56,7 @@ class _Seen:
     #: How many had it not since, and since when.
     missed: int = 0
     missed_since_ns: int = 0
-    is_given_up: bool = False
+    end_written: bool = False
     #: All that was written into it, as was told last.
     position: int | None = None
     #: The highest acknowledged count that was written down.
@@ -158,7 +158,7 @@ class Kernel:
             return
         since_ns = self._heard_since_ns
         try:
-            listener.let_through(self._drains.ports | self._ports.keys())
+            listener.filter_ports(self._drains.ports | self._ports.keys())
             if self._ports:
                 since_ns = time.monotonic_ns()
         except OSError as error:
@@ -215,9 +215,9 @@ class Kernel:
         seen.missed += 1
         if seen.missed == 1:
             seen.missed_since_ns = now_ns
-        waited = now_ns - seen.missed_since_ns >= (HELD_MOST * 1e9 if would_hear else 0)
-        if seen.missed >= ROUNDS and waited and not seen.is_given_up:
-            seen.is_given_up = True
+        waited = now_ns - seen.missed_since_ns >= (LONGEST_HELD * 1e9 if would_hear else 0)
+        if seen.missed >= ROUNDS and waited and not seen.end_written:
+            seen.end_written = True
             self._write(cookie, None, now_ns, gone=1)
 
     # What is heard; in the listener's thread.

@@ -10,7 +10,7 @@ from ..settings import Settings
 from ..state import StateFolder
 from .intake import LATE_NS
 from .outbox import Stats
-from .process import POLL, TRY_STORE_AGAIN, Relay
+from .process import POLL, STORE_RETRY, Relay
 
 #: Seconds without any movement after which what is left is left: its next try is not soon.
 QUIET = 3.0
@@ -78,10 +78,10 @@ class RelayOnce(Relay):
             read_to_ns = time.monotonic_ns() - LATE_NS
             pause = self._take_in()
             self._took_all = pause == POLL and read_to_ns >= begun_ns
-            if self._took_all or pause == TRY_STORE_AGAIN:
+            if self._took_all or pause == STORE_RETRY:
                 break
             time.sleep(pause)
-        self._intake.look_for_the_dead()
+        self._intake.check_writers_now()
         self._take_in()
         self._took_all = self._took_all and not self._store_fails
         self._conclude(streams=not self._intake.has_live_writer())

@@ -16,7 +16,7 @@ from ..errors import StateError
 from ..settings import Settings
 from ..state import Holder, StateFolder, boot_id, hold_lock, pid_namespace
 from ..version import VERSION
-from .bounds import Bounds, Reserve
+from .bounds import Limits, Reserve
 from .client import AnalyticsClient
 from .delivery import Delivery
 from .elapsed import Elapsed
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 #: Seconds between two looks at the journals.
 POLL = 0.1
 #: Seconds between two tries while the outbox can't be written.
-TRY_STORE_AGAIN = 1.0
+STORE_RETRY = 1.0
 #: Seconds between two lines of the log that say so.
-SAY_AGAIN_EVERY = 60.0
+LOG_AGAIN_EVERY = 60.0
 #: Seconds for which an automatic relay waits for one that has to leave for it.
 SUCCEED_WITHIN = 15.0
 #: Seconds after which a relay whose files were replaced ends although there is always something to do.
@@ -41,7 +41,7 @@ GIVE_WAY_AFTER = 30.0
 LEAVE_AFTER = 1.0
 #: The same while plays wait for the proxy's log. What the proxy still sends may take hours, so nobody stays for that:
 #: the plays and the log's place are kept, and the relay that the app's next request starts reads on.
-LEAVE_AWAITED_AFTER = 10.0
+LEAVE_AWAITING_AFTER = 10.0
 
 
 class AnotherRelay(Exception):
@@ -110,14 +110,14 @@ class Relay:
         self._begin()
         next_look = 0.0
         while not (self._ending or self._should_leave()):
-            self.watchdog.came_round()
+            self.watchdog.loop_ran()
             now = time.monotonic()
             if now >= next_look:
                 next_look = now + self._take_in()
             self._rest()
-            if self._bounds.log_is_full:
+            if self._limits.log_is_full:
                 self._delivery.settle()
-                self._delivery.wait(TRY_STORE_AGAIN)
+                self._delivery.wait(STORE_RETRY)
             elif not self._ending and not self._delivery.step():
                 self._delivery.wait(max(next_look - time.monotonic(), 0.001))
             if self._delivery.in_flight:
@@ -138,9 +138,9 @@ class Relay:
         os.close(self._lock)
 
     def _rest(self) -> None:
-        until = time.monotonic() + self._bounds.rest()
+        until = time.monotonic() + self._limits.pause_seconds()
         while not self._ending and time.monotonic() < until:
-            self.watchdog.came_round()
+            self.watchdog.loop_ran()
             time.sleep(min(0.1, max(until - time.monotonic(), 0)))
 
     def _begin(self) -> None:
@@ -157,7 +157,7 @@ class Relay:
         """Journals into the outbox; seconds until the next look."""
         if not self._keep_bounds():
             self._ending = self._ending or self._must_end()
-            return TRY_STORE_AGAIN
+            return STORE_RETRY
         try:
             self._intake.look()
             if self._must_end():
@@ -168,19 +168,19 @@ class Relay:
                 self._ending = self._ending or self._gives_way()
             self._intake.tidy()
             if self._settings.ephemeral:
-                self._say_delivered(self._intake.looked_ns)
+                self._say_delivered(self._intake.read_at_ns)
         except (OutboxError, OSError) as error:
             self._say_store_fails(error)
-            self._intake.take_smaller_pieces()
-            return TRY_STORE_AGAIN
+            self._intake.retry_with_smaller_pieces()
+            return STORE_RETRY
         self._store_fails, self._tries = False, None
         return 0.0 if self._intake.has_more else POLL
 
     def _keep_bounds(self) -> bool:
         """Whether there is room for more."""
         try:
-            self._bounds.keep()
-            if self._bounds.has_room():
+            self._limits.enforce()
+            if self._limits.has_room():
                 return True
             self._say_store_fails(OutboxFull("the disk is full"))
         except OutboxError as error:
@@ -195,13 +195,13 @@ class Relay:
             owned.touch(self._folder.delivered, until_ns)
 
     def _should_leave(self) -> bool:
-        if not self._automatic or self._intake.is_in_hand or self._intake.draining:
+        if not self._automatic or self._intake.has_unstored or self._intake.draining:
             return False
-        stays = LEAVE_AWAITED_AFTER if self._intake.awaiting_line else LEAVE_AFTER
+        stays = LEAVE_AWAITING_AFTER if self._intake.awaiting_line else LEAVE_AFTER
         living = self._intake.has_live_writer()
         if time.monotonic() - self._moved < stays or (living and self._replaced_at is None):
             return False
-        if not self._intake.all_read() or self._intake.left_by_the_dead() or self._delivery.can_deliver():
+        if not self._intake.all_read() or self._intake.orphaned_responses() or self._delivery.can_deliver():
             return False
         return living or not self._conclude()
 
@@ -276,10 +276,10 @@ class Relay:
     def _opened(self) -> Iterator[None]:
         """The files and connections of a relay that holds the lock."""
         reserve = Reserve(self._folder.reserve, self._folder.reserved)
-        self._outbox = SQLiteOutbox(self._folder.outbox, reserve.give_up)
+        self._outbox = SQLiteOutbox(self._folder.outbox, reserve.release)
         notes = self._outbox.notes()
         elapsed = Elapsed(notes, boot_id(), time.monotonic)
-        self._bounds = Bounds(
+        self._limits = Limits(
             self._outbox,
             self._folder,
             reserve,
@@ -314,13 +314,13 @@ class Relay:
             self._say_store_fails(error)
 
     def _make_intake(self) -> Intake:
-        return Intake(self._settings, self._folder, self._outbox, self._bounds)
+        return Intake(self._settings, self._folder, self._outbox, self._limits)
 
     def _say_store_fails(self, error: OutboxError | OSError) -> None:
         new, self._store_fails = not self._store_fails, True
         # On a disk that is almost full some of it can be written.
         if new and time.monotonic() >= self._say_again:
-            self._say_again = time.monotonic() + SAY_AGAIN_EVERY
+            self._say_again = time.monotonic() + LOG_AGAIN_EVERY
             log.error(
                 "%s; until it can be written, what the workers write waits in their journals",
                 error,

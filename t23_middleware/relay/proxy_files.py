@@ -122,14 +122,14 @@ class Siblings:
         #: Why they can't be seen.
         self.problem: str | None = None
 
-    def newest(self, places: Sequence[_HasInode]) -> list[Path]:
+    def newest(self, positions: Sequence[_HasInode]) -> list[Path]:
         """Newest first. The folder is read only when something was made, renamed or removed in it, or to catch up."""
         try:
             changed = self._folder.stat().st_mtime_ns
             if changed != self._listed or len(self._newest) > NEWEST:
                 # Two changes within one tick of the kernel's clock leave the same time.
                 self._listed = changed if time.time_ns() - changed > 1_000_000_000 else None
-                self._newest, self.last, self.problem = *self._choose(places), None
+                self._newest, self.last, self.problem = *self._choose(positions), None
         except PermissionError:
             self._newest, self.last, self.problem = [self._first], None, closed_folder(self._folder)
         except OSError:
@@ -165,10 +165,10 @@ class Siblings:
         """Look for names anew, whatever the folder's time says."""
         self._listed = None
 
-    def _choose(self, places: Sequence[_HasInode]) -> tuple[list[Path], int | None]:
+    def _choose(self, positions: Sequence[_HasInode]) -> tuple[list[Path], int | None]:
         """The newest two; where neither the log nor they are known, all since the last one that is. And its inode."""
         paths = self._sorted([self._folder])
-        known = {place.inode for place in places}
+        known = {position.inode for position in positions}
         if not known:
             return paths[:NEWEST], None
         if last := self._last_known(paths, known):

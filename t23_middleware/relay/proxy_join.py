@@ -1,6 +1,6 @@
 """Joins what the proxy's logs say with what the journals say: in the order of time, each line once.
 
-What is read but not judged yet is kept in the outbox, in the transaction that moves the log's place on: so the relay
+What is read but not judged yet is kept in the outbox, in the transaction that moves the log's position on: so the relay
 may end at any time, and no line is lost or taken twice.
 """
 
@@ -16,20 +16,20 @@ from typing import NamedTuple
 
 from .playback import Playback
 from .proxy_line import ProxyLine
-from .proxy_log import LogReading, Place, ProxyLog
+from .proxy_log import LogPosition, LogReading, ProxyLog
 from .report import Report
 from .viewing import PROBE
 
 #: How long a line may be ahead of its journal, in ns.
-HOLD_NS = 5_000_000_000
+KEEP_UNMATCHED_NS = 5_000_000_000
 #: Lines that are held at a time; more of them are another host's, or a cache's.
-MOST_HELD = 10_000
+MOST_UNMATCHED = 10_000
 
-#: How rows of the outbox are named: the places in a log, the highest number of a writer, a line that is held.
-_PLACES, _WRITER, _LINE = "places ", "writer ", "line "
+#: How rows of the outbox are named: the positions in a log, the highest number of a writer, a line that is held.
+_POSITIONS, _WRITER, _LINE = "places ", "writer ", "line "
 
 
-class Logged(NamedTuple):
+class LoggedLine(NamedTuple):
     """A line of the log, on the time axis of this boot."""
 
     at_ns: int
@@ -52,11 +52,11 @@ class ProxyJoin:
         self, paths: Sequence[str], playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
     ) -> None:
         self._playback = playback
-        self._logs = {path: ProxyLog(Path(path), _places(rows.get(_PLACES + path, "[]"))) for path in paths}
+        self._logs = {path: ProxyLog(Path(path), _positions(rows.get(_POSITIONS + path, "[]"))) for path in paths}
         #: What was read of a log and is not taken yet.
         self._readings: dict[str, LogReading] = {}
         #: Its lines that are not due yet, in their order.
-        self._ahead: dict[str, list[Logged]] = {}
+        self._ahead: dict[str, list[LoggedLine]] = {}
         #: Logs that hold more than was read.
         self._behind: set[str] = set()
         #: When the last line was, of a log of what comes after which nothing is known here.
@@ -111,16 +111,16 @@ class ProxyJoin:
         """Whether a backlog is left that can be read at once."""
         return not self._behind <= self._readings.keys()
 
-    def due(self, until_ns: int) -> list[Logged]:
+    def due(self, until_ns: int) -> list[LoggedLine]:
         """The lines up to *until_ns*, which leave."""
-        due: list[Logged] = []
+        due: list[LoggedLine] = []
         for path, lines in self._ahead.items():
             count = bisect_right(lines, until_ns, key=_at)
             due += lines[:count]
             self._ahead[path] = lines[count:]
         return sorted(due, key=_at)
 
-    def judge(self, logged: Logged) -> list[Report]:
+    def judge(self, logged: LoggedLine) -> list[Report]:
         """A line whose turn it is; one of no open response is held for a while."""
         line = logged.line
         self.last_line_ms = max(self.last_line_ms, line.ended_ms)
@@ -148,10 +148,10 @@ class ProxyJoin:
     def hold(self, until_ns: int) -> list[Report]:
         """Try again what is held, and let go what was held long enough."""
         reports: list[Report] = []
-        too_many = len(self._held) - MOST_HELD
+        too_many = len(self._held) - MOST_UNMATCHED
         for number, logged in enumerate(list(self._held.values())):
             found = self._playback.logged(logged.line, logged.at_ns)
-            if found is None and number >= too_many and until_ns - logged.since_ns < HOLD_NS:
+            if found is None and number >= too_many and until_ns - logged.since_ns < KEEP_UNMATCHED_NS:
                 continue
             del self._held[logged.line.play]
             reports += found or []
@@ -166,24 +166,24 @@ class ProxyJoin:
             for writer, number in self._playback.issued_ids.changed()
         ]
         rows += [(_LINE + play, None) for play in self._stored - self._held.keys()]
-        rows += [(_PLACES + path, _places_text(places)) for path, places in self._kept_places()]
+        rows += [(_POSITIONS + path, _positions_text(positions)) for path, positions in self._kept_positions()]
         new = [logged for play, logged in self._held.items() if play not in self._stored]
         return rows + [(_LINE + logged.line.play, logged.line.to_text()) for logged in new]
 
-    def _kept_places(self) -> Iterator[tuple[str, list[Place]]]:
-        """Log -> the places that the next relay may go on from."""
+    def _kept_positions(self) -> Iterator[tuple[str, list[LogPosition]]]:
+        """Log -> the positions that the next relay may go on from."""
         for path, reading in self._readings.items():
             if not self._ahead[path]:
-                yield path, reading.places
+                yield path, reading.positions
             elif reading.begun is not None:
                 yield path, reading.begun
 
     def _judged(self) -> dict[str, LogReading]:
-        """What was read of which each line was judged: only its whole has a place."""
+        """What was read of which each line was judged: only its whole has a position."""
         return {path: reading for path, reading in self._readings.items() if not self._ahead[path]}
 
     def take_counts(self) -> Counter[str]:
-        """What was counted since the last call; the lines that are none, once their places move on."""
+        """What was counted since the last call; the lines that are none, once their positions move on."""
         counts, self.counts = self.counts, Counter()
         for reading in self._judged().values():
             counts += reading.counts
@@ -197,13 +197,13 @@ class ProxyJoin:
             del self._readings[path], self._ahead[path]
 
 
-def _at(logged: Logged) -> int:
+def _at(logged: LoggedLine) -> int:
     return logged.at_ns
 
 
-def _on_axis(line: ProxyLine, now_ns: int, now_ms: int) -> Logged:
+def _on_axis(line: ProxyLine, now_ns: int, now_ms: int) -> LoggedLine:
     """A time that has not come yet is another clock's: it would hold up all others until it comes."""
-    return Logged(now_ns - max(now_ms - line.ended_ms, 0) * 1_000_000, line, now_ns)
+    return LoggedLine(now_ns - max(now_ms - line.ended_ms, 0) * 1_000_000, line, now_ns)
 
 
 def _is_nothing(line: ProxyLine) -> bool:
@@ -211,21 +211,21 @@ def _is_nothing(line: ProxyLine) -> bool:
     return not line.is_ok or line.body <= PROBE or (line.part.size or line.body) <= PROBE
 
 
-def _places_text(places: Sequence[Place]) -> str:
-    return json.dumps([place.to_text() for place in places])
+def _positions_text(positions: Sequence[LogPosition]) -> str:
+    return json.dumps([position.to_text() for position in positions])
 
 
-def _places(text: str) -> list[Place]:
+def _positions(text: str) -> list[LogPosition]:
     """Of a row that can't be read, the log is read from its start: its plays are known, and none is reported twice."""
     try:
-        return [Place.from_text(place) for place in json.loads(text)]
+        return [LogPosition.from_text(position) for position in json.loads(text)]
     except (ValueError, TypeError, RecursionError):
         return []
 
 
-def all_places(rows: Mapping[str, str]) -> list[Place]:
-    """The places in all logs that *rows* know of."""
-    return [place for name, text in rows.items() if name.startswith(_PLACES) for place in _places(text)]
+def all_positions(rows: Mapping[str, str]) -> list[LogPosition]:
+    """The positions in all logs that *rows* know of."""
+    return [position for name, text in rows.items() if name.startswith(_POSITIONS) for position in _positions(text)]
 
 
 def _lines(rows: Mapping[str, str]) -> Iterator[ProxyLine]:

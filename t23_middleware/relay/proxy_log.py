@@ -1,6 +1,6 @@
 """Follows the log in which nginx (or Apache) says what it sent of each play: whole lines, each once.
 
-A place in a file is where it lies, its first bytes, and an offset; the caller keeps the places in the transaction
+A position in a file is where it lies, its first bytes, and an offset; the caller keeps the positions in the transaction
 that takes the lines. So a log may be renamed, copied and truncated, or removed, and the relay may end at any time.
 """
 
@@ -26,14 +26,14 @@ PIECE = 1 << 20
 #: answers from its cache begins the next log with the same play.
 HEAD = 128
 #: Places that are kept: a file in the middle of its renaming is nowhere to be found.
-PLACES_KEPT = 16
+POSITIONS_KEPT = 16
 #: Seconds that the log may be away between its renaming and the proxy's opening of the next one.
 GRACE = 5.0
 #: Lines without one of ours after which the log is called another format.
 ODD_LINES = 1000
 
 
-class Place(NamedTuple):
+class LogPosition(NamedTuple):
     """Up to where one file is taken in."""
 
     device: int
@@ -44,34 +44,34 @@ class Place(NamedTuple):
     offset: int
 
     def to_text(self) -> str:
-        """The place as JSON, for a store."""
+        """The position as JSON, for a store."""
         return json.dumps([self.device, self.inode, self.head.hex(), self.offset])
 
     @classmethod
-    def from_text(cls, text: str) -> Place:
-        """The place that :meth:`to_text` wrote; raises :class:`ValueError` for anything else."""
+    def from_text(cls, text: str) -> LogPosition:
+        """The position that :meth:`to_text` wrote; raises :class:`ValueError` for anything else."""
         try:
             device, inode, head, offset = json.loads(text)
             return cls(whole(device), whole(inode), bytes.fromhex(head), whole(offset))
         except (TypeError, RecursionError) as error:
-            raise ValueError(f"not a place: {text!r}") from error
+            raise ValueError(f"not a position: {text!r}") from error
 
 
 class LogReading(NamedTuple):
     """What one look brought."""
 
     lines: list[ProxyLine]
-    #: All places, to be kept in the place of those that were kept before.
-    places: list[Place]
+    #: All positions, to be kept in the position of those that were kept before.
+    positions: list[LogPosition]
     #: ``proxy_bad``: lines that have our mark and are broken; ``proxy_foreign``: lines without it.
     counts: Counter[str]
     #: Whether a backlog is left that can be read at once.
     more: bool
-    #: Whether :attr:`places` are others than before; lines and counts come only with that.
+    #: Whether :attr:`positions` are others than before; lines and counts come only with that.
     changed: bool
-    #: Where nothing of these files is known yet, places to keep until :attr:`places` can be: who only knows then that
+    #: Where nothing of these files is known yet, positions to keep until :attr:`positions` can be: who only knows then that
     #: it began goes on there, however often the log is rotated before.
-    begun: list[Place] | None = None
+    begun: list[LogPosition] | None = None
 
 
 #: Device, inode, size and time of the last change: while they stay, there is nothing to read.
@@ -99,18 +99,18 @@ class _Piece(NamedTuple):
 
 
 class ProxyLog:
-    """Follows the log at *path* and its newest rotated siblings; *places* are those of the last reading taken.
+    """Follows the log at *path* and its newest rotated siblings; *positions* are those of the last reading taken.
 
     Never raises for what is wrong with the file: :attr:`problem` tells it. *clock* gives seconds.
     """
 
     def __init__(
-        self, path: Path, places: Sequence[Place], clock: Callable[[], float] = time.monotonic
+        self, path: Path, positions: Sequence[LogPosition], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path = path
         self._siblings = Siblings(self._path)
         self._kept = Kept(clock)
-        self._places = list(places)
+        self._positions = list(positions)
         self._clock = clock
         self._seen_at = float("-inf")
         self._troubles: list[str] = []
@@ -139,7 +139,7 @@ class ProxyLog:
         Without :meth:`taken` in between, the same again.
         """
         self._troubles = []
-        nothing = LogReading([], self._places, Counter(), more=False, changed=False)
+        nothing = LogReading([], self._positions, Counter(), more=False, changed=False)
         found = self._look()
         if self._finished.issuperset(found.values()):
             return nothing
@@ -151,20 +151,20 @@ class ProxyLog:
 
     def taken(self, reading: LogReading) -> None:
         """The caller's store has *reading*: go on behind it."""
-        self._places = reading.places
+        self._positions = reading.positions
         if self._reading is not None and self._reading[0] is reading:
             self._finished = self._reading[1]
 
     def offset(self) -> int:
         """Up to where the file at the path itself is taken, in bytes."""
         with self._opened([self._path]) as files:
-            return _known_offset(files[0], self._places) if files else 0
+            return _known_offset(files[0], self._positions) if files else 0
 
     def _look(self) -> dict[Path, _Signature]:
         """The regular files there are, newest first."""
         found = {}
         kept = self._kept.look(self._path)
-        siblings = self._siblings.newest(self._places)
+        siblings = self._siblings.newest(self._positions)
         for path in (self._path, *siblings):
             try:
                 there = path.stat()
@@ -228,7 +228,7 @@ class ProxyLog:
                 os.close(file.descriptor)
 
     def _open(self, path: Path) -> _File | None:
-        """The file at *path*, if it is one; never waits for a FIFO's writer that took its place."""
+        """The file at *path*, if it is one; never waits for a FIFO's writer that took its position."""
         try:
             descriptor = self._kept.open(path)
             if descriptor is None:
@@ -249,10 +249,10 @@ class ProxyLog:
 
     def _read(self, files: list[_File], limit: int) -> LogReading:
         lines: list[str] = []
-        places, finished, more = self._places, set(), False
+        positions, finished, more = self._positions, set(), False
         heads = Counter(file.head for file in files)
         for file in files:
-            known = _known_offset(file, places)
+            known = _known_offset(file, positions)
             cut = known > file.size and heads[file.head] == 1  # else a copy that is still being made
             try:
                 piece = _next_piece(file, file.size if cut else known, max(limit, LONGEST_LINE + 2))
@@ -262,19 +262,19 @@ class ProxyLog:
             lines += piece.lines
             limit -= max(piece.end - known, 0)
             if piece.end != known:
-                places = _with(places, file, piece.end)
+                positions = _with(positions, file, piece.end)
             if more := piece.more:
                 break
             finished.add(file.signature)
-        reading = self._parsed(lines, places, more)
-        if reading.changed and not any(_is_of(place, file) for place in self._places for file in files):
-            reading = reading._replace(begun=_with(self._places, files[0], 0))
+        reading = self._parsed(lines, positions, more)
+        if reading.changed and not any(_is_of(position, file) for position in self._positions for file in files):
+            reading = reading._replace(begun=_with(self._positions, files[0], 0))
         self._reading = reading, finished
         if not reading.changed:
             self._finished = finished
         return reading
 
-    def _parsed(self, texts: list[str], places: list[Place], more: bool) -> LogReading:
+    def _parsed(self, texts: list[str], positions: list[LogPosition], more: bool) -> LogReading:
         lines: list[ProxyLine] = []
         counts: Counter[str] = Counter()
         for text in texts:
@@ -286,27 +286,27 @@ class ProxyLog:
         self._found.update(counts)
         self._found["lines"] += len(lines)
         self._found["at_end"] = not more
-        return LogReading(lines, places, counts, more, changed=places is not self._places)
+        return LogReading(lines, positions, counts, more, changed=positions is not self._positions)
 
 
-def _known_offset(file: _File, places: Sequence[Place]) -> int:
+def _known_offset(file: _File, positions: Sequence[LogPosition]) -> int:
     """Up to where *file*, or the one that it is a copy of, is taken in."""
-    return next((place.offset for place in places if _is_of(place, file)), 0)
+    return next((position.offset for position in positions if _is_of(position, file)), 0)
 
 
-def _is_of(place: Place, file: _File) -> bool:
-    """Whether *place* is in *file*. Enough first bytes say so alone: a copy has another inode, a disk may get another
+def _is_of(position: LogPosition, file: _File) -> bool:
+    """Whether *position* is in *file*. Enough first bytes say so alone: a copy has another inode, a disk may get another
     number at a boot; an inode alone says nothing, for the next file made may have it."""
-    if len(place.head) == HEAD:
-        return place.head == file.head
-    return (place.device, place.inode) == file.signature[:2] and file.head.startswith(place.head)
+    if len(position.head) == HEAD:
+        return position.head == file.head
+    return (position.device, position.inode) == file.signature[:2] and file.head.startswith(position.head)
 
 
-def _with(places: list[Place], file: _File, offset: int) -> list[Place]:
-    """*places* with that of *file* at *offset*; those of files that are not to be found stay for a while."""
+def _with(positions: list[LogPosition], file: _File, offset: int) -> list[LogPosition]:
+    """*positions* with that of *file* at *offset*; those of files that are not to be found stay for a while."""
     device, inode = file.signature[:2]
-    others = [place for place in places if not _is_of(place, file)]
-    return [*others, Place(device, inode, file.head[:offset], offset)][-PLACES_KEPT:]
+    others = [position for position in positions if not _is_of(position, file)]
+    return [*others, LogPosition(device, inode, file.head[:offset], offset)][-POSITIONS_KEPT:]
 
 
 def _next_piece(file: _File, start: int, limit: int) -> _Piece:

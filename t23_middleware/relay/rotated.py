@@ -12,11 +12,11 @@ from ..settings import Settings
 from ..state import StateFolder
 from .intake import MS, Intake
 from .playback import Playback
-from .process import TRY_STORE_AGAIN, Relay
-from .proxy_join import ProxyJoin, all_places
+from .process import STORE_RETRY, Relay
+from .proxy_join import ProxyJoin, all_positions
 from .proxy_log import ProxyLog
 
-#: The name under which the outbox keeps the places in them; a log that is followed has its path for that.
+#: The name under which the outbox keeps the positions in them; a log that is followed has its path for that.
 ROTATED = "rotated"
 
 
@@ -42,7 +42,7 @@ class RotatedJoin(ProxyJoin):
         self, path: Path, playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
     ) -> None:
         super().__init__((), playback, rows, now_ns, now_ms)
-        self._log = ProxyLog(path, all_places(rows))
+        self._log = ProxyLog(path, all_positions(rows))
         self._logs = {ROTATED: self._log}
 
     def offset(self) -> int:
@@ -110,14 +110,14 @@ class RotatedRelay(Relay):
         self._end()
 
     def _make_intake(self) -> Intake:
-        self._rotated = RotatedIntake(self._settings, self._folder, self._outbox, self._bounds)
+        self._rotated = RotatedIntake(self._settings, self._folder, self._outbox, self._limits)
         return self._rotated
 
     def _read(self, before: int) -> None:
         while self._rotated.has_unread() and not self._why:
             pause = self._take_in()
             self._tell(before + self._rotated.offset())
-            if pause == TRY_STORE_AGAIN:
+            if pause == STORE_RETRY:
                 self._why = f"the outbox {self._folder.outbox} can't be written; see 't23-middleware check'"
             elif self._ending:
                 self._why = "it was told to stop; run it again, and it goes on where it was"

@@ -146,7 +146,7 @@ class Listener:
     """Hears of each TCP socket that is destroyed, in a thread of its own.
 
     *heard* is called there with the socket's row, *missed* when the kernel had to drop some. Raises
-    :class:`OSError` where the kernel refuses; until :meth:`let_through` all ports are heard.
+    :class:`OSError` where the kernel refuses; until :meth:`filter_ports` all ports are heard.
     """
 
     def __init__(self, heard: Callable[[Row], None], missed: Callable[[], None]) -> None:
@@ -170,7 +170,7 @@ class Listener:
             self._close()
             raise OSError(errno.EAGAIN, str(error)) from error
 
-    def let_through(self, ports: Iterable[int]) -> None:
+    def filter_ports(self, ports: Iterable[int]) -> None:
         """Hear from now on only of sockets with these local ports. Raises :class:`OSError`."""
         if program := _filter(sorted(ports)):
             code = array("B", program)

@@ -60,7 +60,7 @@ class Watchdog:
             signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.unregister(signal.SIGUSR1)
 
-    def came_round(self) -> None:
+    def loop_ran(self) -> None:
         """The loop is well."""
         self._rounds += 1
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.errors import Busy, NoAnswer, NotAccepted, Refused, Unexplained, Unreachable
-from t23_middleware.relay.breaker import LONGEST_STRANGE_PROBE
+from t23_middleware.relay.breaker import LONGEST_UNCLEAR_PROBE
 from t23_middleware.relay.client import Answer
 from t23_middleware.relay.delivery import (
     ACCEPTED,
@@ -80,7 +80,7 @@ class FailingOutbox(SQLiteOutbox):
     fails: Sequence[str] = ()
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
-        with self.together():
+        with self.atomic():
             super().settle(settlements, now_ms)
             self._fail("settle", settlements)
 
@@ -632,7 +632,7 @@ def test_strange_answers_are_asked_seldom(bench, caplog):
     assert 100 < len(bench.api.asked) < 400
     assert len(errors(caplog)) == 1
     bench.api.says = lambda report: OK
-    bench.run(LONGEST_STRANGE_PROBE, 60)
+    bench.run(LONGEST_UNCLEAR_PROBE, 60)
     assert bench.stats() == Stats(3, 0, 3, 0, 0)
 
 
@@ -855,7 +855,7 @@ def test_the_faster_the_api_the_more_is_at_hand_up_to_a_bound(bench):
     for _ in range(20):
         bench.delivery.step()
         wait_for(lambda: bench.delivery._results.qsize() == bench.delivery.in_flight)
-    assert bench.delivery._at_hand == least
+    assert bench.delivery._claim_limit == least
 
 
 def test_no_more_is_at_hand_than_must_be_where_what_may_have_arrived_is_given_up(tmp_path):

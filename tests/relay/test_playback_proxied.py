@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from t23_middleware.media import MediaTypes
 from t23_middleware.relay import playback as playback_module
 from t23_middleware.relay.playback import Playback
-from t23_middleware.relay.proxy_join import MOST_HELD, Logged, ProxyJoin
+from t23_middleware.relay.proxy_join import MOST_UNMATCHED, LoggedLine, ProxyJoin
 from t23_middleware.relay.proxy_line import ProxyLine
 from t23_middleware.relay.report import Report
 from t23_middleware.relay.viewing import MOST_OPEN
@@ -312,7 +312,7 @@ def say(joined: ProxyJoin, *lines: ProxyLine, at: float | None = None) -> list[R
     reports: list[Report] = []
     for each in lines:
         at_ns = each.ended_ms * 10**6 if at is None else int(at * S)
-        reports += joined.judge(Logged(at_ns, each, at_ns))
+        reports += joined.judge(LoggedLine(at_ns, each, at_ns))
     return reports
 
 
@@ -395,7 +395,7 @@ def test_where_the_proxys_clock_is_behind_a_line_still_finds_its_journal():
     playback = machine()
     joined = join(playback)
     playback.opened(WRITER, opening(1, 9_000))
-    early = Logged(5_000 * S, line(2, 5_000, 600_000), 10_000 * S)
+    early = LoggedLine(5_000 * S, line(2, 5_000, 600_000), 10_000 * S)
     joined.judge(early)
     joined.hold(10_001 * S)
     second = opening(2, 10_000, by=OFFLOADED, session="b")
@@ -406,7 +406,7 @@ def test_where_the_proxys_clock_is_behind_a_line_still_finds_its_journal():
 
 def test_what_is_held_is_bounded():
     joined = join(machine())
-    say(joined, *(line(number, 10, 600_000) for number in range(MOST_HELD + 5)))
+    say(joined, *(line(number, 10, 600_000) for number in range(MOST_UNMATCHED + 5)))
     joined.hold(11 * S)
     assert joined.counts == {"proxy_foreign": 5}
 

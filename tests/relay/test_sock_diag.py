@@ -92,7 +92,7 @@ def test_filter_lets_the_ports_through(ports):
     """The wanted one stands first, in the middle or last among them."""
     with listening() as (server, port), listening() as (other, _), heard() as (listener, rows, _):
         lower = list(range(1, ports))
-        listener.let_through([port, *lower] if ports < 200 else [*lower, port])
+        listener.filter_ports([port, *lower] if ports < 200 else [*lower, port])
         cookies = []
         for each in (other, server, other, server):
             with ExitStack() as stack:
@@ -104,8 +104,8 @@ def test_filter_lets_the_ports_through(ports):
 
 def test_more_ports_than_a_filter_holds():
     with listening() as (server, _), heard() as (listener, rows, _):
-        listener.let_through([1])
-        listener.let_through(range(1, 300))
+        listener.filter_ports([1])
+        listener.filter_ports(range(1, 300))
         with ExitStack() as stack:
             cookie = pair(server, stack)[2]
         assert until(lambda: cookie in {row.cookie for row in rows})
@@ -114,7 +114,7 @@ def test_more_ports_than_a_filter_holds():
 def test_each_end_is_heard_until_the_stop():
     with listening() as (server, port):
         with heard() as (listener, rows, _):
-            listener.let_through([port])
+            listener.filter_ports([port])
             with ExitStack() as stack:
                 cookies = {pair(server, stack)[2] for _ in range(50)}
             assert until(lambda: cookies <= {row.cookie for row in rows})
@@ -129,7 +129,7 @@ def test_dropped_notifications_are_noted(monkeypatch):
     listener = Listener(lambda row: None if busy.wait(20) else None, lambda: missed.append(True))
     try:
         with listening() as (server, port):
-            listener.let_through([port])
+            listener.filter_ports([port])
             for _ in range(100):
                 with ExitStack() as stack:
                     pair(server, stack)
@@ -319,7 +319,7 @@ def test_after_an_overrun_all_is_asked_anew(folder, journals):
             ours.begin(watching(cookie, port, 10**6))
             ours.ask(now=True)
             end.sendall(b"1")
-            ours._listener.let_through([1])  # type: ignore[union-attr]
+            ours._listener.filter_ports([1])  # type: ignore[union-attr]
         for _ in range(4):
             ours.ask(now=True)
         assert acknowledged(journals) == [], "its end is waited for"

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ... import owned
-from .repair import check_soundness, mend
+from .repair import check_integrity, remove_damaged_rows
 from .schema import FOR_PAGES, FOR_PROXY, LATER, SCHEMA_VERSION, SEALS, SET_VERSION, TABLES
 from .values import NoOutbox, OutboxCorrupt, OutboxError, OutboxFull
 
@@ -30,7 +30,7 @@ SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 @contextmanager
 def immediate(db: sqlite3.Connection) -> Iterator[None]:
     """One transaction that writes, whole or not at all."""
-    with translated():
+    with translate_errors():
         db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -45,7 +45,7 @@ def open_beside(path: Path, mode: str) -> sqlite3.Connection:
     """The database that a relay may be working on: never made, replaced or checked in full here."""
     if not _is_there(path):
         raise NoOutbox(f"there is no outbox at {path} yet; a relay makes it when it starts")
-    _refuse_what_is_no_file(path)
+    _refuse_irregular_file(path)
     db = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=10, isolation_level=None
     )
@@ -66,7 +66,7 @@ def open_beside(path: Path, mode: str) -> sqlite3.Connection:
     return db
 
 
-def _refuse_what_is_no_file(path: Path) -> None:
+def _refuse_irregular_file(path: Path) -> None:
     """SQLite would wait for a FIFO's writer for ever, and says of nothing why it can't be opened."""
     try:
         mode = path.stat().st_mode
@@ -81,7 +81,7 @@ def _refuse_what_is_no_file(path: Path) -> None:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     try:
         yield
     except SQLITE_ERRORS as error:
@@ -154,8 +154,8 @@ def open_file(path: Path) -> sqlite3.Connection:
         elif _lacks_tables(db):
             db.executescript(f"BEGIN IMMEDIATE; {FOR_PAGES} {FOR_PROXY} COMMIT;")
         db.text_factory = _text
-        check_soundness(db)
-        mend(db)
+        check_integrity(db)
+        remove_damaged_rows(db)
         if version != 0:
             db.executescript(f"BEGIN IMMEDIATE; {SET_VERSION} COMMIT;")
         path.chmod(0o600)

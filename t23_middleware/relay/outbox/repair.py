@@ -13,7 +13,7 @@ from .tally import day_of
 log = logging.getLogger(__name__)
 
 
-def check_soundness(db: sqlite3.Connection) -> None:
+def check_integrity(db: sqlite3.Connection) -> None:
     """Raises :class:`sqlite3.DatabaseError` where the file is corrupt, and not only an index of it."""
     if _is_sound(db):
         return
@@ -27,18 +27,18 @@ def _is_sound(db: sqlite3.Connection) -> bool:
     return bool(db.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
 
 
-def mend(db: sqlite3.Connection) -> None:
+def remove_damaged_rows(db: sqlite3.Connection) -> None:
     """Take out the rows that no relay can have written: flipped bits that the file's structure does not show.
 
     Raises :class:`sqlite3.DatabaseError` where not even the tables are ours.
     """
     try:
         db.execute("BEGIN IMMEDIATE")
-        for table, strange in _what_is_strange():
+        for table, strange in _damage_conditions():
             gone = db.execute(f"DELETE FROM {table} WHERE {strange}").rowcount
             db.execute(f"EXPLAIN INSERT INTO {table} DEFAULT VALUES")  # compiles its triggers
             if gone:
-                _say_gone(db, table, gone)
+                _log_removed(db, table, gone)
         db.execute("COMMIT")
     except sqlite3.OperationalError as error:
         if str(error).startswith(("no such ", "error in ")):
@@ -46,7 +46,7 @@ def mend(db: sqlite3.Connection) -> None:
         raise
 
 
-def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
+def _log_removed(db: sqlite3.Connection, table: str, rows: int) -> None:
     log.error(
         "the outbox was damaged: %d rows of %s can't be read and are gone; look after the disk",
         rows,
@@ -60,14 +60,14 @@ def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
         )
 
 
-def _what_is_strange() -> list[tuple[str, str]]:
+def _damage_conditions() -> list[tuple[str, str]]:
     """Each table of ours, and what is true of a row with a value that is not of its column's type."""
     with closing(sqlite3.connect(":memory:")) as ours:
         ours.executescript(TABLES + FOR_PAGES + FOR_PROXY)
         names = ours.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        return [(table, _strange(ours, table)) for (table,) in names if not table.startswith("sqlite_")]
+        return [(table, _damage_condition(ours, table)) for (table,) in names if not table.startswith("sqlite_")]
 
 
-def _strange(ours: sqlite3.Connection, table: str) -> str:
+def _damage_condition(ours: sqlite3.Connection, table: str) -> str:
     columns = ours.execute(f"PRAGMA table_info({table})")
     return " OR ".join(f"typeof({name}) NOT IN ('{kind.lower()}', 'null')" for _, name, kind, *_ in columns)

@@ -9,9 +9,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .connection import FULL, SQLITE_ERRORS, immediate, means_corrupt, open_file, translated
-from .tally import add_counts, give_up
-from .values import CORRUPT, UNCOUNTED, GivenUp, OutboxError, OutboxFull
+from .connection import FULL, SQLITE_ERRORS, immediate, means_corrupt, open_file, translate_errors
+from .tally import add_counts, add_losses
+from .values import CORRUPT, UNCOUNTED, EarlyLoss, OutboxError, OutboxFull
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def open_or_replace(path: Path) -> sqlite3.Connection:
             kind = OutboxFull if str(error) in FULL else OutboxError
             raise kind(f"{path} can't be opened: {error}") from error
         set_aside(path, error)
-        with translated():
+        with translate_errors():
             return open_file(path)
 
 
@@ -38,7 +38,7 @@ def set_aside(path: Path, why: Exception) -> None:
     What can be read of its reports is counted as lost there, reason ``corrupt``. It is the most that can be lost:
     what the journals still hold is taken in once more.
     """
-    left = _left_in(path)
+    left = _salvage(path)
     aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
     path.replace(aside)
     for suffix in ("-wal", "-shm"):
@@ -58,41 +58,41 @@ def set_aside(path: Path, why: Exception) -> None:
         },
     )
     with suppress(*SQLITE_ERRORS, OSError):  # whoever opens it next meets that too
-        _begin_with(path, left)
+        _record_in_new(path, left)
 
 
-class _Left(NamedTuple):
+class _Salvaged(NamedTuple):
     """What a corrupt database held."""
 
-    loss: GivenUp
+    loss: EarlyLoss
     #: Whether that is all.
     all: bool
 
 
-def _begin_with(path: Path, left: _Left) -> None:
+def _record_in_new(path: Path, left: _Salvaged) -> None:
     now_ms = time.time_ns() // 1_000_000
     with closing(open_file(path)) as db, immediate(db):
-        give_up(db, [left.loss], now_ms)
+        add_losses(db, [left.loss], now_ms)
         add_counts(db, {"captured": left.loss.reports, CORRUPT: 1, UNCOUNTED: int(not left.all)})
 
 
-def _left_in(path: Path) -> _Left:
+def _salvage(path: Path) -> _Salvaged:
     """What can be read of the reports in a corrupt database, those that the API refused included."""
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with suppress(*SQLITE_ERRORS), closing(sqlite3.connect(uri, uri=True, timeout=0)) as db:
-        found = [_left_of(db, table) for table in ("reports", "dead")]
+        found = [_salvage_table(db, table) for table in ("reports", "dead")]
         reports, size = (sum(numbers) for numbers in zip(*(each.loss[1:] for each in found), strict=True))
-        return _Left(GivenUp("corrupt", reports, size), all(each.all for each in found))
-    return _Left(GivenUp("corrupt", 0, 0), False)
+        return _Salvaged(EarlyLoss("corrupt", reports, size), all(each.all for each in found))
+    return _Salvaged(EarlyLoss("corrupt", 0, 0), False)
 
 
-def _left_of(db: sqlite3.Connection, table: str) -> _Left:
+def _salvage_table(db: sqlite3.Connection, table: str) -> _Salvaged:
     """From the first on up to the damage, then from the last on back to it."""
     reports, size, last = _read_on(db, f"SELECT id, sent FROM {table} ORDER BY id")
     if last is None:
-        return _Left(GivenUp("corrupt", reports, size), True)
+        return _Salvaged(EarlyLoss("corrupt", reports, size), True)
     behind = _read_on(db, f"SELECT id, sent FROM {table} WHERE id > ? ORDER BY id DESC", last)
-    return _Left(GivenUp("corrupt", reports + behind[0], size + behind[1]), False)
+    return _Salvaged(EarlyLoss("corrupt", reports + behind[0], size + behind[1]), False)
 
 
 def _read_on(db: sqlite3.Connection, query: str, *values: int) -> tuple[int, int, int | None]:

@@ -9,23 +9,23 @@ from typing import Any
 
 from .. import history
 from ..report import CLOCK_SET_MS, Report
-from .connection import SQLITE_ERRORS, immediate, translated
+from .connection import SQLITE_ERRORS, immediate, translate_errors
 from .readers import log_size
 from .salvage import open_or_replace
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, REPORT_MARKS, STATS
-from .tally import add_counts, add_history, add_history_now, give_up, lose
+from .tally import add_counts, add_history, add_history_now, add_losses, drop_reports
 from .turns import Turns
 from .values import (
     Acked,
-    Again,
     Dead,
+    EarlyLoss,
     Entry,
-    GivenUp,
     Ingest,
     Key,
     Lost,
     OutboxError,
     OutboxFull,
+    Retry,
     Settlement,
     Stats,
 )
@@ -66,14 +66,14 @@ class SQLiteOutbox:
     def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
         self._path = path
         self._make_room = make_room
-        self._spares_reserve = False
+        self._keeps_reserve = False
         try:
             self._db = open_or_replace(path)
         except OutboxFull:
             if not make_room():
                 raise
             self._db = open_or_replace(path)
-        with translated():
+        with translate_errors():
             (first,) = self._db.execute("SELECT coalesce(min(turn), 1) FROM reports").fetchone()
         self._turns = Turns(first - 1)
 
@@ -81,22 +81,22 @@ class SQLiteOutbox:
         """Close the file."""
         self._db.close()
 
-    def places(self) -> dict[str, int]:
-        with translated():
+    def offsets(self) -> dict[str, int]:
+        with translate_errors():
             return dict(self._db.execute("SELECT name, offset FROM journals"))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def atomic(self) -> Iterator[None]:
         with self._transaction():
             yield
 
     def viewings(self) -> Iterator[tuple[Key, str]]:
-        with translated():
+        with translate_errors():
             for host, session_id, photo_id, state in self._db.execute("SELECT * FROM viewings"):
                 yield (host, session_id, photo_id), state
 
     def proxy_rows(self) -> dict[str, str]:
-        with translated():
+        with translate_errors():
             return dict(self._db.execute("SELECT name, value FROM proxy"))
 
     def ingest(self, batch: Ingest) -> None:
@@ -104,21 +104,21 @@ class SQLiteOutbox:
             losses = list(batch.losses)
             if batch.lost_as:
                 sent = sum(report.sent for report in batch.reports)
-                losses.append(GivenUp(batch.lost_as, len(batch.reports), sent))
+                losses.append(EarlyLoss(batch.lost_as, len(batch.reports), sent))
             else:
                 self._db.executemany(
                     f"INSERT INTO reports ({REPORT_COLUMNS}, since_ms, turn) VALUES ({REPORT_MARKS}, ?, ?)",
                     ((*report, batch.since_ms, self._turns.next(report)) for report in batch.reports),
                 )
-            give_up(self._db, losses, batch.at_ms)
+            add_losses(self._db, losses, batch.at_ms)
             self._keep_viewings(batch.viewings)
             self._keep_proxy_rows(batch.proxy)
-            self._db.executemany("INSERT OR REPLACE INTO journals VALUES (?, ?)", batch.places.items())
+            self._db.executemany("INSERT OR REPLACE INTO journals VALUES (?, ?)", batch.offsets.items())
             captured = len(batch.reports) + sum(loss.reports for loss in batch.losses)
             add_counts(self._db, {**batch.counts, "captured": captured})
             add_history(self._db, history.of_reports(batch.reports))
             add_history_now(self._db, batch.at_ms, {history.CAPTURED: captured - len(batch.reports)})
-            self._watched(batch.reports)
+            self._add_video_figures(batch.reports)
             self.note(batch.notes)
 
     def forget_journals(self, names: Sequence[str]) -> None:
@@ -128,11 +128,11 @@ class SQLiteOutbox:
             self._db.executemany("DELETE FROM journals WHERE name = ?", ((name,) for name in names))
 
     def recover_leases(self, retry: bool, now_ms: int) -> int:
-        """Reports that a dead relay had in hand may have arrived: send them again, or lose them if *retry* is false."""
+        """Reports that a dead relay had in hand may have arrived: send them again, or drop_reports them if *retry* is false."""
         with self._transaction():
             rows = self._db.execute("SELECT id FROM reports WHERE leased != 0").fetchall()
             if not retry:
-                lose(self._db, "reports", [(id, "ambiguous") for (id,) in rows], now_ms)
+                drop_reports(self._db, "reports", [(id, "ambiguous") for (id,) in rows], now_ms)
             self._db.execute("UPDATE reports SET leased = 0, tries = tries + 1 WHERE leased != 0")
         return len(rows)
 
@@ -167,31 +167,31 @@ class SQLiteOutbox:
             acked = [(item.id,) for item in settlements if isinstance(item, Acked)]
             sent = self._db.executemany("DELETE FROM reports WHERE id = ?", acked).rowcount if acked else 0
             for item in settlements:
-                if isinstance(item, Again):
-                    self._put_back(item)
+                if isinstance(item, Retry):
+                    self._retry_later(item)
                 elif isinstance(item, Dead):
-                    self._bury(item, now_ms)
-            lose(
+                    self._move_to_dead(item, now_ms)
+            drop_reports(
                 self._db,
                 "reports",
                 [(item.id, item.reason) for item in settlements if isinstance(item, Lost)],
                 now_ms,
             )
             add_counts(self._db, {"sent": sent})
-            tries = [(item.said, item.took_ms if isinstance(item, Acked) else None) for item in settlements]
+            tries = [(item.outcome, item.took_ms if isinstance(item, Acked) else None) for item in settlements]
             add_history_now(self._db, now_ms, {**history.of_tries(tries), history.SENT: sent})
 
     def hosts(self) -> list[str]:
-        with translated():
+        with translate_errors():
             return [host for (host,) in self._db.execute(HOSTS)]
 
     def stats(self) -> Stats:
-        with translated():
+        with translate_errors():
             return Stats(*self._db.execute(STATS).fetchone())
 
     def counters(self) -> dict[str, int]:
         """Every named counter."""
-        with translated():
+        with translate_errors():
             return dict(self._db.execute("SELECT name, value FROM counters"))
 
     def note(self, notes: Mapping[str, str]) -> None:
@@ -202,7 +202,7 @@ class SQLiteOutbox:
 
     def notes(self) -> dict[str, str]:
         """What :meth:`note` kept."""
-        with translated():
+        with translate_errors():
             return dict(self._db.execute("SELECT name, value FROM summary"))
 
     def begin_minute(self, now_ms: int, open_responses: int) -> None:
@@ -244,11 +244,11 @@ class SQLiteOutbox:
         """Meanwhile the file grows by *size* bytes at most. Without *may_make_room* the reserve is left alone."""
         most = self._pragma("page_count") + size // self._pragma("page_size")
         self._pragma(f"max_page_count = {min(most, MOST_PAGES)}")
-        self._spares_reserve = not may_make_room
+        self._keeps_reserve = not may_make_room
         try:
             yield
         finally:
-            self._spares_reserve = False
+            self._keeps_reserve = False
             # What was committed must not look as if it had failed: it would be taken in a second time.
             with suppress(OutboxError):
                 self._pragma(f"max_page_count = {MOST_PAGES}")
@@ -258,30 +258,30 @@ class SQLiteOutbox:
         free = self._pragma("freelist_count")
         wanted = free > max(kept, self._pragma("page_count") // 2)
         if wanted:
-            with translated():
+            with translate_errors():
                 # Not execute(): the statement has rows without columns, of which that takes one, and a page with it.
                 self._db.executescript(f"PRAGMA incremental_vacuum({min(free - kept, most)});")
-            self._fold_log()  # only then the file is shorter
+            self._checkpoint()  # only then the file is shorter
         return wanted
 
-    def begin_ages(self, elapsed_ms: int) -> None:
+    def start_ages(self, elapsed_ms: int) -> None:
         """What has no age yet waits since *elapsed_ms*: refused reports, and those that are to be sent again."""
         for table in ("reports", "dead"):
             query = f"SELECT 1 FROM {table} WHERE since_ms IS NULL LIMIT 1"
-            with translated():
+            with translate_errors():
                 found = self._db.execute(query).fetchone()
             if found:
                 with self._transaction():
                     self._db.execute(f"UPDATE {table} SET since_ms = ? WHERE since_ms IS NULL", (elapsed_ms,))
 
-    def lose_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
+    def drop_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
         """Give up reports that wait since before *before_ms* (elapsed), up to *most*; how many. Not what is in flight."""
         query = "SELECT id FROM reports WHERE leased = 0 AND since_ms < ? ORDER BY id LIMIT ?"
-        return self._lose_found("reports", query, (before_ms, most), reason, now_ms)
+        return self._drop_found("reports", query, (before_ms, most), reason, now_ms)
 
     def latest_undated(self) -> int | None:
         """The latest time, in ms, from a clock that was not set yet, if there is one; see :meth:`date`."""
-        with translated():
+        with translate_errors():
             (latest,) = self._db.execute(_LATEST_UNDATED).fetchone()
         return None if latest is None else int(latest)
 
@@ -291,32 +291,32 @@ class SQLiteOutbox:
             self._db.execute(f"UPDATE reports SET time_ms = time_ms + ? WHERE {_UNDATED}", (shift_ms,))
             self._db.execute(f"UPDATE dead SET died_ms = died_ms + ? WHERE {_UNDATED_DEAD}", (shift_ms,))
 
-    def lose_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
+    def drop_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
         """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight.
 
         Where one video or session has more than half of all that waits, its latest go instead.
         """
         if flood := self._flood(min(most, max(self.stats().waiting - kept, 0))):
             with self._transaction():
-                lose(self._db, "reports", [(id, reason) for id in flood], now_ms)
+                drop_reports(self._db, "reports", [(id, reason) for id in flood], now_ms)
             return len(flood)
         query = (
             "SELECT id FROM reports WHERE leased = 0 ORDER BY id"
             " LIMIT max(0, min(?, (SELECT count(*) FROM reports) - ?))"
         )
-        return self._lose_found("reports", query, (most, kept), reason, now_ms)
+        return self._drop_found("reports", query, (most, kept), reason, now_ms)
 
     def _flood(self, most: int) -> list[int]:
         """Ids of reports whose turn is behind half of all that waits, the last first."""
         waiting = self.stats().waiting
         behind = self._turns.reached + max(waiting // 2, LEAST_FLOOD)
-        with translated():
+        with translate_errors():
             last = [self._db.execute(_LAST_TURN, (host,)).fetchone()[0] or 0 for host in self.hosts()]
         if max(last, default=0) - self._turns.reached >= waiting:
             return []  # all that waits is of it
         found: list[int] = []
         for host in self.hosts():
-            with translated():
+            with translate_errors():
                 rows = self._db.execute(
                     "SELECT id FROM reports WHERE host = ? AND leased = 0 AND turn > ? ORDER BY turn DESC LIMIT ?",
                     (host, behind, most - len(found)),
@@ -324,25 +324,25 @@ class SQLiteOutbox:
             found += [id for (id,) in rows]
         return found
 
-    def lose_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
+    def drop_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
         """Give up dead letters that were refused before *before_ms* (elapsed), up to *most*; how many."""
         query = "SELECT id FROM dead WHERE since_ms < ? ORDER BY since_ms LIMIT ?"
-        return self._lose_found("dead", query, (before_ms, most), reason, now_ms)
+        return self._drop_found("dead", query, (before_ms, most), reason, now_ms)
 
-    def lose_dead_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
+    def drop_oldest_dead(self, most: int, kept: int, reason: str, now_ms: int) -> int:
         """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many.
 
         Where one video has more than half of them, its go first.
         """
         query = f"SELECT id FROM dead ORDER BY {_MOST_REFUSED} DESC, died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
-        return self._lose_found("dead", query, (most, kept), reason, now_ms)
+        return self._drop_found("dead", query, (most, kept), reason, now_ms)
 
-    def _lose_found(self, table: str, query: str, values: tuple[int, int], reason: str, now_ms: int) -> int:
-        with translated():
+    def _drop_found(self, table: str, query: str, values: tuple[int, int], reason: str, now_ms: int) -> int:
+        with translate_errors():
             found = self._db.execute(query, values).fetchall()
         if found:
             with self._transaction():
-                lose(self._db, table, [(id, reason) for (id,) in found], now_ms)
+                drop_reports(self._db, table, [(id, reason) for (id,) in found], now_ms)
         return len(found)
 
     def make_due(self) -> None:
@@ -350,14 +350,14 @@ class SQLiteOutbox:
         with self._transaction():
             self._db.execute("UPDATE reports SET due_ms = 0 WHERE due_ms > 0")
 
-    def _put_back(self, item: Again) -> None:
+    def _retry_later(self, item: Retry) -> None:
         self._db.execute(
             "UPDATE reports SET leased = 0, due_ms = ?, tries = ?, attempts = ?, retimed = retimed + ?,"
             " time_ms = coalesce(?, time_ms) WHERE id = ?",
-            (item.due_ms, item.tries, item.attempts, item.time_ms is not None, item.time_ms, item.id),
+            (item.due_ms, item.ambiguous_sends, item.unexplained_answers, item.time_ms is not None, item.time_ms, item.id),
         )
 
-    def _bury(self, item: Dead, now_ms: int) -> None:
+    def _move_to_dead(self, item: Dead, now_ms: int) -> None:
         self._db.execute(
             f"INSERT OR REPLACE INTO dead SELECT id, {REPORT_COLUMNS}, ?, ?, ?, NULL FROM reports WHERE id = ?",
             (item.code, item.answer, now_ms, item.id),
@@ -379,11 +379,11 @@ class SQLiteOutbox:
             else:
                 self._db.execute("INSERT OR REPLACE INTO proxy VALUES (?, ?)", (name, value))
 
-    def _watched(self, reports: Iterable[Report]) -> None:
+    def _add_video_figures(self, reports: Iterable[Report]) -> None:
         self._db.executemany(
             "INSERT INTO videos VALUES (?, ?, ?, ?, ?) ON CONFLICT (hour, host, photo_id) DO UPDATE"
             " SET plays = plays + excluded.plays, bytes = bytes + excluded.bytes",
-            ((hour, *each) for hour, each in history.watched(reports)),
+            ((hour, *each) for hour, each in history.video_figures(reports)),
         )
 
     @contextmanager
@@ -395,15 +395,15 @@ class SQLiteOutbox:
             with immediate(self._db):
                 yield
         except OutboxFull:
-            if not self._spares_reserve and self._make_room():
-                self._fold_log()
+            if not self._keeps_reserve and self._make_room():
+                self._checkpoint()
             raise
 
-    def _fold_log(self) -> None:
+    def _checkpoint(self) -> None:
         """Now, before somebody else takes the room: a log that can't be folded into the file only grows."""
         with suppress(*SQLITE_ERRORS):
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def _pragma(self, text: str) -> int:
-        with translated():
+        with translate_errors():
             return int(self._db.execute(f"PRAGMA {text}").fetchone()[0])

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from .. import history
-from .values import GivenUp
+from .values import EarlyLoss
 
 
-def lose(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], now_ms: int) -> None:
+def drop_reports(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], now_ms: int) -> None:
     """Give up the reports of *rows* (id and reason) in *table*, and count them with their bytes."""
     day, lost = day_of(now_ms), Counter[str]()
     for id, reason in rows:
@@ -25,7 +25,7 @@ def lose(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], no
     add_history_now(db, now_ms, lost)
 
 
-def give_up(db: sqlite3.Connection, losses: Iterable[GivenUp], now_ms: int) -> None:
+def add_losses(db: sqlite3.Connection, losses: Iterable[EarlyLoss], now_ms: int) -> None:
     """Count what is lost without having waited here."""
     for loss in losses:
         if loss.reports:

@@ -12,7 +12,7 @@ from ..report import Report
 
 #: Videos and sessions are counted in so many places each, whatever their number: two that share one wait for each
 #: other, which is rare and only costs time.
-PLACES = 4096
+BUCKETS = 4096
 
 
 class Turns:
@@ -20,13 +20,13 @@ class Turns:
 
     def __init__(self, reached: int) -> None:
         self.reached = reached
-        self._videos = [0] * PLACES
-        self._sessions = [0] * PLACES
+        self._videos = [0] * BUCKETS
+        self._sessions = [0] * BUCKETS
 
     def next(self, report: Report) -> int:
         """The turn of *report*, which comes in now."""
         # Python's hash of a text is another one in each process, so nobody can choose whom to share a place with.
-        video, session = hash((report.host, report.photo_id)) % PLACES, hash(report.session_id) % PLACES
+        video, session = hash((report.host, report.photo_id)) % BUCKETS, hash(report.session_id) % BUCKETS
         self._videos[video] = max(self.reached, self._videos[video]) + 1
         self._sessions[session] = max(self.reached, self._sessions[session]) + 1
         return max(self._videos[video], self._sessions[session])

@@ -22,14 +22,14 @@ class Entry(NamedTuple):
     id: int
     report: Report
     #: How often it was sent so that it may have arrived.
-    tries: int
+    ambiguous_sends: int
     #: How often the API answered it with something that nobody documents.
-    attempts: int
+    unexplained_answers: int
     #: Whether it got a later time because the API had answered from its cache.
     retimed: bool
 
 
-class GivenUp(NamedTuple):
+class EarlyLoss(NamedTuple):
     """Plays that are lost without ever waiting; they count as captured and lost."""
 
     reason: str
@@ -44,12 +44,12 @@ class Ingest(NamedTuple):
     #: Changed viewings, ``None`` for one that is dropped.
     viewings: Sequence[tuple[Key, str | None]]
     #: Journal -> offset in bytes up to which it is taken in.
-    places: Mapping[str, int]
+    offsets: Mapping[str, int]
     counts: Mapping[str, int]
     #: What the relay tells of itself with it, see :meth:`Outbox.note`.
     notes: Mapping[str, str] = {}
     #: What was lost before it could become a report.
-    losses: Sequence[GivenUp] = ()
+    losses: Sequence[EarlyLoss] = ()
     #: Changed rows of what is known of the proxy's logs, ``None`` for one that is dropped.
     proxy: Sequence[tuple[str, str | None]] = ()
     #: Reason for which its reports are lost at once instead of kept; ``""`` for none.
@@ -67,19 +67,19 @@ class Acked(NamedTuple):
     #: Time from the report's making to this answer, in ms.
     took_ms: int | None = None
     #: One of :data:`~t23_middleware.relay.history.ANSWERS`, here and below; ``""`` for none.
-    said: str = ""
+    outcome: str = ""
 
 
-class Again(NamedTuple):
+class Retry(NamedTuple):
     """The report is tried again at *due_ms* (elapsed)."""
 
     id: int
     due_ms: int
-    tries: int
-    attempts: int = 0
+    ambiguous_sends: int
+    unexplained_answers: int = 0
     #: Its new time, where it needs one.
     time_ms: int | None = None
-    said: str = ""
+    outcome: str = ""
 
 
 class Dead(NamedTuple):
@@ -88,7 +88,7 @@ class Dead(NamedTuple):
     id: int
     code: str
     answer: str
-    said: str = ""
+    outcome: str = ""
 
 
 class Lost(NamedTuple):
@@ -96,10 +96,10 @@ class Lost(NamedTuple):
 
     id: int
     reason: str
-    said: str = ""
+    outcome: str = ""
 
 
-Settlement = Acked | Again | Dead | Lost
+Settlement = Acked | Retry | Dead | Lost
 
 
 class Stats(NamedTuple):
@@ -151,7 +151,7 @@ class Snapshot(NamedTuple):
     counters: Mapping[str, int]
     losses: Sequence[Loss]
     #: Journal -> offset in bytes up to which it is taken in.
-    places: Mapping[str, int]
+    offsets: Mapping[str, int]
     #: What the relay told of itself.
     notes: Mapping[str, str]
 
@@ -159,10 +159,10 @@ class Snapshot(NamedTuple):
 class Outbox(Protocol):
     """What the relay needs of a store; every method raises :class:`OutboxError` where the store fails."""
 
-    def together(self) -> AbstractContextManager[None]:
+    def atomic(self) -> AbstractContextManager[None]:
         """What is done within happens whole or not at all, at the price of one write to the disk."""
 
-    def places(self) -> dict[str, int]:
+    def offsets(self) -> dict[str, int]:
         """Journal -> offset up to which it was taken in."""
 
     def viewings(self) -> Iterator[tuple[Key, str]]:

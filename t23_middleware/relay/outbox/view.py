@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import history
-from ..history import Fatality, History, Series, Watched
+from ..history import History, Refusal, Series, VideoFigures
 from ..report import Report
 from ..viewer import Key
-from .connection import immediate, open_beside, translated
+from .connection import immediate, open_beside, translate_errors
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, STATS
-from .tally import lose
+from .tally import drop_reports
 from .values import DeadReport, Loss, OutboxCorrupt, Snapshot, Stats, Waiting
 
 _STEPS = f"""
@@ -42,7 +42,7 @@ class OutboxView:
     """
 
     def __init__(self, path: Path) -> None:
-        with translated():
+        with translate_errors():
             self._db = open_beside(path, "ro")
 
     def __enter__(self) -> OutboxView:
@@ -57,7 +57,7 @@ class OutboxView:
             oldest = _sound(self._rows(OLDEST), int)
             counters = self._rows("SELECT name, value FROM counters")
             losses = self._rows("SELECT * FROM losses ORDER BY day, reason")
-            places = self._rows("SELECT name, offset FROM journals")
+            offsets = self._rows("SELECT name, offset FROM journals")
             notes = self._rows("SELECT name, value FROM summary")
             return Snapshot(
                 Stats(*_sound(self._rows(STATS), int, int, int, int, int)[0]),
@@ -65,14 +65,14 @@ class OutboxView:
                 oldest[0][0] if oldest else None,
                 dict(_sound(counters, str, int)),
                 [Loss(*row) for row in _sound(losses, str, str, int, int)],
-                dict(_sound(places, str, int)),
+                dict(_sound(offsets, str, int)),
                 dict(_sound(notes, str, str)),
             )
 
     def history(self, now_ms: int) -> History:
         """The last hour and the last day, and what was watched most."""
         with self._one_moment():
-            videos = [Watched(*row) for row in self._rows(_VIDEOS, now_ms // history.HOUR_MS - 23)]
+            videos = [VideoFigures(*row) for row in self._rows(_VIDEOS, now_ms // history.HOUR_MS - 23)]
             return History(
                 self._series(now_ms, *history.HOUR),
                 self._series(now_ms, *history.DAY),
@@ -80,7 +80,7 @@ class OutboxView:
                 sorted(videos, key=lambda video: video.bytes, reverse=True)[:10],
                 sorted(videos, key=lambda video: video.plays, reverse=True)[:10],
                 [
-                    Fatality(*row)
+                    Refusal(*row)
                     for row in self._rows(
                         "SELECT died_ms, host, photo_id, code, answer FROM dead ORDER BY died_ms DESC LIMIT ?",
                         history.MOST_REFUSED,
@@ -122,7 +122,7 @@ class OutboxView:
 
     @contextmanager
     def _one_moment(self) -> Iterator[None]:
-        with translated():
+        with translate_errors():
             self._db.execute("BEGIN")
             try:
                 yield
@@ -137,7 +137,7 @@ class DeadLetters:
     """
 
     def __init__(self, path: Path) -> None:
-        with translated():
+        with translate_errors():
             self._db = open_beside(path, "rw")
 
     def __enter__(self) -> DeadLetters:
@@ -161,7 +161,7 @@ class DeadLetters:
         """Give them up, counted as lost because ``purged``; the ids that there were."""
         with immediate(self._db):
             found = self._found(ids)
-            lose(self._db, "dead", [(id, "purged") for (id,) in found], now_ms)
+            drop_reports(self._db, "dead", [(id, "purged") for (id,) in found], now_ms)
         return [id for (id,) in found]
 
     def _found(self, ids: Iterable[int] | None) -> list[tuple[int]]:
