@@ -113,7 +113,7 @@ _NO_CACHE = (
 def _moved(path: str, plays: list[WaitingPlay], positions: set[tuple[int, int]]) -> Iterator[Item]:
     """A rotated file that is not followed, or that is not to be found any more."""
     waiting, siblings = {play.play for play in plays}, Siblings(Path(path))
-    for stranger in siblings.strangers()[:MOST_STRANGERS] if waiting else []:
+    for stranger in siblings.similar_files()[:MOST_STRANGERS] if waiting else []:
         if number := len(waiting & {line.play for line in last_lines(stranger)}):
             said = (
                 f"{number:,} plays wait for lines that are in {stranger}, which is none of the names that logrotate gives"

@@ -87,7 +87,7 @@ class Strips:
             reading = self._journals.read(time.monotonic_ns() - LATE_NS)
             for fact in reading.facts:
                 self._take(fact)
-            self._journals.taken(reading)
+            self._journals.committed(reading)
             more = reading.more
         self._journals.forget_removed()
         self._end_what_the_dead_left(reading.until_ns)

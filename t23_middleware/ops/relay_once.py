@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from ..relay.once import Ending, Progress, RelayOnce
+from ..relay.once import RelayOnce, RunProgress, RunResult
 from ..relay.process import stopped_by_signals
 from ..settings import Settings
 from ..state import StateFolder
@@ -32,7 +32,7 @@ def run_once(settings: Settings) -> int:
     bar = Bar()
 
     def make() -> RelayOnce:
-        return RelayOnce(settings, folder, deadline=deadline, tell=lambda progress: _show(bar, progress))
+        return RelayOnce(settings, folder, deadline=deadline, show=lambda progress: _show(bar, progress))
 
     relay, took_over = take_over(folder, make)
     try:
@@ -45,7 +45,7 @@ def run_once(settings: Settings) -> int:
     return _say(ending)
 
 
-def _say(ending: Ending) -> int:
+def _say(ending: RunResult) -> int:
     progress = ending.progress
     print(f"Sent {text.reports(progress.sent)}.")
     if progress.refused:
@@ -60,7 +60,7 @@ def _say(ending: Ending) -> int:
     return 1
 
 
-def _show(bar: Bar, progress: Progress) -> None:
+def _show(bar: Bar, progress: RunProgress) -> None:
     done = progress.sent + progress.refused + progress.lost
     total = done + progress.waiting
     figures = f"{done:,} of {total:,}" + (f", {progress.refused:,} refused" if progress.refused else "")

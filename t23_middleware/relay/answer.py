@@ -68,7 +68,7 @@ class Answer(NamedTuple):
     seconds: float
 
 
-class _Said(NamedTuple):
+class _ApiAnswer(NamedTuple):
     """An answer of the API, whatever form it came in."""
 
     ok: bool
@@ -101,46 +101,46 @@ def judge(
                                                       the API
     ================================================  =========================================================
     """
-    said = _parsed(_unpacked(body, headers.get("Content-Encoding", "")))
-    if said is not None and said.ok:
-        return Answer(said.cached, clean(said.message, session_id), 0.0)
+    answer = _parsed(_unpacked(body, headers.get("Content-Encoding", "")))
+    if answer is not None and answer.ok:
+        return Answer(answer.cached, clean(answer.message, session_id), 0.0)
     if status in (429, 503):
         raise _busy(status, headers, url)
-    raise _by_code(said, url, session_id) or _by_status(status, headers, said, url, session_id)
+    raise _by_code(answer, url, session_id) or _by_status(status, headers, answer, url, session_id)
 
 
-def _by_code(said: _Said | None, url: str, session_id: str) -> DeliveryError | None:
-    if said is None:
+def _by_code(answer: _ApiAnswer | None, url: str, session_id: str) -> DeliveryError | None:
+    if answer is None:
         return None
-    if said.code in SITE_CODES:
-        return NotAccepted(clip(f"{_remedy(said.code, url)} {_quoted(said, session_id)}"))
-    if said.code in REPORT_CODES:
-        return Refused(said.code, clean(said.message, session_id))
-    if _REPORT_CODE.fullmatch(said.code):
-        return Refused(_code(said, session_id), clean(said.message, session_id))
+    if answer.code in SITE_CODES:
+        return NotAccepted(clip(f"{_remedy(answer.code, url)} {_quoted(answer, session_id)}"))
+    if answer.code in REPORT_CODES:
+        return Refused(answer.code, clean(answer.message, session_id))
+    if _REPORT_CODE.fullmatch(answer.code):
+        return Refused(_code(answer, session_id), clean(answer.message, session_id))
     return None
 
 
 def _by_status(
-    status: int, headers: Mapping[str, str], said: _Said | None, url: str, session_id: str
+    status: int, headers: Mapping[str, str], answer: _ApiAnswer | None, url: str, session_id: str
 ) -> DeliveryError:
     if 300 <= status < 400:
         return NotAccepted(_redirected(status, headers.get("Location", ""), url, session_id))
     if status in _SITE_STATUSES:
-        return NotAccepted(clip(f"{_remedy(f'HTTP {status}', url)} {_quoted(said, session_id)}"))
-    if said is None and status < 300:
+        return NotAccepted(clip(f"{_remedy(f'HTTP {status}', url)} {_quoted(answer, session_id)}"))
+    if answer is None and status < 300:
         packed = headers.get("Content-Encoding", "").strip().casefold()
         how = (
             ""
             if packed in _READABLE
             else " and is packed in a way that can't be read here (Content-Encoding)"
         )
-        told = clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says{how}")
-        return NoAnswer(told, answered=True)
+        message = clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says{how}")
+        return NoAnswer(message, answered=True)
     if status in _BUSY_STATUSES or status >= 500:
         return _busy(status, headers, url)
-    code = (_code(said, session_id) if said else "") or f"http_{status}"
-    message = clean(said.message, session_id) if said else clip(f"{shown(url)} answered HTTP {status}")
+    code = (_code(answer, session_id) if answer else "") or f"http_{status}"
+    message = clean(answer.message, session_id) if answer else clip(f"{shown(url)} answered HTTP {status}")
     return Refused(code, message) if status in _REPORT_STATUSES else Unexplained(code, message)
 
 
@@ -220,8 +220,8 @@ def _inflated(body: bytes, window: int) -> bytes:
     return found
 
 
-def _parsed(body: bytes) -> _Said | None:
-    """What the API said, or None where it is not the API that speaks."""
+def _parsed(body: bytes) -> _ApiAnswer | None:
+    """What the API answer, or None where it is not the API that speaks."""
     if len(body) > LONGEST_ANSWER:
         return None
     # UTF-8 in and out, says the documentation; a server before it may write UTF-16 or UTF-32.
@@ -231,7 +231,7 @@ def _parsed(body: bytes) -> _Said | None:
     if status not in _STATUSES:
         return None
     cached = _text(values.get("cached")).casefold() in ("1", "true", "t")
-    return _Said(status == "ok", _text(values.get("code")), _text(values.get("message")), cached)
+    return _ApiAnswer(status == "ok", _text(values.get("code")), _text(values.get("message")), cached)
 
 
 _STATUSES = ("ok", "error")
@@ -317,14 +317,14 @@ def _date(text: str) -> datetime | None:
         return None
 
 
-def _code(said: _Said, session_id: str) -> str:
+def _code(answer: _ApiAnswer, session_id: str) -> str:
     """The code, if it looks like one."""
-    code = clean(said.code, session_id)
+    code = clean(answer.code, session_id)
     return code if len(code) <= _LONGEST_CODE and _A_CODE.fullmatch(code) else _NO_CODE * bool(code)
 
 
-def _quoted(said: _Said | None, session_id: str) -> str:
-    return "" if said is None else clean(said.message or said.code, session_id)
+def _quoted(answer: _ApiAnswer | None, session_id: str) -> str:
+    return "" if answer is None else clean(answer.message or answer.code, session_id)
 
 
 def shown(url: str) -> str:

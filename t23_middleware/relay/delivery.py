@@ -40,7 +40,7 @@ LONGEST_UNCLEAR_RETRY = 3600.0
 #: Name of the note that an API took a report, before its host.
 ACCEPTED = "accepted:"
 #: Seconds between two tries to write down, at the end, what could not be written.
-SETTLE_AGAIN = 0.1
+SETTLE_RETRY = 0.1
 #: Seconds before each further try of a report that the API refuses with a code nobody documents: over an hour in all.
 UNEXPLAINED_DELAYS = (60.0, 300.0, 900.0, 2700.0)
 #: Seconds between two log lines of reports that the same API refused with the same code.
@@ -82,13 +82,13 @@ class Delivery:
         self._elapsed_ms = (elapsed or Elapsed({}, "", monotonic)).now_ms
         self._tasks: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
-        self._came = threading.Event()
+        self._result_ready = threading.Event()
         self._claim_limit = MOST_SENDERS * CLAIMED_PER_SENDER
         self._senders: list[threading.Thread] = []
         self._breakers: dict[str, Breaker] = {}
         self._unsettled: list[Settlement] = []
         #: Report -> successes of its API when it failed last, and the seconds that it had to wait then.
-        self._setbacks: dict[int, tuple[int, float]] = {}
+        self._retry_delays: dict[int, tuple[int, float]] = {}
         self._health = healths(notes)
         self._troubles = troubles_of(notes)
         self._answered_ms: dict[str, int] = {}
@@ -97,10 +97,10 @@ class Delivery:
         self._accepted = set(self._noted_accepted)
         #: Host -> report that was its last probe: the next one is another, so that one that fails holds up no other.
         self._probed: dict[str, int] = {}
-        self._said_strange: set[str] = set()
-        self._said_no_thread = False
+        self._logged_unclear: set[str] = set()
+        self._logged_no_thread = False
         #: (Host, code) -> when a refusal was told last, and how many were not told since.
-        self._told_refused: dict[tuple[str, str], tuple[float, int]] = {}
+        self._logged_refusals: dict[tuple[str, str], tuple[float, int]] = {}
         #: How the last report failed, for whatever reason.
         self.last_failure = ""
         #: Whether the outbox could not be written at the last try.
@@ -114,14 +114,14 @@ class Delivery:
         Both in one transaction: it costs one write to the disk, and while what came back can't be written,
         nothing more is claimed, or it would be sent twice.
         """
-        self._gather()
+        self._collect_results()
         try:
             with self._outbox.atomic():
-                self._write_down()
+                self._write_settlements()
                 entries = self._claim()
                 health = self._note_health()
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
             return self.settle()  # an acknowledgement alone may find room on a full disk
         moved = bool(self._unsettled or entries)
         if self._unsettled:
@@ -139,19 +139,19 @@ class Delivery:
         """Wait until a report comes back, or *seconds*."""
         # Not SimpleQueue.get(timeout): where the thread sleeps at the wrong moment until the time is up, CPython's
         # goes on with a timeout below zero, which to its locks means for ever, and no signal ends that.
-        if self._came.wait(seconds):
-            self._came.clear()
+        if self._result_ready.wait(seconds):
+            self._result_ready.clear()
 
     def settle(self) -> bool:
         """Write down what came back; whether there was anything. What can't be written is kept and tried again."""
-        self._gather()
+        self._collect_results()
         if not self._unsettled:
             return False
         try:
             with self._outbox.atomic():
-                self._write_down()
+                self._write_settlements()
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
             return False
         self._unsettled, self._noted_accepted = [], set(self._accepted)
         return True
@@ -163,7 +163,7 @@ class Delivery:
         try:
             return any(self._breaker(host).paused is None for host in self._outbox.hosts())
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
             return True
 
     def breakers(self) -> Iterable[tuple[str, Breaker]]:
@@ -173,25 +173,25 @@ class Delivery:
     def stop(self, seconds: float) -> None:
         """Claim nothing more, and give what is under way *seconds* to come back."""
         deadline = self._monotonic() + seconds
-        self._take_back(lambda entry: True)
+        self._requeue(lambda entry: True)
         self.settle()
         while (self.in_flight or self._unsettled) and (left := deadline - self._monotonic()) > 0:
-            self.wait(min(left, SETTLE_AGAIN))
+            self.wait(min(left, SETTLE_RETRY))
             self.settle()
         for _ in self._senders:
             self._tasks.put(None)
         self._senders = []
 
-    def _write_down(self) -> None:
+    def _write_settlements(self) -> None:
         self._outbox.settle(self._unsettled, self._wall_ms())
         if new := self._accepted - self._noted_accepted:
             self._outbox.note({ACCEPTED + host: "1" for host in new})
 
-    def _gather(self) -> None:
+    def _collect_results(self) -> None:
         while not self._results.empty():
             result = self._results.get()
             self.in_flight -= 1
-            self._unsettled.append(self._judge(result)._replace(outcome=_said(result.outcome)))
+            self._unsettled.append(self._judge(result)._replace(outcome=_outcome_name(result.outcome)))
 
     def _note_health(self) -> dict[str, Health]:
         """How the APIs are, for commands and pages; written down where it changed."""
@@ -209,7 +209,7 @@ class Delivery:
         if state != WELL or answered_ms:  # else nothing is known of it yet, beside what a former relay knew
             health[host] = next_health(health.get(host), state, reason, answered_ms, now_ms)
 
-    def _take_back(self, wanted: Callable[[Entry], bool]) -> None:
+    def _requeue(self, wanted: Callable[[Entry], bool]) -> None:
         """Put back what no sender has begun, as if it had never been claimed."""
         kept = []
         while not self._tasks.empty():
@@ -221,7 +221,9 @@ class Delivery:
                 kept.append(entry)
                 continue
             self.in_flight -= 1
-            self._unsettled.append(Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers))
+            self._unsettled.append(
+                Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
+            )
         for entry in kept:
             self._tasks.put(entry)
 
@@ -233,14 +235,14 @@ class Delivery:
         while len(self._senders) < min(self.in_flight, MOST_SENDERS) and self._start_sender():
             pass
         if entries and not self._senders:
-            self._send_here()
+            self._send_without_thread()
 
     def _claim(self) -> list[Entry]:
-        self._set_at_hand()
+        self._set_claim_limit()
         room = self._claim_limit - self.in_flight
         return self._claim_allowed(room) if room > 0 else []
 
-    def _set_at_hand(self) -> None:
+    def _set_claim_limit(self) -> None:
         """Twice what was taken during the last step, or the senders of a fast API would wait for each step.
 
         It shrinks as fast as that does: with an API that fails, nothing was taken. What is at hand when the relay
@@ -279,15 +281,15 @@ class Delivery:
         try:
             sender.start()
         except (RuntimeError, MemoryError) as error:
-            self._say_no_thread(error)
+            self._log_no_thread(error)
             return False
         self._senders.append(sender)
         return True
 
-    def _send_here(self) -> None:
+    def _send_without_thread(self) -> None:
         """Send one without a thread, so that the loop comes round, and put back the others: they were not sent."""
         self._send_one(self._tasks.get())
-        self._take_back(lambda entry: True)
+        self._requeue(lambda entry: True)
 
     def _send_forever(self) -> None:
         while (entry := self._tasks.get()) is not None:
@@ -307,7 +309,7 @@ class Delivery:
                 )
                 outcome = NoAnswer(type(error).__name__)
             self._results.put(_Result(entry, outcome))
-            self._came.set()
+            self._result_ready.set()
 
     # What becomes of a report.
 
@@ -323,18 +325,18 @@ class Delivery:
                     text,
                     _for(breaker.host),
                     outcome,
-                    extra=_told("api_down", breaker.host, outcome),
+                    extra=_log_fields("api_down", breaker.host, outcome),
                 )
-            self._spare(breaker)
-            return self._unanswered(entry, outcome, self._setback(entry, breaker, outcome))
-        self._setbacks.pop(entry.id, None)
+            self._requeue_if_open(breaker)
+            return self._unanswered(entry, outcome, self._retry_delay(entry, breaker, outcome))
+        self._retry_delays.pop(entry.id, None)
         if isinstance(outcome, NotAccepted):
             return self._denied(entry, breaker, outcome)
         if isinstance(outcome, Refused) and breaker.host not in self._accepted:
             return self._denied(entry, breaker, NotAccepted(_unproven(outcome)), soon=True)
         if breaker.worked():
             text = "reports are delivered again%s"
-            log.warning(text, _for(breaker.host), extra=_told("api_back", breaker.host))
+            log.warning(text, _for(breaker.host), extra=_log_fields("api_back", breaker.host))
         self._answered_ms[breaker.host] = self._wall_ms()
         if isinstance(outcome, Answer):
             self._accepted.add(breaker.host)
@@ -350,25 +352,25 @@ class Delivery:
                 _for(breaker.host),
                 why,
                 often,
-                extra=_told("api_paused", breaker.host, why),
+                extra=_log_fields("api_paused", breaker.host, why),
             )
-        self._spare(breaker)
+        self._requeue_if_open(breaker)
         return Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
 
-    def _spare(self, breaker: Breaker) -> None:
+    def _requeue_if_open(self, breaker: Breaker) -> None:
         """What waits for a sender is no longer for an API that is left alone, its probe excepted."""
         if breaker.is_open:
-            self._take_back(lambda entry: entry.report.host == breaker.host and entry.id != breaker.probe)
+            self._requeue(lambda entry: entry.report.host == breaker.host and entry.id != breaker.probe)
 
-    def _setback(self, entry: Entry, breaker: Breaker, error: RetryLater) -> float:
+    def _retry_delay(self, entry: Entry, breaker: Breaker, error: RetryLater) -> float:
         """Seconds before *entry* is tried again. One that fails alone must not be tried each second for days."""
-        successes, seconds = self._setbacks.get(entry.id, (breaker.successes, RETRY_AFTER))
-        strange = isinstance(error, NoAnswer) and error.answered
+        successes, seconds = self._retry_delays.get(entry.id, (breaker.successes, RETRY_AFTER))
+        unclear = isinstance(error, NoAnswer) and error.answered
         if breaker.successes > successes:
-            seconds = min(seconds * 2, LONGEST_UNCLEAR_RETRY if strange else LONGEST_RETRY)
-            if strange:
-                self._say_strange(entry.report, error)
-        self._setbacks[entry.id] = breaker.successes, seconds
+            seconds = min(seconds * 2, LONGEST_UNCLEAR_RETRY if unclear else LONGEST_RETRY)
+            if unclear:
+                self._log_unclear(entry.report, error)
+        self._retry_delays[entry.id] = breaker.successes, seconds
         return seconds
 
     def _answered(self, entry: Entry, answer: Answer) -> Settlement:
@@ -383,7 +385,7 @@ class Delivery:
     def _unanswered(self, entry: Entry, error: RetryLater, seconds: float) -> Settlement:
         ambiguous = isinstance(error, NoAnswer)
         if ambiguous and not self._retry_ambiguous:
-            self._setbacks.pop(entry.id, None)
+            self._retry_delays.pop(entry.id, None)
             return Lost(entry.id, "ambiguous")
         due_ms = self._elapsed_ms() + int(seconds * 1000)
         return Retry(entry.id, due_ms, entry.ambiguous_sends + ambiguous, entry.unexplained_answers)
@@ -393,19 +395,19 @@ class Delivery:
         if isinstance(error, Unexplained) and entry.unexplained_answers < len(UNEXPLAINED_DELAYS):
             due = self._elapsed_ms() + int(UNEXPLAINED_DELAYS[entry.unexplained_answers] * 1000)
             return Retry(entry.id, due, entry.ambiguous_sends, entry.unexplained_answers + 1)
-        self._say_refused(entry.report, code, error)
+        self._log_refused(entry.report, code, error)
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])
 
-    def _say_refused(self, report: Report, code: str, error: DeliveryError) -> None:
+    def _log_refused(self, report: Report, code: str, error: DeliveryError) -> None:
         """Once an hour for each code: a site whose videos are all unknown would fill the log, and tell nothing new."""
         key, now = (report.host, code), self._monotonic()
-        told_at, number = self._told_refused.get(key, (float("-inf"), 0))
-        if now < told_at + LOG_REFUSED_EVERY:
-            self._told_refused[key] = told_at, number + 1
+        logged_at, number = self._logged_refusals.get(key, (float("-inf"), 0))
+        if now < logged_at + LOG_REFUSED_EVERY:
+            self._logged_refusals[key] = logged_at, number + 1
             return
-        if len(self._told_refused) >= MOST_CODES:
-            self._told_refused.clear()
-        self._told_refused[key] = now, 0
+        if len(self._logged_refusals) >= MOST_CODES:
+            self._logged_refusals.clear()
+        self._logged_refusals[key] = now, 0
         log.warning(
             "a report of video %s was refused%s (%s); more of that kind are told once an hour,"
             " see 't23-middleware dead list'",
@@ -422,10 +424,10 @@ class Delivery:
             },
         )
 
-    def _say_no_thread(self, error: Exception) -> None:
+    def _log_no_thread(self, error: Exception) -> None:
         """Once, until there are as many as are wanted."""
-        if not self._said_no_thread:
-            self._said_no_thread = True
+        if not self._logged_no_thread:
+            self._logged_no_thread = True
             log.error(
                 "only %d threads for sending can be started (%s); reports are delivered more slowly. Raise the limit on"
                 " tasks or memory (RLIMIT_NPROC, TasksMax=, the pod's pids limit)",
@@ -434,11 +436,11 @@ class Delivery:
                 extra={"t23_event": "no_thread", "t23_reason": str(error), "t23_count": len(self._senders)},
             )
 
-    def _say_strange(self, report: Report, error: RetryLater) -> None:
+    def _log_unclear(self, report: Report, error: RetryLater) -> None:
         """Once for each API; where none of its answers is understood, the breaker says it."""
-        if report.host in self._said_strange:
+        if report.host in self._logged_unclear:
             return
-        self._said_strange.add(report.host)
+        self._logged_unclear.add(report.host)
         log.warning(
             "a report of video %s gets an answer that is not understood, while others are taken%s (%s);"
             " it is tried again, at most once an hour in the end",
@@ -453,7 +455,7 @@ class Delivery:
             },
         )
 
-    def _say_store_fails(self, error: OutboxError) -> None:
+    def _log_store_fails(self, error: OutboxError) -> None:
         if not self.store_fails:
             self.store_fails = True
             log.error(
@@ -467,7 +469,7 @@ def _for(host: str) -> str:
     return f" for {host}" if host else ""
 
 
-def _told(event: str, host: str, error: DeliveryError | None = None) -> dict[str, str]:
+def _log_fields(event: str, host: str, error: DeliveryError | None = None) -> dict[str, str]:
     """Fields of a log line, for formatters that write them."""
     return {"t23_event": event, "t23_host": host, "t23_reason": "" if error is None else str(error)}
 
@@ -480,7 +482,7 @@ def _unproven(error: DeliveryError) -> str:
     )
 
 
-def _said(outcome: Answer | DeliveryError) -> str:
+def _outcome_name(outcome: Answer | DeliveryError) -> str:
     """The outcome as one of :data:`~t23_middleware.relay.history.ANSWERS`."""
     match outcome:
         case Answer():

@@ -37,10 +37,10 @@ CHECK_DEAD_EVERY = 1.0
 #: Name of the note that says since when journals of another version wait.
 FOREIGN_SINCE = "foreign_since"
 #: How many lines of the proxy's log are odd changes all the time, and is not worth a line of ours.
-_WITHOUT_FIGURES = re.compile(r"\d+")
+_DIGITS = re.compile(r"\d+")
 
 
-class _Look(NamedTuple):
+class _Poll(NamedTuple):
     """One look at the journals."""
 
     #: When, in ns since the epoch.
@@ -66,15 +66,15 @@ class Intake:
         self._limits = limits
         self._kernel = Kernel(settings, folder)
         self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
-        self._looked_for_dead = 0.0
+        self._dead_checked_at = 0.0
         self._minute = 0
-        self._told_awaited = False
-        self._log_problems: dict[str, str | None] = {}
+        self._noted_awaiting = False
+        self._proxy_problems: dict[str, str | None] = {}
 
     def begin(self) -> None:
         """Read on from where the outbox says."""
         #: What the outbox did not take yet, and the journals that are gone and that it still names.
-        self._in_hand: _Look | None = None
+        self._unstored: _Poll | None = None
         self._gone: list[str] = []
         self._foreign = self._folder.foreign_journals()
         self._foreign_since: dict[str, int] = json.loads(self._outbox.notes().get(FOREIGN_SINCE, "{}"))
@@ -86,57 +86,57 @@ class Intake:
             counts_type=MediaTypes(self._settings.media_types).counts,
             drain_wait_s=self._settings.drain_wait,
         )
-        self._playback.restore(self._outbox.viewings(), self._axis(), time.monotonic_ns())
+        self._playback.restore(self._outbox.viewings(), self._clock(), time.monotonic_ns())
         self._kernel.begin(self._playback.drains)
         self._journals = Journals(
             self._folder,
             self._outbox.offsets(),
-            mine=lambda: self._kernel.writer_name,
+            own_writer=lambda: self._kernel.writer_name,
             network=self._kernel.network,
         )
-        self._join = self._joining(self._outbox.proxy_rows())
+        self._join = self._make_join(self._outbox.proxy_rows())
 
-    def look(self) -> None:
+    def read(self) -> None:
         """Read on, unless the outbox did not take yet what was read last."""
-        self._looked = self._in_hand or self._read()
+        self._poll = self._unstored or self._read_sources()
 
-    def keep(self) -> bool:
+    def store(self) -> bool:
         """Judge what was read and take it into the outbox; whether anything had happened.
 
         What the outbox refuses stays in hand, for nothing is judged twice.
         """
-        batch = self._looked.batch or self._batch(self._looked.reading)
+        batch = self._poll.batch or self._batch(self._poll.reading)
         if batch.reports or batch.viewings or batch.offsets or batch.counts or batch.losses or batch.proxy:
-            self._in_hand = self._looked._replace(batch=batch)
+            self._unstored = self._poll._replace(batch=batch)
             self._limits.ingest(batch)
             crash_point("after_ingest_commit")
-            self._journals.taken(self._looked.reading)
-            self._join.taken()
-        self._in_hand = None
+            self._journals.committed(self._poll.reading)
+            self._join.committed()
+        self._unstored = None
         return bool(batch.reports or batch.viewings or batch.offsets)
 
-    def tidy(self) -> None:
+    def clean_up(self) -> None:
         """Remove what is read to the end, and write down what pages read once a minute."""
         self._gone += self._journals.remove_finished()
         self._outbox.forget_journals(self._gone)
         self._gone = []
-        self._note_foreign()
+        self._check_foreign()
         self._folder.forget_leaving()
         self._begin_minute()
 
     def retry_with_smaller_pieces(self) -> None:
         """The outbox refused what is in hand: read and judge it again where less at once may find room."""
-        if self._in_hand and self._limits.piece_bytes < self._in_hand.piece:
+        if self._unstored and self._limits.piece_bytes < self._unstored.piece:
             self.begin()
 
     def conclude(self, *, streams: bool = True) -> bool:
         """Tell what the kernel knows now of what drains, and with *streams* of those that are not over, since nobody
         may be here when they are; whether there were any."""
-        if self._in_hand:  # the next relay judges that anew, and all that follows from it
+        if self._unstored:  # the next relay judges that anew, and all that follows from it
             return False
-        self._kernel.ask(now=True)
+        self._kernel.poll(now=True)
         reports = self._playback.conclude(time.time_ns() // MS) if streams else self._playback.end_draining()
-        changed = list(self._playback.changed(self._axis()))
+        changed = list(self._playback.changed(self._clock()))
         if changed:
             counts = dict(self._playback.counts)
             self._limits.ingest(Ingest(reports, changed, {}, counts, self._notes()))
@@ -159,17 +159,17 @@ class Intake:
     @property
     def read_at_ns(self) -> int:
         """When the last look was, in ns since the epoch."""
-        return self._looked.wall_ns
+        return self._poll.wall_ns
 
     @property
     def has_more(self) -> bool:
         """Whether a backlog is left that can be read at once."""
-        return self._looked.reading.more or self._join.has_more
+        return self._poll.reading.more or self._join.has_more
 
     @property
     def has_unstored(self) -> bool:
         """Whether the outbox did not take yet what was read last."""
-        return self._in_hand is not None
+        return self._unstored is not None
 
     @property
     def awaiting_line(self) -> int:
@@ -206,32 +206,32 @@ class Intake:
 
     def check_writers_now(self) -> None:
         """With the next look, however short ago that was done."""
-        self._looked_for_dead = 0.0
+        self._dead_checked_at = 0.0
 
     # How it is read and judged.
 
-    def _joining(self, rows: Mapping[str, str]) -> ProxyJoin:
+    def _make_join(self, rows: Mapping[str, str]) -> ProxyJoin:
         """The logs that are followed, as *rows* of the outbox know them."""
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // MS
         return ProxyJoin(self._settings.proxy_log, self._playback, rows, now_ns, now_ms)
 
-    def _axis(self) -> BootClock:
+    def _clock(self) -> BootClock:
         return self._boot, time.time_ns() - time.monotonic_ns()
 
-    def _read(self) -> _Look:
+    def _read_sources(self) -> _Poll:
         wall_ns, piece = time.time_ns(), self._limits.piece_bytes
-        self._join.look(time.monotonic_ns(), wall_ns // MS)
-        self._say_log_problems()
-        self._kernel.ask()
+        self._join.read(time.monotonic_ns(), wall_ns // MS)
+        self._log_proxy_problems()
+        self._kernel.poll()
         until_ns = self._join.until(time.monotonic_ns() - LATE_NS)
-        return _Look(wall_ns, piece, self._journals.read(until_ns, piece))
+        return _Poll(wall_ns, piece, self._journals.read(until_ns, piece))
 
     def _batch(self, reading: Reading) -> Ingest:
         reports = self._judge(reading)
         counts = self._counts(reading)
         return Ingest(
             reports,
-            list(self._playback.changed(self._axis())),
+            list(self._playback.changed(self._clock())),
             reading.offsets,
             counts,
             self._notes(),
@@ -257,22 +257,22 @@ class Intake:
             else:
                 reports += self._playback.closed(fact.writer, fact.event)
                 reading.counts["declared"] += fact.event.declared
-        reports += self._end_what_the_dead_left(reading.until_ns)
-        reports += self._end_what_nobody_waits_for()
-        reports += self._join.hold(reading.until_ns)
+        reports += self._end_orphaned(reading.until_ns)
+        reports += self._end_unneeded_drains()
+        reports += self._join.retry_unmatched(reading.until_ns)
         passed_ns = time.monotonic_ns() - reading.until_ns
         return reports + self._playback.advance(reading.until_ns, (time.time_ns() - passed_ns) // MS)
 
-    def _end_what_the_dead_left(self, at_ns: int) -> list[Report]:
-        if time.monotonic() - self._looked_for_dead < CHECK_DEAD_EVERY:
+    def _end_orphaned(self, at_ns: int) -> list[Report]:
+        if time.monotonic() - self._dead_checked_at < CHECK_DEAD_EVERY:
             return []
-        self._looked_for_dead = time.monotonic()
+        self._dead_checked_at = time.monotonic()
         reports = []
         for writer, number in self.orphaned_responses():
             reports += self._playback.writer_died(writer, number, at_ns, time.time_ns() // MS)
         return reports
 
-    def _end_what_nobody_waits_for(self) -> list[Report]:
+    def _end_unneeded_drains(self) -> list[Report]:
         """Of what drains: all where the kernel can't be asked, and what workers that wait to end are done with."""
         drains = self._playback.drains
         if self._kernel.network is None:
@@ -283,7 +283,7 @@ class Intake:
             id for id in drains.ids() if drains.since_ms(id) * MS <= leaving.get(id[0].partition("-")[0], 0)
         ]
         if ids:
-            self._kernel.ask(now=True)
+            self._kernel.poll(now=True)
         return self._playback.end_draining(ids)
 
     def _counts(self, reading: Reading) -> Counter[str]:
@@ -296,8 +296,8 @@ class Intake:
         notes[DRAINING] = str(self.draining)
         notes[ACKED] = self._kernel.problem
         notes[ELSEWHERE] = str(self._writers_elsewhere())
-        if self._settings.proxy_log or self.awaiting_line or self._told_awaited:
-            self._told_awaited = self.awaiting_line > 0
+        if self._settings.proxy_log or self.awaiting_line or self._noted_awaiting:
+            self._noted_awaiting = self.awaiting_line > 0
             notes[AWAITED] = str(self.awaiting_line)
             notes[AWAITED_SINCE] = str(self._playback.awaiting_line_since_ms or 0)
         if self._join.last_line_ms:
@@ -320,9 +320,9 @@ class Intake:
 
     # What operators are told.
 
-    def _note_foreign(self) -> None:
+    def _check_foreign(self) -> None:
         """Journals of another version wait for its relay, for as long as reports may wait; each is told once."""
-        self._give_up_foreign()
+        self._drop_foreign()
         foreign = self._journals.foreign()
         if foreign == self._foreign:
             return
@@ -337,7 +337,7 @@ class Intake:
             self._folder.keep_foreign_journals(foreign)
         self._foreign = foreign
 
-    def _give_up_foreign(self) -> None:
+    def _drop_foreign(self) -> None:
         known, elapsed_ms = self._foreign_since, self._limits.elapsed_ms
         self._foreign_since = {name: known.get(name, elapsed_ms) for name in self._journals.foreign()}
         if self._foreign_since != known:
@@ -352,11 +352,11 @@ class Intake:
             )
             self._outbox.ingest(Ingest([], [], {}, {"journals_given_up": len(gone)}))
 
-    def _say_log_problems(self) -> None:
+    def _log_proxy_problems(self) -> None:
         """Each change once."""
         for path, problem in self._join.problems().items():
-            what = None if problem is None else _WITHOUT_FIGURES.sub("", problem)
-            former, self._log_problems[path] = self._log_problems.get(path), what
+            what = None if problem is None else _DIGITS.sub("", problem)
+            former, self._proxy_problems[path] = self._proxy_problems.get(path), what
             if problem is not None and what != former:
                 log.error(
                     "%s. Until then plays wait for their lines, for T23_PROXY_WAIT at most",

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 #: Bytes that are taken from one journal at a look: a backlog is taken in pieces, each its own transaction.
 PIECE = 256 << 10
 #: Bytes that are read of a new journal, to see when it begins.
-GLANCE = 16 << 10
+FIRST_READ = 16 << 10
 #: Seconds between two looks at who lives; a writer's death is no hurry.
 CHECK_WRITERS_EVERY = 0.5
 
@@ -43,7 +43,7 @@ CHECK_WRITERS_EVERY = 0.5
 ANY_TIME = -(1 << 63)
 
 #: How the name of a relay's own writer begins.
-RELAY = "relay-"
+RELAY_PREFIX = "relay-"
 _NAME = re.compile(r"([^.]+)\.(\d+)\.journal")
 #: What a line must hold to be one that can't be stored: a long number, or the escape of half a surrogate pair.
 _SUSPECT = re.compile(rb"[\[,:] ?-?\d{19}|\\u[dD]")
@@ -70,7 +70,7 @@ class Reading:
 
 
 @dataclass
-class _Journal:
+class _FollowedJournal:
     """One file that is being followed."""
 
     path: Path
@@ -88,7 +88,7 @@ class _Journal:
     def has_grown(self) -> bool:
         """Whether there is something behind the offset."""
         try:
-            return not self.is_left_alone() and owned.look_at(self.path).st_size > self.offset
+            return not self.is_unusable() and owned.look_at(self.path).st_size > self.offset
         except FileNotFoundError:
             return False
 
@@ -96,12 +96,12 @@ class _Journal:
         """Whether another version of the package wrote it, in a form that this one does not read."""
         return self.header is not None and self.header.format != FORMAT
 
-    def is_left_alone(self) -> bool:
+    def is_unusable(self) -> bool:
         """Whether this relay can do nothing with it."""
         return self.unreadable or self.is_foreign()
 
 
-class _Line(NamedTuple):
+class _ReadLine(NamedTuple):
     """A line that was read: where it ends, when it happened, and what it says or the counter of what is wrong."""
 
     end: int
@@ -109,11 +109,11 @@ class _Line(NamedTuple):
     what: Line | str
 
 
-class _Piece(NamedTuple):
+class _JournalPiece(NamedTuple):
     """Lines of one journal; whether *more* follow, and whether there is a *rest* that is not a line yet."""
 
-    journal: _Journal
-    lines: list[_Line]
+    journal: _FollowedJournal
+    lines: list[_ReadLine]
     more: bool
     rest: bool
 
@@ -126,7 +126,7 @@ class _Piece(NamedTuple):
 class Journals:
     """The folder of journals; *offsets* says up to where each was taken in already.
 
-    *mine* gives the name of this process's own writer, ``""`` where it has none. *network* is the inode of the network
+    *own_writer* gives the name of this process's own writer, ``""`` where it has none. *network* is the inode of the network
     namespace whose connections the kernel can be asked about; what is told of others is left out.
     """
 
@@ -135,20 +135,20 @@ class Journals:
         folder: StateFolder,
         offsets: dict[str, int],
         *,
-        mine: Callable[[], str] = str,
+        own_writer: Callable[[], str] = str,
         network: int | None = None,
     ) -> None:
         self._folder = folder
-        self._mine = mine
+        self._own_writer = own_writer
         self._network = network
         self._offsets = offsets
-        self._followed: dict[str, _Journal] = {}
+        self._followed: dict[str, _FollowedJournal] = {}
         self._newest: dict[str, int] = {}
         self._boot = boot_id()
         # Taken once: two clocks that are asked one after the other are never as far apart twice.
         self._ahead_ns = time.time_ns() - time.monotonic_ns()
-        self._living: set[str] = set()
-        self._looked = 0.0
+        self._live: set[str] = set()
+        self._checked_at = 0.0
 
     def read(self, until_ns: int, size: int = PIECE) -> Reading:
         """Whole lines that are not younger than *until_ns* (CLOCK_MONOTONIC), merged in their order.
@@ -164,18 +164,18 @@ class Journals:
         pieces, horizon = self._pieces(until_ns, size)
         reading = Reading(horizon)
         for piece in pieces:
-            self._take(piece, reading)
+            self._add_lines(piece, reading)
         reading.facts.sort(key=lambda fact: fact.at_ns)
         return reading
 
-    def taken(self, reading: Reading) -> None:
+    def committed(self, reading: Reading) -> None:
         """The outbox has *reading*: go on behind it."""
         for name, offset in reading.offsets.items():
             self._followed[name].offset = offset
 
     def live_writers(self) -> list[Writer]:
         """Headers of the writers that live, the newest-started last; relays' own are none."""
-        living = self._workers()
+        living = self._live_workers()
         headers = {j.writer: j.header for j in self._followed.values() if j.header and j.writer in living}
         return sorted(headers.values(), key=lambda header: header.started_ms)
 
@@ -187,10 +187,10 @@ class Journals:
 
     def has_live_writer(self) -> bool:
         """Whether any writer lives, whatever it wrote; relays' own are none."""
-        return bool(self._workers())
+        return bool(self._live_workers())
 
-    def _workers(self) -> set[str]:
-        return {name for name in self._living if not name.startswith(RELAY)}
+    def _live_workers(self) -> set[str]:
+        return {name for name in self._live if not name.startswith(RELAY_PREFIX)}
 
     def dead_writers(self, among: Iterable[str]) -> set[str]:
         """Those of *among* that died and of whom everything is read."""
@@ -198,9 +198,9 @@ class Journals:
         unread = {
             journal.writer
             for journal in self._followed.values()
-            if not journal.at_end or journal.is_left_alone()
+            if not journal.at_end or journal.is_unusable()
         }
-        return {writer for writer in among if writer not in self._living and writer not in unread}
+        return {writer for writer in among if writer not in self._live and writer not in unread}
 
     def remove_finished(self) -> list[str]:
         """Unlink the journals that nobody writes any more and that are read to the end; names without a file.
@@ -242,7 +242,7 @@ class Journals:
         gone = []
         for name in names:
             journal = self._followed[name]
-            if journal.writer not in self._living:
+            if journal.writer not in self._live:
                 owned.remove(journal.path)
                 del self._followed[name]
                 gone.append(name)
@@ -253,7 +253,7 @@ class Journals:
         return all(journal.at_end for journal in self._followed.values())
 
     def has_news(self, *, of_writers: bool = True) -> bool:
-        """Whether anything was written that :meth:`taken` does not know of or, with *of_writers*, a writer lives."""
+        """Whether anything was written that :meth:`committed` does not know of or, with *of_writers*, a writer lives."""
         self._check_writers()
         self._find()
         return (of_writers and self.has_live_writer()) or any(
@@ -265,13 +265,13 @@ class Journals:
 
         That one lives may be remembered for a while. That one is dead may not: it may only now have begun.
         """
-        if time.monotonic() - self._looked >= CHECK_WRITERS_EVERY:
-            self._looked = time.monotonic()
-            self._living.clear()
+        if time.monotonic() - self._checked_at >= CHECK_WRITERS_EVERY:
+            self._checked_at = time.monotonic()
+            self._live.clear()
         # Our own lock must not be looked at: that would give it up (see hold_lock).
-        self._living = self._workers() | {name for name in (self._mine(),) if name}
+        self._live = self._live_workers() | {name for name in (self._own_writer(),) if name}
         names = {name.removesuffix(".lock") for name in owned.names(self._folder.journals, ".lock")}
-        self._living |= {name for name in names - self._living if lock_is_held(self._lock_of(name))}
+        self._live |= {name for name in names - self._live if lock_is_held(self._lock_of(name))}
 
     def _lock_of(self, writer: str) -> Path:
         return self._folder.journals / f"{writer}.lock"
@@ -281,13 +281,13 @@ class Journals:
             if name not in self._followed and (parts := _NAME.fullmatch(name)):
                 offset = max(self._offsets.pop(name, 0), 0)  # one flipped bit makes it negative
                 path = self._folder.journals / name
-                self._followed[name] = _Journal(path, parts[1], int(parts[2]), offset)
+                self._followed[name] = _FollowedJournal(path, parts[1], int(parts[2]), offset)
 
-    def _pieces(self, until_ns: int, size: int) -> tuple[list[_Piece], int]:
+    def _pieces(self, until_ns: int, size: int) -> tuple[list[_JournalPiece], int]:
         """The next lines of all, and up to when they tell all; what begins later than that is not even read."""
         for journal in self._followed.values():
             if journal.next_ns is None:
-                journal.next_ns = self._begins_ns(journal, until_ns)
+                journal.next_ns = self._first_time_ns(journal, until_ns)
         pieces, horizon = [], until_ns
         for journal in sorted(self._followed.values(), key=_next_ns):
             if _next_ns(journal) <= horizon:
@@ -295,32 +295,32 @@ class Journals:
                 horizon = pieces[-1].reaches(horizon)
         return pieces, horizon
 
-    def _begins_ns(self, journal: _Journal, until_ns: int) -> int:
-        lines = self._piece(journal, until_ns, GLANCE).lines
+    def _first_time_ns(self, journal: _FollowedJournal, until_ns: int) -> int:
+        lines = self._piece(journal, until_ns, FIRST_READ).lines
         return next((line.at_ns for line in lines if line.at_ns != ANY_TIME), ANY_TIME)
 
-    def _piece(self, journal: _Journal, until_ns: int, size: int) -> _Piece:
+    def _piece(self, journal: _FollowedJournal, until_ns: int, size: int) -> _JournalPiece:
         """The next lines of one journal, without taking them."""
         data = self._read_bytes(journal, size)
-        lines: list[_Line] = []
+        lines: list[_ReadLine] = []
         start, at_ns = 0, ANY_TIME
         while (end := data.find(b"\n", start)) >= 0:
             what = _read_line(data[start:end])
             if isinstance(what, Event):
-                what, at_ns = self._on_our_axis(journal, what, until_ns)
+                what, at_ns = self._on_our_clock(journal, what, until_ns)
             start = end + 1
-            lines.append(_Line(journal.offset + start, at_ns, what))
+            lines.append(_ReadLine(journal.offset + start, at_ns, what))
         more, rest = len(data) == size, start < len(data)
         if rest and self._is_torn(journal, len(data) - start, more):
             rest = False
-            lines.append(_Line(journal.offset + len(data), at_ns, "journal_torn"))
-        return _Piece(journal, lines, more, rest)
+            lines.append(_ReadLine(journal.offset + len(data), at_ns, "journal_torn"))
+        return _JournalPiece(journal, lines, more, rest)
 
-    def _is_torn(self, journal: _Journal, length: int, more: bool) -> bool:
+    def _is_torn(self, journal: _FollowedJournal, length: int, more: bool) -> bool:
         """Whether what has no end will never be a line: no line of ours is so long, or nobody will end it."""
         return length > LONGEST_LINE or not (more or self._is_being_written(journal))
 
-    def _take(self, piece: _Piece, reading: Reading) -> None:
+    def _add_lines(self, piece: _JournalPiece, reading: Reading) -> None:
         """Move the lines of *piece* into *reading*, up to the time that it tells of."""
         taken = 0
         for line in piece.lines:
@@ -328,21 +328,21 @@ class Journals:
                 break
             taken += 1
             reading.offsets[piece.journal.path.name] = line.end
-            self._put(line, piece.journal, reading)
+            self._add_line(line, piece.journal, reading)
         all_taken = taken == len(piece.lines)
         piece.journal.next_ns = ANY_TIME if all_taken else piece.lines[taken].at_ns
         piece.journal.at_end = all_taken and not piece.more and not piece.rest
         reading.more = reading.more or (all_taken and piece.more)
 
-    def _put(self, line: _Line, journal: _Journal, reading: Reading) -> None:
+    def _add_line(self, line: _ReadLine, journal: _FollowedJournal, reading: Reading) -> None:
         if isinstance(line.what, str):
             reading.counts[line.what] += line.what != "blank"
         elif isinstance(line.what, Counts):
             reading.counts.update(line.what.counts)
         elif isinstance(line.what, Event):
-            self._put_event(line.at_ns, line.what, journal, reading)
+            self._add_event(line.at_ns, line.what, journal, reading)
 
-    def _put_event(self, at_ns: int, what: Event, journal: _Journal, reading: Reading) -> None:
+    def _add_event(self, at_ns: int, what: Event, journal: _FollowedJournal, reading: Reading) -> None:
         """Of another network namespace nothing can be asked, and of another boot nothing any more."""
         header = journal.header
         known = header is not None and self._network is not None and header.network == self._network
@@ -353,7 +353,7 @@ class Journals:
                 reading.counts["unknown_end"] += 1
             reading.facts.append(Fact(at_ns, journal.writer, without_connection(what)))
 
-    def _read_bytes(self, journal: _Journal, size: int) -> bytes:
+    def _read_bytes(self, journal: _FollowedJournal, size: int) -> bytes:
         unreadable, journal.unreadable = journal.unreadable, False
         try:
             with os.fdopen(owned.open_file(journal.path, os.O_RDONLY), "rb") as file:
@@ -375,7 +375,7 @@ class Journals:
                 )
             return b""
 
-    def _read_from(self, file: BinaryIO, journal: _Journal, size: int) -> bytes:
+    def _read_from(self, file: BinaryIO, journal: _FollowedJournal, size: int) -> bytes:
         length = os.fstat(file.fileno()).st_size
         if journal.offset > length:
             journal.offset = length  # a power cut took what had been taken in already
@@ -386,12 +386,12 @@ class Journals:
         file.seek(journal.offset)
         return file.read(size)
 
-    def _read_header(self, journal: _Journal, line: bytes) -> None:
+    def _read_header(self, journal: _FollowedJournal, line: bytes) -> None:
         header = _read_line(line.rstrip(b"\n"))
         if isinstance(header, Writer):
             journal.header = header
 
-    def _on_our_axis(self, journal: _Journal, what: Event, until_ns: int) -> tuple[Event, int]:
+    def _on_our_clock(self, journal: _FollowedJournal, what: Event, until_ns: int) -> tuple[Event, int]:
         """Lines of another boot are placed by their wall clock: the monotonic one began anew."""
         header, now_ns = journal.header, time.monotonic_ns()
         if header is not None and header.boot != self._boot:
@@ -400,20 +400,20 @@ class Journals:
         # A time that has not come yet is another clock's: it would hold up the journal until it comes.
         return what, at_ns if at_ns <= now_ns else until_ns
 
-    def _is_being_written(self, journal: _Journal) -> bool:
+    def _is_being_written(self, journal: _FollowedJournal) -> bool:
         """Whether its writer lives and is less than two rotations on.
 
         One rotation is not enough: a thread may hold the file before the last for a line that it is about to write.
         """
-        return journal.writer in self._living and self._newest[journal.writer] < journal.sequence + 2
+        return journal.writer in self._live and self._newest[journal.writer] < journal.sequence + 2
 
-    def _is_finished(self, journal: _Journal) -> bool:
+    def _is_finished(self, journal: _FollowedJournal) -> bool:
         """Read to the end, and nobody writes it any more."""
-        return journal.at_end and not journal.is_left_alone() and not self._is_being_written(journal)
+        return journal.at_end and not journal.is_unusable() and not self._is_being_written(journal)
 
     def _remove_locks(self) -> None:
         """Locks of dead writers without a journal. Taken before they go: a writer may be about to begin with one."""
-        writing = {journal.writer for journal in self._followed.values()} | self._living
+        writing = {journal.writer for journal in self._followed.values()} | self._live
         for name in owned.names(self._folder.journals, ".lock"):
             if name.removesuffix(".lock") in writing:
                 continue
@@ -432,7 +432,7 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _next_ns(journal: _Journal) -> int:
+def _next_ns(journal: _FollowedJournal) -> int:
     return ANY_TIME if journal.next_ns is None else journal.next_ns
 
 

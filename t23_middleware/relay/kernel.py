@@ -21,13 +21,13 @@ from ..version import VERSION
 from .crash import crash_point
 from .drains import Drains, WatchedConnection
 from .health import BY_PROXY, OFF
-from .journals import RELAY
+from .journals import RELAY_PREFIX
 from .sock_diag import Listener, Row, dump
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two dumps at least, and the part of the time that they may take.
-ASK_EVERY = 0.2
+DUMP_EVERY = 0.2
 SHARE = 0.05
 #: Ends are kept for so many seconds, and so many of them: the open line may not be read yet.
 KEEP_ENDS = 60.0
@@ -48,7 +48,7 @@ class _End(NamedTuple):
 
 
 @dataclass
-class _Seen:
+class _DumpState:
     """What dumps told of a connection."""
 
     #: When the last did that had it; 0 for never.
@@ -66,7 +66,7 @@ class _Seen:
 class Kernel:
     """What the kernel tells of connections, for one relay on *folder*.
 
-    Call :meth:`begin` before journals are read, then :meth:`ask` at each look; :meth:`stop` at the end. Nothing here
+    Call :meth:`begin` before journals are read, then :meth:`poll` at each look; :meth:`stop` at the end. Nothing here
     raises: where the kernel tells nothing, :attr:`problem` says why, and responses end with the server's count.
     """
 
@@ -78,11 +78,11 @@ class Kernel:
         self._changing = threading.Lock()
         #: Cookie -> how it ended; the oldest first. Which of them matter, an open line may tell later.
         self._ends: dict[int, _End] = {}
-        self._heard_since_ns = 0
-        #: Port -> since when its connections are heard; others since :attr:`_heard_since_ns`.
+        self._listening_since_ns = 0
+        #: Port -> since when its connections are heard; others since :attr:`_listening_since_ns`.
         self._ports: dict[int, int] = {}
         #: Cookie -> what dumps told of it.
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, _DumpState] = {}
         self._next_dump = 0.0
         self._dump_fails = False
         #: Why the kernel can't be asked; empty where it can.
@@ -104,18 +104,18 @@ class Kernel:
             self._listen()
 
     def _listen(self) -> None:
-        self._writer = JournalWriter(self._folder, VERSION, self._digest, prefix=RELAY)
-        self._heard_since_ns, self._ports = time.monotonic_ns(), {}
+        self._writer = JournalWriter(self._folder, VERSION, self._digest, prefix=RELAY_PREFIX)
+        self._listening_since_ns, self._ports = time.monotonic_ns(), {}
         try:
             dump([1])
-            self._listener = Listener(self._heard, self._missed)
+            self._listener = Listener(self._on_destroyed, self._on_missed)
         except OSError as error:
-            self._say_problem(error)
+            self._log_problem(error)
         else:
             self.problem = ""
             self.network = network_namespace()
 
-    def _say_problem(self, error: OSError) -> None:
+    def _log_problem(self, error: OSError) -> None:
         new, self.problem = not self.problem, str(error.strerror or error)
         if new:
             log.warning(
@@ -134,12 +134,12 @@ class Kernel:
 
     # What is asked; in the relay's own thread.
 
-    def ask(self, *, now: bool = False) -> None:
+    def poll(self, *, now: bool = False) -> None:
         """Look after what drains: by a dump where one is due, or *now*."""
         if self._listener is None:
             return
         self._writer.try_again()
-        self._let_through(self._listener)
+        self._filter_ports(self._listener)
         with self._changing:
             ends = {cookie: self._ends.get(cookie) for cookie in self._drains.take_new()}
         for cookie, end in ends.items():
@@ -149,14 +149,14 @@ class Kernel:
             began = time.perf_counter()
             self._dump()
             took = time.perf_counter() - began
-            self._next_dump = time.monotonic() + max(ASK_EVERY, took / SHARE)
+            self._next_dump = time.monotonic() + max(DUMP_EVERY, took / SHARE)
 
-    def _let_through(self, listener: Listener) -> None:
+    def _filter_ports(self, listener: Listener) -> None:
         """Hear of the apps' ports alone. Before the first is known, all are heard."""
         new = self._drains.ports - self._ports.keys()
         if not new:
             return
-        since_ns = self._heard_since_ns
+        since_ns = self._listening_since_ns
         try:
             listener.filter_ports(self._drains.ports | self._ports.keys())
             if self._ports:
@@ -183,7 +183,7 @@ class Kernel:
             self._dump_fails = True
             return
         self._dump_fails = False
-        self._seen = {cookie: self._seen.get(cookie) or _Seen() for cookie in draining}
+        self._seen = {cookie: self._seen.get(cookie) or _DumpState() for cookie in draining}
         for cookie, responses in draining.items():
             if cookie in rows:
                 self._found(rows[cookie], responses, at_ns)
@@ -210,7 +210,7 @@ class Kernel:
     def _not_found(self, cookie: int, responses: list[WatchedConnection]) -> None:
         """Its end was missed, or its socket is closed but for the server, which will close it: then that is heard."""
         seen, now_ns = self._seen[cookie], time.monotonic_ns()
-        since_ns = self._ports.get(responses[0].port, self._heard_since_ns)
+        since_ns = self._ports.get(responses[0].port, self._listening_since_ns)
         would_hear = seen.at_ns > since_ns or min(each.started_ns for each in responses) > since_ns
         seen.missed += 1
         if seen.missed == 1:
@@ -222,15 +222,15 @@ class Kernel:
 
     # What is heard; in the listener's thread.
 
-    def _heard(self, row: Row) -> None:
+    def _on_destroyed(self, row: Row) -> None:
         end = _End(time.monotonic_ns(), None if row.info is None else row.info.acked)
         with self._changing:
-            self._keep(row.cookie, end)
+            self._keep_end(row.cookie, end)
             known = row.cookie in self._drains.cookies
         if known:
             self._write(row.cookie, end.acked, end.at_ns, gone=1)
 
-    def _keep(self, cookie: int, end: _End) -> None:
+    def _keep_end(self, cookie: int, end: _End) -> None:
         self._ends[cookie] = end
         while self._ends:
             oldest = next(iter(self._ends))
@@ -238,10 +238,10 @@ class Kernel:
                 break
             del self._ends[oldest]
 
-    def _missed(self) -> None:
+    def _on_missed(self) -> None:
         with self._changing:
-            self._heard_since_ns = time.monotonic_ns()
-            self._ports = dict.fromkeys(self._ports, self._heard_since_ns)
+            self._listening_since_ns = time.monotonic_ns()
+            self._ports = dict.fromkeys(self._ports, self._listening_since_ns)
 
     def _write(self, cookie: int, acked: int | None, at_ns: int, *, gone: int) -> None:
         at_ms = time.time_ns() // MS

@@ -15,10 +15,10 @@ from .process import POLL, STORE_RETRY, Relay
 #: Seconds without any movement after which what is left is left: its next try is not soon.
 QUIET = 3.0
 #: Seconds between two looks at the figures.
-TELL_EVERY = 0.25
+SHOW_EVERY = 0.25
 
 
-class Progress(NamedTuple):
+class RunProgress(NamedTuple):
     """How far the run is, in reports."""
 
     waiting: int
@@ -27,10 +27,10 @@ class Progress(NamedTuple):
     lost: int
 
 
-class Ending(NamedTuple):
+class RunResult(NamedTuple):
     """How the run ended."""
 
-    progress: Progress
+    progress: RunProgress
     #: Why something is left, in one sentence; empty where nothing is.
     why: str
 
@@ -42,48 +42,50 @@ class RelayOnce(Relay):
     """
 
     def __init__(
-        self, settings: Settings, folder: StateFolder, *, deadline: float, tell: Callable[[Progress], None]
+        self, settings: Settings, folder: StateFolder, *, deadline: float, show: Callable[[RunProgress], None]
     ) -> None:
         super().__init__(settings, folder, automatic=False)
         self._deadline = deadline
-        self._tell = tell
-        self._told = 0.0
+        self._show = show
+        self._shown_at = 0.0
         self._first: Stats | None = None
-        self._took_all = False
+        self._ingested_all = False
         self._why = ""
 
-    def run_once(self) -> Ending:
+    def run_once(self) -> RunResult:
         """Work until nothing is left, the API refuses, or the deadline."""
         self.run()
-        return Ending(self._progress, "" if self._took_all and not self._progress.waiting else self._why)
+        return RunResult(
+            self._progress, "" if self._ingested_all and not self._progress.waiting else self._why
+        )
 
     def _work_while_needed(self) -> None:
         self._begin()
         self._first = self._first or self._outbox.stats()
-        self._take_in_all()
+        self._ingest_all()
         self._outbox.make_due()
         self._deliver()
         # An answer that does not come in time is the next relay's: the report may have arrived, and is sent again.
         self._delivery.stop(max(min(self._settings.exit_seconds, self._left()), 0.0))
-        self._say_progress()
+        self._show_progress()
         self._end()
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
-    def _take_in_all(self) -> None:
+    def _ingest_all(self) -> None:
         """All that the journals held when this run began, and what dead writers left open."""
         begun_ns = time.monotonic_ns()
         while not self._ending and self._left() > self._settings.exit_seconds:
             read_to_ns = time.monotonic_ns() - LATE_NS
-            pause = self._take_in()
-            self._took_all = pause == POLL and read_to_ns >= begun_ns
-            if self._took_all or pause == STORE_RETRY:
+            pause = self._ingest()
+            self._ingested_all = pause == POLL and read_to_ns >= begun_ns
+            if self._ingested_all or pause == STORE_RETRY:
                 break
             time.sleep(pause)
         self._intake.check_writers_now()
-        self._take_in()
-        self._took_all = self._took_all and not self._store_fails
+        self._ingest()
+        self._ingested_all = self._ingested_all and not self._store_fails
         self._conclude(streams=not self._intake.has_live_writer())
 
     def _deliver(self) -> None:
@@ -91,7 +93,7 @@ class RelayOnce(Relay):
         while True:
             if self._delivery.step() or self._delivery.in_flight:
                 moved = time.monotonic()
-            self._tell_sometimes()
+            self._show_sometimes()
             if self._is_over(moved):
                 return
             self._delivery.wait(0.02)
@@ -120,14 +122,14 @@ class RelayOnce(Relay):
         found = [breaker.paused or breaker.failure for breaker in waiting if breaker and breaker.is_open]
         return list(dict.fromkeys(found)) if len(found) == len(waiting) else []
 
-    def _tell_sometimes(self) -> None:
-        if time.monotonic() - self._told >= TELL_EVERY:
-            self._say_progress()
-            self._told = time.monotonic()
+    def _show_sometimes(self) -> None:
+        if time.monotonic() - self._shown_at >= SHOW_EVERY:
+            self._show_progress()
+            self._shown_at = time.monotonic()
 
-    def _say_progress(self) -> None:
+    def _show_progress(self) -> None:
         first, now = self._first or self._outbox.stats(), self._outbox.stats()
-        self._progress = Progress(
+        self._progress = RunProgress(
             now.waiting, now.sent - first.sent, now.dead - first.dead, now.lost - first.lost
         )
-        self._tell(self._progress)
+        self._show(self._progress)

@@ -56,15 +56,15 @@ class Relay:
         self._folder = folder
         self._automatic = automatic
         self._ending = False
-        self._told_to_stop = False
+        self._stop_requested = False
         self._outdated = False
         #: When it was seen that our files are gone, or others now.
         self._replaced_at: float | None = None
         #: How often it was started in vain before, as the workers count it.
-        self._tries: bytes | None = None
+        self._failed_starts: bytes | None = None
         self._store_fails = False
-        self._say_again = 0.0
-        self._moved = time.monotonic()
+        self._log_again_at = 0.0
+        self._last_progress = time.monotonic()
         self._release = Release()
         self.watchdog = Watchdog(settings.exit_seconds)
         folder.create()
@@ -75,22 +75,22 @@ class Relay:
         try:
             self._run()
         except Exception:
-            if self._tries:  # else each start would count as the first, however often it fails
+            if self._failed_starts:  # else each start would count as the first, however often it fails
                 with suppress(OSError):
-                    owned.replace(self._folder.relay_start, self._tries)
+                    owned.replace(self._folder.relay_start, self._failed_starts)
             raise
 
     def _run(self) -> None:
-        mended = False
+        repaired = False
         while True:
             try:
                 with self._opened():
                     return self._work_while_needed()
             except OutboxCorrupt as error:
                 log.error("%s", error, extra={"t23_event": "outbox_corrupt"})
-                if mended:  # it was opened again since, and what is wrong with it was not found
+                if repaired:  # it was opened again since, and what is wrong with it was not found
                     set_aside(self._folder.outbox, error)
-                mended = not mended
+                repaired = not repaired
 
     def _work_while_needed(self) -> None:
         self._work()
@@ -103,7 +103,7 @@ class Relay:
 
     def stop(self) -> None:
         """End after what is in flight; safe in a signal handler."""
-        self._ending = self._told_to_stop = True
+        self._ending = self._stop_requested = True
 
     def _work(self) -> None:
         """All that is done with the lock held, which is given up at the end."""
@@ -113,16 +113,16 @@ class Relay:
             self.watchdog.loop_ran()
             now = time.monotonic()
             if now >= next_look:
-                next_look = now + self._take_in()
-            self._rest()
+                next_look = now + self._ingest()
+            self._pause()
             if self._limits.log_is_full:
                 self._delivery.settle()
                 self._delivery.wait(STORE_RETRY)
             elif not self._ending and not self._delivery.step():
                 self._delivery.wait(max(next_look - time.monotonic(), 0.001))
             if self._delivery.in_flight:
-                self._moved = now
-        if self._told_to_stop and self._conclude():
+                self._last_progress = now
+        if self._stop_requested and self._conclude():
             self._delivery.step()
         self._delivery.stop(self._settings.exit_seconds)
         self._end()
@@ -132,12 +132,12 @@ class Relay:
         try:
             self._intake.end()
         except (OutboxError, OSError) as error:
-            self._say_store_fails(error)
-        self._say_whether_finished()
-        self._say_who_holds(self._lock, left=not self._outdated and self._replaced_at is None)
+            self._log_store_fails(error)
+        self._remove_unfinished_mark()
+        self._write_holder(self._lock, left=not self._outdated and self._replaced_at is None)
         os.close(self._lock)
 
-    def _rest(self) -> None:
+    def _pause(self) -> None:
         until = time.monotonic() + self._limits.pause_seconds()
         while not self._ending and time.monotonic() < until:
             self.watchdog.loop_ran()
@@ -149,45 +149,45 @@ class Relay:
         self._outbox.recover_leases(self._settings.retry_ambiguous, _wall_ms())
         # It works: a relay that is killed from here on was not started in vain.
         with suppress(OSError):
-            self._tries = self._tries or owned.read(self._folder.relay_start)
+            self._failed_starts = self._failed_starts or owned.read(self._folder.relay_start)
             owned.remove(self._folder.relay_start)
         self._intake.begin()
 
-    def _take_in(self) -> float:
+    def _ingest(self) -> float:
         """Journals into the outbox; seconds until the next look."""
-        if not self._keep_bounds():
+        if not self._enforce_limits():
             self._ending = self._ending or self._must_end()
             return STORE_RETRY
         try:
-            self._intake.look()
+            self._intake.read()
             if self._must_end():
                 self._ending = True
                 return 0.0
-            if self._intake.keep():
-                self._moved = time.monotonic()
-                self._ending = self._ending or self._gives_way()
-            self._intake.tidy()
+            if self._intake.store():
+                self._last_progress = time.monotonic()
+                self._ending = self._ending or self._must_give_way()
+            self._intake.clean_up()
             if self._settings.ephemeral:
-                self._say_delivered(self._intake.read_at_ns)
+                self._touch_delivered(self._intake.read_at_ns)
         except (OutboxError, OSError) as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
             self._intake.retry_with_smaller_pieces()
             return STORE_RETRY
-        self._store_fails, self._tries = False, None
+        self._store_fails, self._failed_starts = False, None
         return 0.0 if self._intake.has_more else POLL
 
-    def _keep_bounds(self) -> bool:
+    def _enforce_limits(self) -> bool:
         """Whether there is room for more."""
         try:
             self._limits.enforce()
             if self._limits.has_room():
                 return True
-            self._say_store_fails(OutboxFull("the disk is full"))
+            self._log_store_fails(OutboxFull("the disk is full"))
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
         return False
 
-    def _say_delivered(self, until_ns: int) -> None:
+    def _touch_delivered(self, until_ns: int) -> None:
         """Workers that end look at this file's time, and go when all that they wrote is delivered."""
         if not self._intake.all_read() or self._intake.awaiting_line:
             return
@@ -199,13 +199,13 @@ class Relay:
             return False
         stays = LEAVE_AWAITING_AFTER if self._intake.awaiting_line else LEAVE_AFTER
         living = self._intake.has_live_writer()
-        if time.monotonic() - self._moved < stays or (living and self._replaced_at is None):
+        if time.monotonic() - self._last_progress < stays or (living and self._replaced_at is None):
             return False
         if not self._intake.all_read() or self._intake.orphaned_responses() or self._delivery.can_deliver():
             return False
         return living or not self._conclude()
 
-    def _gives_way(self) -> bool:
+    def _must_give_way(self) -> bool:
         """Whether, replaced for long, it ends in the midst of work: a worker that writes now starts another."""
         if not self._automatic or self._replaced_at is None:
             return False
@@ -217,9 +217,9 @@ class Relay:
         try:
             told = self._intake.conclude(streams=streams)
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
             return False
-        self._moved = time.monotonic()
+        self._last_progress = time.monotonic()
         return told
 
     def _must_end(self) -> bool:
@@ -232,7 +232,7 @@ class Relay:
             )
             return True
         if self._release.is_replaced():
-            self._say_replaced()
+            self._log_replaced()
         if self._automatic and self._is_outdated():
             log.info(
                 "a worker wants a relay of another version or release, or with other settings; this one ends",
@@ -242,7 +242,7 @@ class Relay:
             return True
         return False
 
-    def _say_replaced(self) -> None:
+    def _log_replaced(self) -> None:
         """Once. All that it needs is in memory, so an automatic relay first does what there is to do."""
         if self._replaced_at is None:
             self._replaced_at = time.monotonic()
@@ -305,22 +305,22 @@ class Relay:
             client.close()
             self._outbox.close()
 
-    def _say_whether_finished(self) -> None:
+    def _remove_unfinished_mark(self) -> None:
         """Still with the lock: the next relay's word must not be taken back."""
         try:
             if not self._outbox.stats().waiting and not self._intake.awaiting_line:
                 owned.remove(self._folder.unfinished)
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
 
     def _make_intake(self) -> Intake:
         return Intake(self._settings, self._folder, self._outbox, self._limits)
 
-    def _say_store_fails(self, error: OutboxError | OSError) -> None:
+    def _log_store_fails(self, error: OutboxError | OSError) -> None:
         new, self._store_fails = not self._store_fails, True
         # On a disk that is almost full some of it can be written.
-        if new and time.monotonic() >= self._say_again:
-            self._say_again = time.monotonic() + LOG_AGAIN_EVERY
+        if new and time.monotonic() >= self._log_again_at:
+            self._log_again_at = time.monotonic() + LOG_AGAIN_EVERY
             log.error(
                 "%s; until it can be written, what the workers write waits in their journals",
                 error,
@@ -334,10 +334,10 @@ class Relay:
             raise StateError(f"{self._folder.relay_lock} can't be locked: {error.strerror}") from error
         if lock is None:
             raise AnotherRelay
-        self._say_who_holds(lock, left=False)
+        self._write_holder(lock, left=False)
         return lock
 
-    def _say_who_holds(self, lock: int, *, left: bool) -> None:
+    def _write_holder(self, lock: int, *, left: bool) -> None:
         digest = self._settings.relay_digest()
         holder = Holder(os.getpid(), VERSION, digest, self._automatic, left, pid_namespace())
         text = json.dumps(holder._asdict()).encode()
@@ -350,7 +350,7 @@ class Relay:
             self._lock = self._take_lock()
         except AnotherRelay:
             return False
-        self._moved = time.monotonic()
+        self._last_progress = time.monotonic()
         return True
 
 
@@ -358,12 +358,12 @@ def run_relay(settings: Settings, *, automatic: bool) -> None:
     """A relay in this process until it is told to stop. Raises :class:`AnotherRelay`."""
     os.umask(0o077)
     import_all()
-    relay = _made(settings, StateFolder(settings.state_path()), automatic)
+    relay = _new_relay(settings, StateFolder(settings.state_path()), automatic)
     with relay.watchdog.watching(), stopped_by_signals(relay.stop):
         relay.run()
 
 
-def _made(settings: Settings, folder: StateFolder, automatic: bool) -> Relay:
+def _new_relay(settings: Settings, folder: StateFolder, automatic: bool) -> Relay:
     """The relay, as soon as one that must leave for it has left."""
     until = time.monotonic() + SUCCEED_WITHIN
     while True:

@@ -30,7 +30,7 @@ class _KeptFile(NamedTuple):
     inode: int
 
 
-class Kept:
+class KeptFiles:
     """The file that lies at a path, and the ones before it, each open: they are read on under any name, in any folder.
 
     *clock* gives seconds.
@@ -47,7 +47,7 @@ class Kept:
         for file in self._files:
             os.close(file.descriptor)
 
-    def look(self, path: Path) -> dict[Path, os.stat_result]:
+    def refresh(self, path: Path) -> dict[Path, os.stat_result]:
         """Keep the file at *path*. The former ones, newest first, by a path that :meth:`open` knows."""
         now = self._keep(path)
         former = {}
@@ -60,7 +60,7 @@ class Kept:
         return former
 
     def open(self, path: Path) -> int | None:
-        """A new descriptor of the kept file that :meth:`look` gave as *path*; ``None`` where it is none of these."""
+        """A new descriptor of the kept file that :meth:`refresh` gave as *path*; ``None`` where it is none of these."""
         found = [file.descriptor for file in self._files if _path_of(file) == path]
         return os.dup(found[0]) if found else None
 
@@ -136,7 +136,7 @@ class Siblings:
             self._newest, self.last, self.problem = [], None, None
         return self._newest
 
-    def strangers(self) -> list[Path]:
+    def similar_files(self) -> list[Path]:
         """Files that may be the log's by their names, there or in a folder below, whose names none of these ways gives.
 
         The latest changed first; none where the folder can't be read.

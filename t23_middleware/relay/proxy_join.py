@@ -41,31 +41,33 @@ class LoggedLine(NamedTuple):
 class ProxyJoin:
     """Joins the lines of the logs at *paths* with the responses of *playback*; *rows* are what :meth:`changed` gave.
 
-    Call in turn :meth:`look`, :meth:`judge` for what is :meth:`due`, :meth:`hold`, :meth:`changed`, and :meth:`taken`
+    Call in turn :meth:`read`, :meth:`judge` for what is :meth:`due`, :meth:`retry_unmatched`, :meth:`changed`, and :meth:`committed`
     once the outbox has it. Times are *now_ns* on the axis of CLOCK_MONOTONIC and *now_ms* since the epoch.
     """
 
     #: Whether these logs are of the past: of what came after their last line nothing is known here.
-    _past = False
+    _is_past = False
 
     def __init__(
         self, paths: Sequence[str], playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
     ) -> None:
         self._playback = playback
-        self._logs = {path: ProxyLog(Path(path), _positions(rows.get(_POSITIONS + path, "[]"))) for path in paths}
+        self._logs = {
+            path: ProxyLog(Path(path), _positions(rows.get(_POSITIONS + path, "[]"))) for path in paths
+        }
         #: What was read of a log and is not taken yet.
         self._readings: dict[str, LogReading] = {}
         #: Its lines that are not due yet, in their order.
-        self._ahead: dict[str, list[LoggedLine]] = {}
-        #: Logs that hold more than was read.
-        self._behind: set[str] = set()
+        self._not_due: dict[str, list[LoggedLine]] = {}
+        #: Logs that retry_unmatched more than was read.
+        self._backlogs: set[str] = set()
         #: When the last line was, of a log of what comes after which nothing is known here.
-        self._ends: dict[str, int] = {}
-        # Time goes on from what is known already, or yesterday's log would make all viewings look forgotten.
+        self._end_ns: dict[str, int] = {}
+        # Time goes on from what is known already, or yesterday's log would make all viewings read forgotten.
         self._until_ns = min(playback.latest_ns, now_ns)
         #: Due, and of no response that is open: by play.
-        self._held = {line.play: _on_axis(line, now_ns, now_ms) for line in _lines(rows)}
-        self._stored = set(self._held)
+        self._unmatched = {line.play: _on_clock(line, now_ns, now_ms) for line in _lines(rows)}
+        self._stored = set(self._unmatched)
         #: When the latest line ended, in ms since the epoch; 0 for never.
         self.last_line_ms = 0
         #: Named events since the caller last took them.
@@ -75,49 +77,49 @@ class ProxyJoin:
     @property
     def all_read(self) -> bool:
         """Whether the logs were read to their end, and all of it was judged."""
-        return not self._readings and not self._behind
+        return not self._readings and not self._backlogs
 
     def problems(self) -> dict[str, str | None]:
-        """Log -> what keeps it from being read, as of the last look."""
+        """Log -> what keeps it from being read, as of the last read."""
         return {path: log.problem for path, log in self._logs.items()}
 
-    def look(self, now_ns: int, now_ms: int) -> None:
+    def read(self, now_ns: int, now_ms: int) -> None:
         """Read on in each log of which all that was read is judged."""
         for path, log in self._logs.items():
             if path not in self._readings:
                 reading = log.read()
-                self._behind.discard(path)
-                self._ends.pop(path, None)
+                self._backlogs.discard(path)
+                self._end_ns.pop(path, None)
                 if reading.changed:
                     self._begin_reading(path, reading, now_ns, now_ms)
 
     def _begin_reading(self, path: str, reading: LogReading, now_ns: int, now_ms: int) -> None:
-        lines = sorted((_on_axis(line, now_ns, now_ms) for line in reading.lines), key=_at)
-        self._readings[path], self._ahead[path] = reading, lines
+        lines = sorted((_on_clock(line, now_ns, now_ms) for line in reading.lines), key=_at)
+        self._readings[path], self._not_due[path] = reading, lines
         if reading.more:
-            self._behind.add(path)
-        if reading.more or (self._past and lines):
-            self._ends[path] = lines[-1].at_ns if lines else self._until_ns
+            self._backlogs.add(path)
+        if reading.more or (self._is_past and lines):
+            self._end_ns[path] = lines[-1].at_ns if lines else self._until_ns
 
     def until(self, time_ns: int) -> int:
         """Up to when all logs are read: of a backlog's rest nothing is known yet. It never goes back."""
-        if self._ends:
-            time_ns = min(time_ns, max(min(self._ends.values()), self._until_ns))
+        if self._end_ns:
+            time_ns = min(time_ns, max(min(self._end_ns.values()), self._until_ns))
         self._until_ns = max(self._until_ns, time_ns)
         return time_ns
 
     @property
     def has_more(self) -> bool:
         """Whether a backlog is left that can be read at once."""
-        return not self._behind <= self._readings.keys()
+        return not self._backlogs <= self._readings.keys()
 
     def due(self, until_ns: int) -> list[LoggedLine]:
         """The lines up to *until_ns*, which leave."""
         due: list[LoggedLine] = []
-        for path, lines in self._ahead.items():
+        for path, lines in self._not_due.items():
             count = bisect_right(lines, until_ns, key=_at)
             due += lines[:count]
-            self._ahead[path] = lines[count:]
+            self._not_due[path] = lines[count:]
         return sorted(due, key=_at)
 
     def judge(self, logged: LoggedLine) -> list[Report]:
@@ -125,35 +127,35 @@ class ProxyJoin:
         line = logged.line
         self.last_line_ms = max(self.last_line_ms, line.ended_ms)
         if line.is_cached:
-            if not _is_nothing(line):
+            if not _is_not_played(line):
                 self.counts["proxy_cached"] += 1
             return []
         reports = self._playback.logged(line, logged.at_ns)
         if reports is not None:
             return reports
         known = self._playback.issued_ids
-        if line.play in self._held:
+        if line.play in self._unmatched:
             self.counts["proxy_cached"] += 1
         elif known.has(*line.writer_and_number):
             # It was open, for that is written down before the proxy hears of it, and has ended.
-            if not _is_nothing(line):
+            if not _is_not_played(line):
                 self.counts["proxy_cached"] += 1
         elif known.knows(line.writer_and_number[0]):
-            self._held[line.play] = logged
+            self._unmatched[line.play] = logged
         else:
             # No longer than its own time tells: a backlog may be another host's.
-            self._held[line.play] = logged._replace(since_ns=logged.at_ns)
+            self._unmatched[line.play] = logged._replace(since_ns=logged.at_ns)
         return []
 
-    def hold(self, until_ns: int) -> list[Report]:
+    def retry_unmatched(self, until_ns: int) -> list[Report]:
         """Try again what is held, and let go what was held long enough."""
         reports: list[Report] = []
-        too_many = len(self._held) - MOST_UNMATCHED
-        for number, logged in enumerate(list(self._held.values())):
+        too_many = len(self._unmatched) - MOST_UNMATCHED
+        for number, logged in enumerate(list(self._unmatched.values())):
             found = self._playback.logged(logged.line, logged.at_ns)
             if found is None and number >= too_many and until_ns - logged.since_ns < KEEP_UNMATCHED_NS:
                 continue
-            del self._held[logged.line.play]
+            del self._unmatched[logged.line.play]
             reports += found or []
             if found is None:
                 self.counts["proxy_foreign"] += 1
@@ -165,22 +167,24 @@ class ProxyJoin:
             (_WRITER + writer, None if number is None else str(number))
             for writer, number in self._playback.issued_ids.changed()
         ]
-        rows += [(_LINE + play, None) for play in self._stored - self._held.keys()]
-        rows += [(_POSITIONS + path, _positions_text(positions)) for path, positions in self._kept_positions()]
-        new = [logged for play, logged in self._held.items() if play not in self._stored]
+        rows += [(_LINE + play, None) for play in self._stored - self._unmatched.keys()]
+        rows += [
+            (_POSITIONS + path, _positions_text(positions)) for path, positions in self._kept_positions()
+        ]
+        new = [logged for play, logged in self._unmatched.items() if play not in self._stored]
         return rows + [(_LINE + logged.line.play, logged.line.to_text()) for logged in new]
 
     def _kept_positions(self) -> Iterator[tuple[str, list[LogPosition]]]:
         """Log -> the positions that the next relay may go on from."""
         for path, reading in self._readings.items():
-            if not self._ahead[path]:
+            if not self._not_due[path]:
                 yield path, reading.positions
-            elif reading.begun is not None:
-                yield path, reading.begun
+            elif reading.first_positions is not None:
+                yield path, reading.first_positions
 
     def _judged(self) -> dict[str, LogReading]:
         """What was read of which each line was judged: only its whole has a position."""
-        return {path: reading for path, reading in self._readings.items() if not self._ahead[path]}
+        return {path: reading for path, reading in self._readings.items() if not self._not_due[path]}
 
     def take_counts(self) -> Counter[str]:
         """What was counted since the last call; the lines that are none, once their positions move on."""
@@ -189,24 +193,24 @@ class ProxyJoin:
             counts += reading.counts
         return counts
 
-    def taken(self) -> None:
+    def committed(self) -> None:
         """The outbox has what :meth:`changed` told."""
-        self._stored = set(self._held)
+        self._stored = set(self._unmatched)
         for path, reading in self._judged().items():
-            self._logs[path].taken(reading)
-            del self._readings[path], self._ahead[path]
+            self._logs[path].committed(reading)
+            del self._readings[path], self._not_due[path]
 
 
 def _at(logged: LoggedLine) -> int:
     return logged.at_ns
 
 
-def _on_axis(line: ProxyLine, now_ns: int, now_ms: int) -> LoggedLine:
-    """A time that has not come yet is another clock's: it would hold up all others until it comes."""
+def _on_clock(line: ProxyLine, now_ns: int, now_ms: int) -> LoggedLine:
+    """A time that has not come yet is another clock's: it would retry_unmatched up all others until it comes."""
     return LoggedLine(now_ns - max(now_ms - line.ended_ms, 0) * 1_000_000, line, now_ns)
 
 
-def _is_nothing(line: ProxyLine) -> bool:
+def _is_not_played(line: ProxyLine) -> bool:
     """Whether nobody played it: such a response leaves the journals without waiting for its line."""
     return not line.is_ok or line.body <= PROBE or (line.part.size or line.body) <= PROBE
 
@@ -225,7 +229,12 @@ def _positions(text: str) -> list[LogPosition]:
 
 def all_positions(rows: Mapping[str, str]) -> list[LogPosition]:
     """The positions in all logs that *rows* know of."""
-    return [position for name, text in rows.items() if name.startswith(_POSITIONS) for position in _positions(text)]
+    return [
+        position
+        for name, text in rows.items()
+        if name.startswith(_POSITIONS)
+        for position in _positions(text)
+    ]
 
 
 def _lines(rows: Mapping[str, str]) -> Iterator[ProxyLine]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .proxy_files import Kept, Siblings, user
+from .proxy_files import KeptFiles, Siblings, user
 from .proxy_line import LONGEST_LINE, ProxyLine, parse_line, whole
 
 #: Bytes that are taken from the log at a look: a backlog is taken in pieces, each its own transaction.
@@ -28,7 +28,7 @@ HEAD = 128
 #: Places that are kept: a file in the middle of its renaming is nowhere to be found.
 POSITIONS_KEPT = 16
 #: Seconds that the log may be away between its renaming and the proxy's opening of the next one.
-GRACE = 5.0
+ROTATION_GRACE = 5.0
 #: Lines without one of ours after which the log is called another format.
 ODD_LINES = 1000
 
@@ -71,7 +71,7 @@ class LogReading(NamedTuple):
     changed: bool
     #: Where nothing of these files is known yet, positions to keep until :attr:`positions` can be: who only knows then that
     #: it began goes on there, however often the log is rotated before.
-    begun: list[LogPosition] | None = None
+    first_positions: list[LogPosition] | None = None
 
 
 #: Device, inode, size and time of the last change: while they stay, there is nothing to read.
@@ -90,7 +90,7 @@ class _File(NamedTuple):
         return self.signature[2]
 
 
-class _Piece(NamedTuple):
+class _LogPiece(NamedTuple):
     """Lines of one file, where they end, and whether *more* are there to be read at once."""
 
     lines: list[str]
@@ -109,11 +109,11 @@ class ProxyLog:
     ) -> None:
         self._path = path
         self._siblings = Siblings(self._path)
-        self._kept = Kept(clock)
+        self._kept_files = KeptFiles(clock)
         self._positions = list(positions)
         self._clock = clock
         self._seen_at = float("-inf")
-        self._troubles: list[str] = []
+        self._problems: list[str] = []
         #: What lies there was read to its end.
         self._finished: set[_Signature] = set()
         self._reading: tuple[LogReading, set[_Signature]] | None = None
@@ -122,8 +122,8 @@ class ProxyLog:
     @property
     def problem(self) -> str | None:
         """What keeps plays from being read, as of the last :meth:`read`: a sentence with its remedy."""
-        if self._troubles:
-            return self._troubles[0]
+        if self._problems:
+            return self._problems[0]
         odd = self._found["proxy_foreign"] + self._found["proxy_bad"]
         if self._found["lines"] or not odd or not (self._found["at_end"] or odd >= ODD_LINES):
             return None
@@ -136,11 +136,11 @@ class ProxyLog:
     def read(self, limit_bytes: int = PIECE) -> LogReading:
         """The next whole lines, the oldest file's first; about *limit_bytes* of the log at most.
 
-        Without :meth:`taken` in between, the same again.
+        Without :meth:`committed` in between, the same again.
         """
-        self._troubles = []
+        self._problems = []
         nothing = LogReading([], self._positions, Counter(), more=False, changed=False)
-        found = self._look()
+        found = self._find_files()
         if self._finished.issuperset(found.values()):
             return nothing
         with self._opened(found) as files:
@@ -149,7 +149,7 @@ class ProxyLog:
                 return nothing
             return self._read(files, limit_bytes)
 
-    def taken(self, reading: LogReading) -> None:
+    def committed(self, reading: LogReading) -> None:
         """The caller's store has *reading*: go on behind it."""
         self._positions = reading.positions
         if self._reading is not None and self._reading[0] is reading:
@@ -160,10 +160,10 @@ class ProxyLog:
         with self._opened([self._path]) as files:
             return _known_offset(files[0], self._positions) if files else 0
 
-    def _look(self) -> dict[Path, _Signature]:
+    def _find_files(self) -> dict[Path, _Signature]:
         """The regular files there are, newest first."""
         found = {}
-        kept = self._kept.look(self._path)
+        kept = self._kept_files.refresh(self._path)
         siblings = self._siblings.newest(self._positions)
         for path in (self._path, *siblings):
             try:
@@ -171,16 +171,16 @@ class ProxyLog:
             except FileNotFoundError:
                 continue
             except OSError as error:
-                self._troubles.append(_refused(path, error))
+                self._problems.append(_refused(path, error))
                 continue
             if stat.S_ISREG(there.st_mode):
                 found[path] = _signature(there)
             elif path == self._path:
-                self._troubles.append(_no_file(path, there.st_mode))
-        self._notice(found)
-        return self._with_kept(found, kept)
+                self._problems.append(_no_file(path, there.st_mode))
+        self._check_presence(found)
+        return self._with_kept_files(found, kept)
 
-    def _with_kept(
+    def _with_kept_files(
         self, found: dict[Path, _Signature], kept: dict[Path, os.stat_result]
     ) -> dict[Path, _Signature]:
         """*found* with the files that have a name there no more, newest first: they came before it, after others."""
@@ -191,23 +191,23 @@ class ProxyLog:
         log = {path: found[path] for path in (self._path,) if path in found}
         return {**log, **nameless, **found}
 
-    def _notice(self, found: dict[Path, _Signature]) -> None:
+    def _check_presence(self, found: dict[Path, _Signature]) -> None:
         """Whether the log itself is there, and its folder can be seen."""
         if self._path in found:
             self._seen_at = self._clock()
-        elif not self._troubles and self._clock() - self._seen_at > GRACE:
-            self._troubles.append(
+        elif not self._problems and self._clock() - self._seen_at > ROTATION_GRACE:
+            self._problems.append(
                 f"{self._path} does not exist: add the lines in docs/nginx.md to the proxy's configuration and "
                 "reload it, or correct T23_PROXY_LOG"
             )
         if self._siblings.problem:
-            self._troubles.append(self._siblings.problem)
+            self._problems.append(self._siblings.problem)
 
     def _was_rotated_meanwhile(self, files: list[_File]) -> bool:
         """Whether the file that is to be read on has another name than it had when names were looked for: it would be
         passed over now, and for good. The next look finds it."""
         last = self._siblings.last
-        return last is not None and not self._troubles and all(file.signature[1] != last for file in files)
+        return last is not None and not self._problems and all(file.signature[1] != last for file in files)
 
     @contextmanager
     def _opened(self, paths: Iterable[Path]) -> Iterator[list[_File]]:
@@ -230,20 +230,20 @@ class ProxyLog:
     def _open(self, path: Path) -> _File | None:
         """The file at *path*, if it is one; never waits for a FIFO's writer that took its position."""
         try:
-            descriptor = self._kept.open(path)
+            descriptor = self._kept_files.open(path)
             if descriptor is None:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._troubles.append(_refused(path, error))
+            self._problems.append(_refused(path, error))
             return None
         try:
             there = os.fstat(descriptor)
             if stat.S_ISREG(there.st_mode):
                 return _File(descriptor, _signature(there), os.pread(descriptor, HEAD, 0))
         except OSError as error:
-            self._troubles.append(_refused(path, error))
+            self._problems.append(_refused(path, error))
         os.close(descriptor)
         return None
 
@@ -257,18 +257,20 @@ class ProxyLog:
             try:
                 piece = _next_piece(file, file.size if cut else known, max(limit, LONGEST_LINE + 2))
             except OSError as error:
-                self._troubles.append(_refused(self._path, error))
+                self._problems.append(_refused(self._path, error))
                 continue
             lines += piece.lines
             limit -= max(piece.end - known, 0)
             if piece.end != known:
-                positions = _with(positions, file, piece.end)
+                positions = _with_position(positions, file, piece.end)
             if more := piece.more:
                 break
             finished.add(file.signature)
         reading = self._parsed(lines, positions, more)
-        if reading.changed and not any(_is_of(position, file) for position in self._positions for file in files):
-            reading = reading._replace(begun=_with(self._positions, files[0], 0))
+        if reading.changed and not any(
+            _is_of(position, file) for position in self._positions for file in files
+        ):
+            reading = reading._replace(first_positions=_with_position(self._positions, files[0], 0))
         self._reading = reading, finished
         if not reading.changed:
             self._finished = finished
@@ -302,18 +304,18 @@ def _is_of(position: LogPosition, file: _File) -> bool:
     return (position.device, position.inode) == file.signature[:2] and file.head.startswith(position.head)
 
 
-def _with(positions: list[LogPosition], file: _File, offset: int) -> list[LogPosition]:
+def _with_position(positions: list[LogPosition], file: _File, offset: int) -> list[LogPosition]:
     """*positions* with that of *file* at *offset*; those of files that are not to be found stay for a while."""
     device, inode = file.signature[:2]
     others = [position for position in positions if not _is_of(position, file)]
     return [*others, LogPosition(device, inode, file.head[:offset], offset)][-POSITIONS_KEPT:]
 
 
-def _next_piece(file: _File, start: int, limit: int) -> _Piece:
+def _next_piece(file: _File, start: int, limit: int) -> _LogPiece:
     """Whole lines of *file* from *start*; what has no newline yet waits, unless no line of ours is so long."""
     size = min(file.size - start, limit)
     if size <= 0:
-        return _Piece([], start, more=False)
+        return _LogPiece([], start, more=False)
     before = 1 if start else 0
     data = os.pread(file.descriptor, size + before, start - before)
     # Behind no newline lies the rest of a line that was too long, or lost its beginning.
@@ -322,7 +324,7 @@ def _next_piece(file: _File, start: int, limit: int) -> _Piece:
     if len(data) - end > LONGEST_LINE:
         end = len(data)
     lines = data[first:end].decode("utf-8", "replace").removesuffix("\n").split("\n")
-    return _Piece(lines, start - before + end, more=0 < len(data) - before < file.size - start)
+    return _LogPiece(lines, start - before + end, more=0 < len(data) - before < file.size - start)
 
 
 def _signature(there: os.stat_result) -> _Signature:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 #: Seconds between two looks.
-LOOK_EVERY = 1.0
+CHECK_EVERY = 1.0
 #: Packages whose files count.
 _PACKAGES = ("t23_middleware", "requests", "urllib3", "certifi")
 #: Modules that the standard library and our libraries import only when they need them: for host names, and for the
@@ -35,14 +35,14 @@ class Release:
         files = [getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES]
         stamps = {file: _stamp(file) for file in (*files, sys.executable) if file}
         self._stamps = {file: stamp for file, stamp in stamps.items() if stamp is not None}
-        self._look_at = 0.0
+        self._check_at = 0.0
         self._replaced = False
 
     def is_replaced(self) -> bool:
         """Whether any of them is gone, or another one now; looks once a second."""
         now = time.monotonic()
-        if not self._replaced and now >= self._look_at:
-            self._look_at = now + LOOK_EVERY
+        if not self._replaced and now >= self._check_at:
+            self._check_at = now + CHECK_EVERY
             self._replaced = any(_stamp(file) != stamp for file, stamp in self._stamps.items())
         return self._replaced
 

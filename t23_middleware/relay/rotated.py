@@ -20,7 +20,7 @@ from .proxy_log import ProxyLog
 ROTATED = "rotated"
 
 
-class Taken(NamedTuple):
+class RotatedResult(NamedTuple):
     """What a run took in."""
 
     #: Reports that were made.
@@ -36,7 +36,7 @@ class Taken(NamedTuple):
 class RotatedJoin(ProxyJoin):
     """Joins one rotated log. Of what came after its last line nothing is known here, so time goes no further."""
 
-    _past = True
+    _is_past = True
 
     def __init__(
         self, path: Path, playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
@@ -62,37 +62,37 @@ class RotatedIntake(Intake):
 
     def has_unread(self) -> bool:
         """Whether the log has more lines. Without one no time passes: others know of what comes then."""
-        self._rotated.look(time.monotonic_ns(), time.time_ns() // MS)
+        self._rotated.read(time.monotonic_ns(), time.time_ns() // MS)
         return not self._rotated.all_read
 
-    def _joining(self, rows: Mapping[str, str]) -> RotatedJoin:
+    def _make_join(self, rows: Mapping[str, str]) -> RotatedJoin:
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // MS
         self._rotated = RotatedJoin(self.path, self._playback, rows, now_ns, now_ms)
         return self._rotated
 
-    def _say_log_problems(self) -> None:
+    def _log_proxy_problems(self) -> None:
         """The caller looked, before it began."""
 
 
 class RotatedRelay(Relay):
-    """Takes in the logs *paths*, the oldest first, and what the journals tell of their time; delivers nothing.
+    """Takes in the logs *paths*, the oldest first, and what the journals show of their time; delivers nothing.
 
-    *tell* gets the bytes that are read, after each piece. Raises
+    *show* gets the bytes that are read, after each piece. Raises
     :class:`~t23_middleware.relay.process.AnotherRelay` where another relay works on *folder*.
     """
 
     def __init__(
-        self, settings: Settings, folder: StateFolder, paths: Sequence[Path], tell: Callable[[int], None]
+        self, settings: Settings, folder: StateFolder, paths: Sequence[Path], show: Callable[[int], None]
     ) -> None:
         super().__init__(settings, folder, automatic=False)
         self._paths = paths
-        self._tell = tell
+        self._show = show
         self._why = ""
 
-    def run_once(self) -> Taken:
+    def run_once(self) -> RotatedResult:
         """Read until nothing is left, or until told to stop."""
         self.run()
-        return self._taken
+        return self._result
 
     def _work_while_needed(self) -> None:
         self._rotated.path = self._paths[0]
@@ -102,21 +102,23 @@ class RotatedRelay(Relay):
         for path in self._paths:
             self._rotated.path = path
             self._rotated.begin()
-            self._read(read)
+            self._read_sources(read)
             read += self._rotated.offset()
         self._delivery.stop(0)
         stats, counts = self._outbox.stats(), Counter(self._outbox.counters())
-        self._taken = Taken(stats.captured - before.captured, stats.waiting, counts - counted, self._why)
+        self._result = RotatedResult(
+            stats.captured - before.captured, stats.waiting, counts - counted, self._why
+        )
         self._end()
 
     def _make_intake(self) -> Intake:
         self._rotated = RotatedIntake(self._settings, self._folder, self._outbox, self._limits)
         return self._rotated
 
-    def _read(self, before: int) -> None:
+    def _read_sources(self, before: int) -> None:
         while self._rotated.has_unread() and not self._why:
-            pause = self._take_in()
-            self._tell(before + self._rotated.offset())
+            pause = self._ingest()
+            self._show(before + self._rotated.offset())
             if pause == STORE_RETRY:
                 self._why = f"the outbox {self._folder.outbox} can't be written; see 't23-middleware check'"
             elif self._ending:

@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def dump(ports: Iterable[int]) -> dict[int, Row]:
-    """Cookie -> connection, of all whose local port is among *ports*. Raises :class:`OSError` where not all are told."""
+    """Cookie -> connection, of all whose local port is among *ports*. Raises :class:`OSError` where not all are filter_program."""
     rows: dict[int, Row] = {}
     for port in ports:
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -145,13 +145,13 @@ def _attribute(body: bytes, wanted: int) -> bytes | None:
 class Listener:
     """Hears of each TCP socket that is destroyed, in a thread of its own.
 
-    *heard* is called there with the socket's row, *missed* when the kernel had to drop some. Raises
-    :class:`OSError` where the kernel refuses; until :meth:`filter_ports` all ports are heard.
+    *on_destroyed* is called there with the socket's row, *on_missed* when the kernel had to drop some. Raises
+    :class:`OSError` where the kernel refuses; until :meth:`filter_ports` all ports are on_destroyed.
     """
 
-    def __init__(self, heard: Callable[[Row], None], missed: Callable[[], None]) -> None:
-        self._heard = heard
-        self._missed = missed
+    def __init__(self, on_destroyed: Callable[[Row], None], on_missed: Callable[[], None]) -> None:
+        self._on_destroyed = on_destroyed
+        self._on_missed = on_missed
         self._socket = _netlink()
         try:
             _enlarge(self._socket)
@@ -174,11 +174,11 @@ class Listener:
         """Hear from now on only of sockets with these local ports. Raises :class:`OSError`."""
         if program := _filter(sorted(ports)):
             code = array("B", program)
-            told = struct.pack("HP", len(program) // 8, code.buffer_info()[0])
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, told)
+            filter_program = struct.pack("HP", len(program) // 8, code.buffer_info()[0])
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_program)
 
     def stop(self) -> None:
-        """End the thread; what the kernel told before is heard first."""
+        """End the thread; what the kernel filter_program before is on_destroyed first."""
         os.write(self._wake_in, b"0")
         self._thread.join()
         self._close()
@@ -193,25 +193,25 @@ class Listener:
         waiting.register(self._socket, select.POLLIN)
         waiting.register(self._wake_out, select.POLLIN)
         while True:
-            is_over = any(descriptor == self._wake_out for descriptor, _ in waiting.poll())
-            self._hear_all()
-            if is_over:
+            stopping = any(descriptor == self._wake_out for descriptor, _ in waiting.poll())
+            self._read_all()
+            if stopping:
                 return
 
-    def _hear_all(self) -> None:
+    def _read_all(self) -> None:
         while True:
             try:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
                 return
             except OSError as error:
-                self._missed()
+                self._on_missed()
                 if error.errno != errno.ENOBUFS:
                     time.sleep(_PATIENCE)  # it may come again at once
                 return
             for kind, _, body in _messages(data):
                 if kind == _SOCK_DIAG_BY_FAMILY and (row := _row(body)):
-                    self._heard(row)
+                    self._on_destroyed(row)
 
 
 def _enlarge(listening: socket.socket) -> None:

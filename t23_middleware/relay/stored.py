@@ -20,7 +20,7 @@ dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_fie
 
 def loads(kind: type[T], text: str) -> T:
     """The *kind* of dataclass that *text* was made from; raises ValueError or TypeError where it was not."""
-    value: T = _revived(kind, json.loads(text))
+    value: T = _parsed(kind, json.loads(text))
     return value
 
 
@@ -38,14 +38,14 @@ def shift_times(state: Any, by_ns: int, latest_ns: int) -> None:
                 setattr(state, field.name, min(value + by_ns, latest_ns))
 
 
-def _revived(kind: Any, value: Any) -> Any:
+def _parsed(kind: Any, value: Any) -> Any:
     """*value* as the annotation *kind* has it: the database may hold what another version wrote, or nobody."""
     if isinstance(kind, type) and is_dataclass(kind):
         # What a version before did not have is its default, if it has one.
         kinds = _kinds(kind)
         return kind(*_each(kinds[: len(value)] if isinstance(value, list) else kinds, value))
     if isinstance(kind, UnionType):
-        return None if value is None else _revived(get_args(kind)[0], value)
+        return None if value is None else _parsed(get_args(kind)[0], value)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         return tuple(_each(kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds, value))
@@ -57,7 +57,7 @@ def _revived(kind: Any, value: Any) -> Any:
 def _each(kinds: tuple[Any, ...], values: Any) -> list[Any]:
     if not isinstance(values, list):
         raise TypeError("not a list")
-    return [_revived(kind, value) for kind, value in zip(kinds, values, strict=True)]
+    return [_parsed(kind, value) for kind, value in zip(kinds, values, strict=True)]
 
 
 @cache

@@ -39,7 +39,7 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Meanwhile a loop that hangs is told, and at last ended; ``SIGUSR1`` tells at any time where it is."""
+        """Meanwhile a loop that hangs is reported, and at last ended; ``SIGUSR1`` tells at any time where it is."""
         if sys.stderr is None:  # a service manager may start us without one
             yield
             return
@@ -47,7 +47,7 @@ class Watchdog:
         # With its default action: a process that is deaf to Python's handlers ends too.
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGPROF,))
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         # A thread of its own: where none can be had, the relay works all the same.
         with suppress(RuntimeError):
             thread.start()
@@ -64,8 +64,8 @@ class Watchdog:
         """The loop is well."""
         self._rounds += 1
 
-    def _watch(self) -> None:
-        stood, rounds, told = 0.0, self._rounds, False
+    def _run(self) -> None:
+        stood, rounds, reported = 0.0, self._rounds, False
         before = time.monotonic()
         signal.setitimer(signal.ITIMER_PROF, ENDS_AFTER)
         while not self._over.wait(self._step):
@@ -74,19 +74,19 @@ class Watchdog:
             stood, before = stood + min(now - before, 2 * self._step), now
             signal.setitimer(signal.ITIMER_PROF, ENDS_AFTER)
             if self._rounds != rounds:
-                if told:
-                    _say_stood_still(stood)
-                stood, rounds, told = 0.0, self._rounds, False
+                if reported:
+                    _log_stood_still(stood)
+                stood, rounds, reported = 0.0, self._rounds, False
             elif stood > ENDS_AFTER:
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif stood > self._patience and not told:
-                told = True
+            elif stood > self._patience and not reported:
+                reported = True
                 # Not by the log, whose lock the loop may hold.
                 os.write(sys.stderr.fileno(), f"The relay stands still for {stood:.0f} s:\n".encode())
                 faulthandler.dump_traceback(sys.stderr)
 
 
-def _say_stood_still(seconds: float) -> None:
+def _log_stood_still(seconds: float) -> None:
     log.error(
         "the relay stood still for %.0f s; the stacks above say where",
         seconds,

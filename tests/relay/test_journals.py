@@ -28,7 +28,7 @@ def now() -> int:
 def take(journals: Journals, until_ns: int | None = None) -> Reading:
     """One look, kept by an outbox that never fails."""
     reading = journals.read(now() if until_ns is None else until_ns)
-    journals.taken(reading)
+    journals.committed(reading)
     return reading
 
 

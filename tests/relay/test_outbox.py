@@ -85,7 +85,9 @@ def test_a_batch_is_kept_with_its_places_viewings_and_counts(outbox, path):
     outbox.ingest(
         batch(report(1), viewings=[(KEY, "state")], offsets={"a": 10}, counts={"late": 2, "none": 0})
     )
-    outbox.ingest(batch(report(2), viewings=[(KEY, "state 2")], offsets={"a": 20, "b": 5}, counts={"late": 1}))
+    outbox.ingest(
+        batch(report(2), viewings=[(KEY, "state 2")], offsets={"a": 20, "b": 5}, counts={"late": 1})
+    )
     outbox.close()
     again = SQLiteOutbox(path)
     assert again.offsets() == {"a": 20, "b": 5}
@@ -320,7 +322,9 @@ def test_leases_of_a_dead_relay_are_sent_again_as_what_may_have_arrived(outbox, 
     after.close()
     last = SQLiteOutbox(path)
     assert last.recover_leases(True, NOW) == 3
-    assert [(entry.report, entry.ambiguous_sends) for entry in claimed(last)] == [(report(n), 1) for n in range(3)]
+    assert [(entry.report, entry.ambiguous_sends) for entry in claimed(last)] == [
+        (report(n), 1) for n in range(3)
+    ]
     assert adds_up(last).waiting == 3
     last.close()
 

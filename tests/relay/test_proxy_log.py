@@ -90,7 +90,7 @@ class Follower:
         self.store = [position.to_text() for position in reading.positions]
         self.numbers += [int(line.play.rpartition(".")[2]) for line in reading.lines]
         self.counts += reading.counts
-        self.log.taken(reading)
+        self.log.committed(reading)
         return reading.more
 
     def poll(self, limit: int = 1 << 20) -> list[int]:
@@ -311,7 +311,7 @@ def test_a_reading_that_is_not_taken_comes_again(path: Path) -> None:
     log = ProxyLog(path, [])
     first, again = log.read(), log.read()
     assert first == again
-    log.taken(again)
+    log.committed(again)
     assert not log.read().lines
 
 
@@ -732,7 +732,9 @@ def test_a_log_that_begins_with_the_same_play_is_another_one(path: Path, followe
 def test_a_log_that_moved_to_another_disk_is_the_same_one(path: Path, follower: Follower) -> None:
     append(path, lines(1))
     follower.poll()
-    follower.store = [LogPosition.from_text(text)._replace(device=1, inode=2).to_text() for text in follower.store]
+    follower.store = [
+        LogPosition.from_text(text)._replace(device=1, inode=2).to_text() for text in follower.store
+    ]
     follower.restart()
     append(path, lines(2))
     assert follower.poll() == [2]
@@ -892,7 +894,7 @@ def test_a_log_that_is_well_is_no_problem(path: Path) -> None:
     log.read()
     assert log.problem is None
     append(path, b"other\n" + lines(1))
-    log.taken(log.read())
+    log.committed(log.read())
     assert log.problem is None
 
 
@@ -906,7 +908,7 @@ def test_a_log_that_is_away_for_the_blink_of_a_rotation_is_no_problem(path: Path
     now = [100.0]
     log = ProxyLog(path, [], clock=lambda: now[0])
     append(path, lines(1))
-    log.taken(log.read())
+    log.committed(log.read())
     rotate(path)
     now[0] += 1
     log.read()
@@ -1170,7 +1172,7 @@ def next_lines(log: ProxyLog, count: int) -> list[ProxyLine]:
 
     def look() -> bool:
         reading = log.read()
-        log.taken(reading)
+        log.committed(reading)
         assert not reading.counts
         found.extend(reading.lines)
         return len(found) >= count

@@ -65,7 +65,9 @@ def _damage_conditions() -> list[tuple[str, str]]:
     with closing(sqlite3.connect(":memory:")) as ours:
         ours.executescript(TABLES + FOR_PAGES + FOR_PROXY)
         names = ours.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        return [(table, _damage_condition(ours, table)) for (table,) in names if not table.startswith("sqlite_")]
+        return [
+            (table, _damage_condition(ours, table)) for (table,) in names if not table.startswith("sqlite_")
+        ]
 
 
 def _damage_condition(ours: sqlite3.Connection, table: str) -> str:

@@ -178,7 +178,9 @@ class SQLiteOutbox:
                 now_ms,
             )
             add_counts(self._db, {"sent": sent})
-            tries = [(item.outcome, item.took_ms if isinstance(item, Acked) else None) for item in settlements]
+            tries = [
+                (item.outcome, item.took_ms if isinstance(item, Acked) else None) for item in settlements
+            ]
             add_history_now(self._db, now_ms, {**history.of_tries(tries), history.SENT: sent})
 
     def hosts(self) -> list[str]:
@@ -354,7 +356,14 @@ class SQLiteOutbox:
         self._db.execute(
             "UPDATE reports SET leased = 0, due_ms = ?, tries = ?, attempts = ?, retimed = retimed + ?,"
             " time_ms = coalesce(?, time_ms) WHERE id = ?",
-            (item.due_ms, item.ambiguous_sends, item.unexplained_answers, item.time_ms is not None, item.time_ms, item.id),
+            (
+                item.due_ms,
+                item.ambiguous_sends,
+                item.unexplained_answers,
+                item.time_ms is not None,
+                item.time_ms,
+                item.id,
+            ),
         )
 
     def _move_to_dead(self, item: Dead, now_ms: int) -> None:
