@@ -1,7 +1,7 @@
-"""The limits of what waits: its age, its size, the journals, dead letters, and the room on the disk.
+"""The limits of waiting reports, dead letters and journals: age, size, and room on the disk.
 
-Whatever is given up is counted by day and reason, with its bytes, in the transaction that gives it up; so
-captured = waiting + sent + dead + lost, always. The order: old dead letters, what is too old, the oldest.
+Dropped reports are counted by day and reason, with their bytes, in the transaction that drops them, so that
+captured = waiting + sent + dead + lost holds at any time. Order: old dead letters, too old reports, the oldest reports.
 """
 
 from __future__ import annotations
@@ -26,53 +26,53 @@ from .report import CLOCK_SET_MS
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks.
+#: Seconds between two checks.
 CHECK_EVERY = 1.0
-#: Seconds between two looks at the age of all that waits, at most; a hundredth of ``T23_MAX_AGE`` where that is less.
+#: Seconds between two checks of the ages of all reports, or a hundredth of ``T23_MAX_AGE`` if that is less.
 CHECK_AGE_EVERY = 60.0
-#: Reports that are given up in one transaction: more would hold up delivery.
+#: Most reports that are dropped in one transaction: more would delay delivery.
 MOST_AT_ONCE = 2000
-#: Bytes that a report takes in the outbox, roughly and without its viewing.
+#: Approximate bytes of a report in the outbox, without its viewing.
 REPORT_BYTES = 128
-#: Share of ``T23_MAX_BYTES`` that reports may have whatever else the outbox holds: viewings and history take room too.
+#: Share of ``T23_MAX_BYTES`` that reports may always use: viewings and history need room too.
 LEAST_SHARE = 4
-#: Dead letters that are kept, and for how long, in ms.
+#: Most dead letters, and how long they are kept, in ms.
 MOST_DEAD = 10_000
 DEAD_MS = 30 * 86_400_000
-#: Bytes that may lie in the journals while the outbox can't take them.
+#: Most bytes in the journals while the outbox can't be written.
 MOST_UNREAD = 64 << 20
-#: Room on the disk, in bytes, below which there is little; on a small disk a share of it. The last part of that is
-#: for journals and acknowledgements alone.
+#: Below this many free bytes the disk is nearly full; on a small disk, a share of its size. The last part of that is
+#: reserved for journals and acknowledgements.
 LOW_WATER, LOW_SHARE, LAST_SHARE = 64 << 20, 16, 64
-#: Bytes that are taken from a journal at once while there is little room: what a transaction writes is first in the
-#: log, and many small ones need less room there than a large one.
+#: Bytes that are read from a journal at once while the disk is nearly full: a transaction is first written to the
+#: write-ahead log, where many small ones need less room than a large one.
 SMALL_PIECE = 2 * LONGEST_LINE
-#: Bytes by which the outbox must be able to grow for pieces of the usual size, of which each journal may have one.
+#: The outbox must be able to grow by this many bytes for pieces of the usual size, one per journal.
 USUAL_GROWTH = 16 << 20
-#: Bytes that there must be in the outbox's file, or for it, before anything is taken in.
+#: Bytes that must be free in the outbox's file, or on its disk, before journals are read.
 LEAST_ROOM = 64 << 10
-#: Bytes of the reserve.
+#: Size of the reserve, in bytes.
 RESERVE = 512 << 10
-#: Seconds after a failed write before more room is tried than the outbox has.
+#: Seconds after a failed write before the outbox may grow again.
 RETRY_FULL_EVERY = 10.0
-#: Free pages that the outbox's file keeps, room that nobody else can take; on a small disk a share of it.
+#: Free pages that the outbox's file keeps as its own room; on a small disk, a share of its size.
 FREE_PAGES, FREE_SHARE = 256, 1 << 18
-#: Pages that it gives back at once, and how many while there is little room: each may first be moved by the log.
+#: Pages that it returns to the disk at once, and how many if the disk is nearly full: each may need room in the log.
 SHRINK_PAGES, SMALL_SHRINK_PAGES = 1024, 64
-#: Bytes of the write-ahead log with which nothing more is written but acknowledgements; of a small
-#: ``T23_MAX_BYTES``, a share of it.
+#: From this size of the write-ahead log, in bytes, only acknowledgements are written; with a small ``T23_MAX_BYTES``,
+#: a share of that.
 MOST_LOG, MOST_LOG_SHARE = 64 << 20, 4
-#: Seconds for which the log is long before that means a reader, and not one large transaction.
+#: Seconds for which the log must be long to mean a reader, not one large transaction.
 LONG_FOR = 2.0
-#: Bytes of a long log with which two transactions are a second apart, and how far apart they are at most.
+#: Bytes of the log at which transactions are a second apart, and the longest pause between them, in seconds.
 LOG_FOR_A_SECOND, LONGEST_REST = 8 << 20, 30.0
-#: Seconds between two lines of the log for the same reason.
+#: Seconds between two log lines with the same reason.
 LOG_EVERY = 3600.0
 
 _WHY = {
-    "too_old": "they waited for longer than T23_MAX_AGE",
-    "outbox_full": "the outbox takes more than T23_MAX_BYTES",
-    "journals_full": "the outbox can't be written, and more than 64 MiB lie in the journals",
+    "too_old": "they waited longer than T23_MAX_AGE",
+    "outbox_full": "the outbox is larger than T23_MAX_BYTES",
+    "journals_full": "the outbox can't be written, and the journals have more than 64 MiB",
     "dead_too_old": "the API refused them over 30 days ago; see 't23-middleware dead'",
     "dead_full": f"the API refused over {MOST_DEAD} reports; see 't23-middleware dead list'",
 }
@@ -86,32 +86,32 @@ class DiskSpace(NamedTuple):
 
     @property
     def low_water(self) -> int:
-        """What is free below this is little."""
+        """Below this many free bytes, the disk is nearly full."""
         return min(LOW_WATER, self.size // LOW_SHARE)
 
     @property
     def growth(self) -> int:
         """Bytes by which the outbox may grow in one transaction.
 
-        Half of what is free, for the write-ahead log takes as much: one that can't be folded into the file would
-        leave no room for acknowledgements.
+        Half of the free bytes, since the write-ahead log needs as many: a log that can't be checkpointed would leave no
+        room for acknowledgements.
         """
         return max(self.free - self.low_water // LAST_SHARE, 0) // 2
 
 
 def space_at(path: Path) -> DiskSpace:
-    """The room at *path*. Raises :class:`OSError`."""
+    """The room on the disk of *path*. Raises :class:`OSError`."""
     found = os.statvfs(path)
     free = found.f_bfree if os.geteuid() == 0 else found.f_bavail
     return DiskSpace(free * found.f_frsize, found.f_blocks * found.f_frsize)
 
 
 class Reserve:
-    """A file that keeps room for the time when the disk is full: then it goes, and acknowledgements can be written.
+    """A file that reserves room: when the disk is full it is removed, so that acknowledgements can be written.
 
-    Without it SQLite could not even delete on a full disk, and what was sent would be sent again. *mark* is an empty
-    file that stays when the reserve goes: a worker that meets a quota removes the reserve too, and none writes until
-    it is back.
+    Without it SQLite could not even delete on a full disk, and sent reports would be sent again. *mark* is an empty
+    file that stays when the reserve is removed: a worker that meets a quota removes the reserve too, and workers write
+    nothing until it is back.
     """
 
     def __init__(self, path: Path, mark: Path) -> None:
@@ -121,7 +121,7 @@ class Reserve:
         self._released = False
 
     def release(self) -> bool:
-        """Remove it; whether it was there."""
+        """Remove it. Returns whether it existed."""
         try:
             if not owned.remove(self._path):
                 return False
@@ -129,7 +129,7 @@ class Reserve:
             return False
         self._released = True
         log.error(
-            "the disk is full: the reserve %s is given up for acknowledgements; make room",
+            "the disk is full: the reserve %s was removed to make room for acknowledgements; free the disk",
             self._path,
             extra={"t23_event": "disk_full", "t23_path": str(self._path)},
         )
@@ -137,27 +137,27 @@ class Reserve:
 
     @property
     def is_released(self) -> bool:
-        """Whether it went, and there was no room for it since: the disk is full, whatever it says of itself."""
+        """Whether it was removed and not made again since: then the disk is full, whatever its free space is."""
         self._released = self._released or (self._mark.exists() and not self._path.exists())
         return self._released
 
     def ensure(self, space: DiskSpace, *, something_waits: bool = False) -> None:
-        """Make it where it is missing and there is room.
+        """Create it if it is missing and there is room.
 
-        The room is tried where the disk was full, since a quota may leave less than the disk has: for twice as much
-        where *something_waits*, since what workers write then comes on top of it.
+        After a full disk the room is tested by writing, since a quota may allow less than the disk has. With
+        *something_waits* twice the size is tested, since workers then write as well.
         """
         if self._is_there():
             return
         was_released = self.is_released
         if space.free < space.low_water + RESERVE:
             with suppress(OSError):
-                self._mark.unlink()  # no quota: the disk itself has too little, and workers may write
+                self._mark.unlink()  # the disk itself has too little room, not a quota: workers may write
             return
         try:
             self._make(RESERVE * 2 if was_released and something_waits else RESERVE)
             self._mark.touch(mode=0o600)
-            self._new.replace(self._path)  # not earlier: workers write as soon as it is there
+            self._new.replace(self._path)  # not earlier: workers write as soon as it exists
         except OSError:
             with suppress(OSError):
                 owned.remove(self._new)
@@ -175,20 +175,20 @@ class Reserve:
     def _make(self, size: int) -> None:
         descriptor = owned.open_file(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            left = memoryview(os.urandom(size))  # zeros take no room where the disk compresses
+            left = memoryview(os.urandom(size))  # zeros need no room on a disk that compresses
             while left:
                 left = left[os.write(descriptor, left) :]
-            os.fsync(descriptor)  # some file systems find out only then
+            os.fsync(descriptor)  # some file systems report a full disk only here
             os.ftruncate(descriptor, RESERVE)
         finally:
             os.close(descriptor)
 
 
 class Limits:
-    """Keeps *outbox*, and what lies in *folder* beside it, within limits.
+    """Keeps *outbox* and the journals in *folder* within limits.
 
     *max_age* is in seconds, *max_bytes* in bytes; *monotonic* is a clock in seconds, *wall_ms* one in ms since the
-    epoch, *space* tells the room on the folder's disk. Ages are *elapsed*'s, by default counted from now on.
+    epoch; *space* returns the room on the folder's disk. Ages are times of *elapsed*, which starts now by default.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ class Limits:
         self._logged_long = False
 
     def enforce(self) -> None:
-        """Give up what is beyond the limits, a piece at a time: the next look goes on. Raises :class:`OutboxError`."""
+        """Drop what is over the limits, up to ``MOST_AT_ONCE`` per call and kind. Raises :class:`OutboxError`."""
         now = self._monotonic()
         if now < self._check_at:
             return
@@ -238,19 +238,19 @@ class Limits:
 
     @property
     def elapsed_ms(self) -> int:
-        """The time that ages are measured by, in ms."""
+        """The current time of the clock for ages, in ms."""
         return self._elapsed.now_ms()
 
     @property
     def piece_bytes(self) -> int:
-        """Bytes to take from a journal at once."""
+        """Bytes to read from a journal at once."""
         return PIECE if self._space().growth >= USUAL_GROWTH else SMALL_PIECE
 
     def has_room(self) -> bool:
-        """Whether to try: an :meth:`ingest` that fails costs time, since all that was judged is judged again.
+        """Whether to try an :meth:`ingest`. One that fails costs time, since everything is judged again.
 
-        Always where nothing waits that this would hold up, and where the journals are full, whose oldest lines must
-        go then. Raises :class:`OutboxError`.
+        Always true if no report waits that this would delay, and if the journals are full, since their oldest lines
+        must then be dropped. Raises :class:`OutboxError`.
         """
         log_size = self._outbox.log_size()
         if self.log_is_full or (log_size > LONG_LOG and log_size + self._outbox.size() > self._max_bytes):
@@ -262,11 +262,11 @@ class Limits:
 
     @property
     def log_is_full(self) -> bool:
-        """Whether a reader has kept the write-ahead log for so long that nothing more should be written."""
+        """Whether a reader has made the write-ahead log so long that nothing more should be written."""
         return self._outbox.log_size() > min(MOST_LOG, self._max_bytes // MOST_LOG_SHARE + LONG_LOG)
 
     def pause_seconds(self) -> float:
-        """Seconds to wait before the next transaction: each makes a log longer that a reader keeps from being reused."""
+        """Seconds to wait before the next transaction: while a reader blocks checkpoints, each makes the log longer."""
         size, now = self._outbox.log_size(), self._monotonic()
         if size <= LONG_LOG:
             if self._logged_long:
@@ -285,8 +285,8 @@ class Limits:
         self._logged_long = True
         who = ", ".join(readers(self._folder.outbox)) or "a process that can't be seen from here"
         log.error(
-            "%s keeps the outbox open for reading, so its log (%s-wal, %d MiB) can't be reused: end that. Until then"
-            " reports are delivered more slowly, and not at all from %d MiB on",
+            "%s keeps the outbox open for reading, so its log (%s-wal, %d MiB) can't be reused: stop that process."
+            " Until then delivery is slower, and stops from %d MiB on",
             who,
             self._folder.outbox,
             size >> 20,
@@ -295,10 +295,10 @@ class Limits:
         )
 
     def ingest(self, batch: Ingest) -> None:
-        """Keep *batch*, unless the disk has too little room. Raises :class:`OutboxError`.
+        """Store *batch*. Raises :class:`OutboxError` if the disk has too little room.
 
-        Where nothing waits the reserve may go for it: there is nothing to acknowledge.
-        Where that goes on until the journals are full, its reports are lost: the oldest that no outbox has.
+        If no report waits, the reserve may be used for it, since there is nothing to acknowledge. Once the journals are
+        full, the batch's reports are dropped instead: they are the oldest that are not in the outbox.
         """
         batch = self._dated(batch)
         if batch.since_ms is None:
@@ -322,7 +322,7 @@ class Limits:
                 self._check_at = self._monotonic()
 
     def _dated(self, batch: Ingest) -> Ingest:
-        """A time from before the host's clock was set is none: such a report tells of its way into the outbox."""
+        """*batch* with new times for reports from before the host's clock was set: the time of their storing."""
         undated = [report.time_ms for report in batch.reports if report.time_ms < CLOCK_SET_MS]
         if not undated or self._wall_ms() < CLOCK_SET_MS:
             return batch
@@ -334,18 +334,18 @@ class Limits:
         return batch._replace(reports=list(dated))
 
     def _date_waiting(self) -> None:
-        """Likewise what came in before the clock was set."""
+        """The same for waiting reports that were stored before the clock was set."""
         if self._wall_ms() >= CLOCK_SET_MS and (latest := self._outbox.latest_undated()) is not None:
             self._outbox.date(self._shift(latest))
 
     def _shift(self, latest_ms: int) -> int:
-        """One for all, so that the times of a session and video stay different ones."""
+        """The shift in ms; one for all reports, so that times of the same session and video stay different."""
         if self._shift_ms is None:
             self._shift_ms = self._wall_ms() - latest_ms
         return self._shift_ms
 
     def _drop_old(self, now: float) -> int:
-        """Looks at all that waits, and so not at every look."""
+        """Drop too old reports and dead letters. This reads all of them, so it is not done at every check."""
         if now < self._check_age_at:
             return 0
         self._date_waiting()
@@ -378,16 +378,16 @@ class Limits:
         if dropped and now >= self._logged_at.get(reason, float("-inf")) + LOG_EVERY:
             self._logged_at[reason] = now
             log.error(
-                "reports are given up, and counted as lost (%s): %s",
+                "reports are dropped and counted as lost (%s): %s",
                 reason,
                 _WHY[reason],
                 extra={"t23_event": "reports_lost", "t23_reason": reason, "t23_count": dropped},
             )
 
     def _space(self) -> DiskSpace:
-        """The room there is: none after a write that failed, whatever the disk says (a quota, a limit on files).
+        """The usable room: none after a failed write, whatever the disk reports (a quota, a limit on file size).
 
-        Where nothing waits, a little is tried: there is nothing to acknowledge that needs it.
+        If no report waits, a little is tried, since no acknowledgement needs the room.
         """
         space = self._reported_space()
         failed = self._reserve.is_released or self._monotonic() < self._full_until
@@ -398,17 +398,17 @@ class Limits:
     def _reported_space(self) -> DiskSpace:
         try:
             space = self._space_at(self._folder.path)
-        except OSError:  # the folder is gone, which the relay sees by its lock
+        except OSError:  # the folder was removed, which the relay detects by its lock
             return DiskSpace(0, 0)
         largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
         if largest == resource.RLIM_INFINITY:
             return space
-        # Pages beyond that would be in the log for ever.
+        # Pages beyond that could never leave the log.
         left = max(largest - self._outbox.size() - self._outbox.free(), 0)
         return DiskSpace(min(space.free, left), min(space.size, largest))
 
     def _unread(self) -> int:
-        """Bytes in the journals that the outbox does not have."""
+        """Bytes in the journals that are not in the outbox."""
         offsets, total = self._outbox.offsets(), 0
         for path in self._folder.readable_journals():
             with suppress(FileNotFoundError):
@@ -417,8 +417,10 @@ class Limits:
 
 
 def take_losses(counts: Counter[str]) -> list[EarlyLoss]:
-    """Take out of *counts* what counts as reports: what workers could neither write down nor keep, and what a proxy
-    sent without a word of how much."""
+    """Remove the lost plays from *counts* and return them as losses.
+
+    They are plays that workers could neither write nor buffer, and plays without a line in the proxy's log.
+    """
     reports, size = counts.pop("capture_lost", 0), counts.pop("capture_lost_bytes", 0)
     losses = [
         EarlyLoss("capture_lost", reports, size),

@@ -1,6 +1,6 @@
-"""Claim, send, acknowledge: what becomes of each report, and when the API is left in peace.
+"""Delivery: claims reports from the outbox, sends them, and writes the outcome of each back to the outbox.
 
-The outbox is touched by the relay's one thread; sender threads do nothing but wait for the API.
+Only the relay's main thread uses the outbox; sender threads only wait for the API.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ __all__ = ["FAILURES_TO_OPEN", "PROBE_WHEN_PAUSED", "Breaker", "Delivery"]
 
 log = logging.getLogger(__name__)
 
-#: Threads that wait for the API. An answer in 20 ms makes 50 reports/s of one thread; started as they are needed.
+#: Most sender threads, started when they are needed. With answers in 20 ms, one thread sends 50 reports/s.
 MOST_SENDERS = 16
-#: Reports that are claimed per sender: one under way and one at hand.
+#: Reports that are claimed per sender: one in flight and one queued.
 CLAIMED_PER_SENDER = 2
-#: Reports that are claimed in all at most, from an API that answers faster than a step takes to write that down.
+#: Most claimed reports, for an API that answers faster than a step writes the outcomes.
 MOST_CLAIMED = 256
-#: Seconds before a report is tried again that failed while its API is not left alone; doubled, up to the longest,
-#: each time that others got through since and it did not.
+#: Seconds before a failed report is retried while its breaker is closed. Doubled, up to the longest, each time that
+#: other reports succeeded since and it failed again.
 RETRY_AFTER, LONGEST_RETRY = 1.0, 300.0
-#: The longest where its answer is not understood: each try may be recorded.
+#: The longest if its answer is not understood, since each try may be recorded.
 LONGEST_UNCLEAR_RETRY = 3600.0
-#: Name of the note that an API took a report, before its host.
+#: Prefix of the note that an API accepted a report; the host follows.
 ACCEPTED = "accepted:"
-#: Seconds between two tries to write down, at the end, what could not be written.
+#: Seconds between two tries at the end to write outcomes that could not be written.
 SETTLE_RETRY = 0.1
-#: Seconds before each further try of a report that the API refuses with a code nobody documents: over an hour in all.
+#: Seconds before each retry of a report that the API refuses with an undocumented code: over an hour in all.
 UNEXPLAINED_DELAYS = (60.0, 300.0, 900.0, 2700.0)
-#: Seconds between two log lines of reports that the same API refused with the same code.
+#: Seconds between two log lines for reports that the same API refused with the same code.
 LOG_REFUSED_EVERY = 3600.0
-#: Codes of refusals that are remembered for that; an API that makes up new ones is told of more often.
+#: Most codes that are remembered for that; an API that returns ever new codes is logged more often.
 MOST_CODES = 100
-#: Longest answer that is kept with a dead letter, in characters.
+#: Longest answer that is stored with a dead letter, in characters.
 LONGEST_KEPT = 500
 
 
@@ -57,10 +57,10 @@ class _Result(NamedTuple):
 
 
 class Delivery:
-    """Moves reports from the outbox to the API.
+    """Sends the reports in the outbox to the API.
 
-    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch. Retries are due by
-    *elapsed*, by default counted from now on.
+    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch. The due times of
+    retries are times of *elapsed*, which starts now by default.
     """
 
     def __init__(
@@ -87,32 +87,32 @@ class Delivery:
         self._senders: list[threading.Thread] = []
         self._breakers: dict[str, Breaker] = {}
         self._unsettled: list[Settlement] = []
-        #: Report -> successes of its API when it failed last, and the seconds that it had to wait then.
+        #: Report id -> successes of its API when it failed last, and the seconds that it waited then.
         self._retry_delays: dict[int, tuple[int, float]] = {}
         self._health = healths(notes)
         self._troubles = troubles_of(notes)
         self._answered_ms: dict[str, int] = {}
-        #: Hosts that took a report from this state folder once; before that, a refusal may mean that none fits.
+        #: Hosts that accepted a report from this state folder; before that, a refusal may mean a wrong API path.
         self._noted_accepted = {name.removeprefix(ACCEPTED) for name in notes if name.startswith(ACCEPTED)}
         self._accepted = set(self._noted_accepted)
-        #: Host -> report that was its last probe: the next one is another, so that one that fails holds up no other.
+        #: Host -> id of its last probe: the next probe is another report, so that one bad report does not block others.
         self._probed: dict[str, int] = {}
         self._logged_unclear: set[str] = set()
         self._logged_no_thread = False
-        #: (Host, code) -> when a refusal was told last, and how many were not told since.
+        #: (Host, code) -> when a refusal was logged last, and how many were not logged since.
         self._logged_refusals: dict[tuple[str, str], tuple[float, int]] = {}
-        #: How the last report failed, for whatever reason.
+        #: Message of the latest failure.
         self.last_failure = ""
-        #: Whether the outbox could not be written at the last try.
+        #: Whether the latest write to the outbox failed.
         self.store_fails = False
-        #: Reports that are with the senders.
+        #: Number of reports that are queued or being sent.
         self.in_flight = 0
 
     def step(self) -> bool:
-        """Write down what came back and send what may go; whether anything moved.
+        """Write the new outcomes and claim reports to send. Returns whether there were any.
 
-        Both in one transaction: it costs one write to the disk, and while what came back can't be written,
-        nothing more is claimed, or it would be sent twice.
+        Both happen in one transaction, which costs one write to the disk. While outcomes can't be written, nothing more
+        is claimed, or it would be sent twice.
         """
         self._collect_results()
         try:
@@ -122,7 +122,7 @@ class Delivery:
                 health = self._note_health()
         except OutboxError as error:
             self._log_store_fails(error)
-            return self.settle()  # an acknowledgement alone may find room on a full disk
+            return self.settle()  # outcomes alone may fit on a full disk
         moved = bool(self._unsettled or entries)
         if self._unsettled:
             crash_point("after_ack")
@@ -136,14 +136,14 @@ class Delivery:
         return moved
 
     def wait(self, seconds: float) -> None:
-        """Wait until a report comes back, or *seconds*."""
-        # Not SimpleQueue.get(timeout): where the thread sleeps at the wrong moment until the time is up, CPython's
-        # goes on with a timeout below zero, which to its locks means for ever, and no signal ends that.
+        """Wait for an outcome, up to *seconds*."""
+        # Not SimpleQueue.get(timeout): if the thread is suspended until the timeout has passed, CPython continues with
+        # a negative timeout, which its locks treat as infinite, and no signal ends that.
         if self._result_ready.wait(seconds):
             self._result_ready.clear()
 
     def settle(self) -> bool:
-        """Write down what came back; whether there was anything. What can't be written is kept and tried again."""
+        """Write the new outcomes. Returns whether any were written; on a failure they are kept for the next call."""
         self._collect_results()
         if not self._unsettled:
             return False
@@ -157,7 +157,7 @@ class Delivery:
         return True
 
     def can_deliver(self) -> bool:
-        """Whether anything is under way or could be: something waits for an API that is not paused."""
+        """Whether a report is in flight or could be sent: one waits for an API that is not paused."""
         if self.in_flight or self._unsettled:
             return True
         try:
@@ -167,11 +167,11 @@ class Delivery:
             return True
 
     def breakers(self) -> Iterable[tuple[str, Breaker]]:
-        """Host and state of each API that was asked."""
+        """Host and breaker of each API that was used."""
         return self._breakers.items()
 
     def stop(self, seconds: float) -> None:
-        """Claim nothing more, and give what is under way *seconds* to come back."""
+        """Stop claiming, and wait up to *seconds* for the reports in flight."""
         deadline = self._monotonic() + seconds
         self._requeue(lambda entry: True)
         self.settle()
@@ -194,7 +194,7 @@ class Delivery:
             self._unsettled.append(self._judge(result)._replace(outcome=_outcome_name(result.outcome)))
 
     def _note_health(self) -> dict[str, Health]:
-        """How the APIs are, for commands and pages; written down where it changed."""
+        """The health of the APIs. Changes are noted in the outbox, for commands and pages."""
         health, now_ms = dict(self._health), self._wall_ms()
         for host, breaker in self._breakers.items():
             self._put_health(health, host, breaker, now_ms)
@@ -206,11 +206,11 @@ class Delivery:
         reason = breaker.paused if breaker.paused is not None else breaker.failure
         state = PAUSED if breaker.paused is not None else FAILING if breaker.is_open else WELL
         answered_ms = self._answered_ms.get(host, 0)
-        if state != WELL or answered_ms:  # else nothing is known of it yet, beside what a former relay knew
+        if state != WELL or answered_ms:  # else nothing is known yet, except by a former relay
             health[host] = next_health(health.get(host), state, reason, answered_ms, now_ms)
 
     def _requeue(self, wanted: Callable[[Entry], bool]) -> None:
-        """Put back what no sender has begun, as if it had never been claimed."""
+        """Return the *wanted* reports that no sender has begun to the outbox, without counting a try."""
         kept = []
         while not self._tasks.empty():
             try:
@@ -243,10 +243,10 @@ class Delivery:
         return self._claim_allowed(room) if room > 0 else []
 
     def _set_claim_limit(self) -> None:
-        """Twice what was taken during the last step, or the senders of a fast API would wait for each step.
+        """Claim up to twice the reports that were accepted during the last step, so that senders never wait for a step.
 
-        It shrinks as fast as that does: with an API that fails, nothing was taken. What is at hand when the relay
-        is killed may have been sent; where that is given up, there is no more of it than must be.
+        The limit shrinks as quickly: an API that fails accepted nothing. Claimed reports may have been sent when the
+        relay is killed. If such reports are then dropped, not retried, the limit stays at its minimum.
         """
         least = MOST_SENDERS * CLAIMED_PER_SENDER
         taken = sum(isinstance(item, Acked) for item in self._unsettled)
@@ -273,8 +273,8 @@ class Delivery:
         return self._breakers.setdefault(host, Breaker(host))
 
     def _start_sender(self) -> bool:
-        """Whether there is one more; where not, what there is goes on, and the next step tries again."""
-        # A daemon: one that hangs in a system call must not hold up the exit.
+        """Start one more sender thread. Returns whether it started; if not, the next step tries again."""
+        # A daemon, since a thread that hangs in a system call must not delay the exit.
         sender = threading.Thread(
             target=self._send_forever, daemon=True, name=f"t23-sender-{len(self._senders)}"
         )
@@ -287,7 +287,7 @@ class Delivery:
         return True
 
     def _send_without_thread(self) -> None:
-        """Send one without a thread, so that the loop comes round, and put back the others: they were not sent."""
+        """Send one report without a thread, so that the loop makes progress, and return the others to the outbox."""
         self._send_one(self._tasks.get())
         self._requeue(lambda entry: True)
 
@@ -304,14 +304,14 @@ class Delivery:
                 outcome = error
             except Exception as error:
                 log.exception(
-                    "sending a report failed in a way that is our own fault; it is tried again",
+                    "sending a report failed because of an error in t23_middleware; it is retried",
                     extra={"t23_event": "sending_failed", "t23_reason": type(error).__name__},
                 )
                 outcome = NoAnswer(type(error).__name__)
             self._results.put(_Result(entry, outcome))
             self._result_ready.set()
 
-    # What becomes of a report.
+    # The outcome of a report.
 
     def _judge(self, result: _Result) -> Settlement:
         entry, outcome = result
@@ -320,7 +320,7 @@ class Delivery:
             self.last_failure = str(outcome)
         if isinstance(outcome, RetryLater):
             if breaker.failed(entry.id, self._monotonic(), outcome):
-                text = "the API takes no reports%s (%s); they wait here until it does"
+                text = "the API accepts no reports%s (%s); they wait in the outbox until it does"
                 log.error(
                     text,
                     _for(breaker.host),
@@ -345,7 +345,7 @@ class Delivery:
 
     def _denied(self, entry: Entry, breaker: Breaker, why: NotAccepted, *, soon: bool = False) -> Settlement:
         if breaker.denied(entry.id, self._monotonic(), why, soon=soon):
-            text = "delivery pauses%s: %s. Reports wait here, and one is tried each 5 minutes%s"
+            text = "delivery pauses%s: %s. Reports wait in the outbox; one is tried every 5 minutes%s"
             often = ", at first more often" if soon else ""
             log.error(
                 text,
@@ -358,12 +358,12 @@ class Delivery:
         return Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
 
     def _requeue_if_open(self, breaker: Breaker) -> None:
-        """What waits for a sender is no longer for an API that is left alone, its probe excepted."""
+        """While the breaker is open, return its API's queued reports to the outbox, except the probe."""
         if breaker.is_open:
             self._requeue(lambda entry: entry.report.host == breaker.host and entry.id != breaker.probe)
 
     def _retry_delay(self, entry: Entry, breaker: Breaker, error: RetryLater) -> float:
-        """Seconds before *entry* is tried again. One that fails alone must not be tried each second for days."""
+        """Seconds before *entry* is retried. A report that fails alone must not be retried each second for days."""
         successes, seconds = self._retry_delays.get(entry.id, (breaker.successes, RETRY_AFTER))
         unclear = isinstance(error, NoAnswer) and error.answered
         if breaker.successes > successes:
@@ -374,11 +374,15 @@ class Delivery:
         return seconds
 
     def _answered(self, entry: Entry, answer: Answer) -> Settlement:
-        """``cached`` on a first try: the API answered from its cache and recorded nothing; on a later one, the first did."""
+        """The outcome of an accepted report.
+
+        ``cached`` on the first try means that the API answered from its cache and recorded nothing. On a retry it means
+        that an earlier try was recorded.
+        """
         if not answer.cached or entry.ambiguous_sends:
             return Acked(entry.id, max(self._wall_ms() - entry.report.time_ms, 0))
         if entry.retimed:
-            return Dead(entry.id, "cached", "the API answered from its cache twice, and so recorded nothing")
+            return Dead(entry.id, "cached", "the API answered from its cache twice, so it recorded nothing")
         later = max(self._wall_ms(), entry.report.time_ms + 1)
         return Retry(entry.id, self._elapsed_ms(), 0, entry.unexplained_answers, later)
 
@@ -399,7 +403,7 @@ class Delivery:
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])
 
     def _log_refused(self, report: Report, code: str, error: DeliveryError) -> None:
-        """Once an hour for each code: a site whose videos are all unknown would fill the log, and tell nothing new."""
+        """Once an hour for each code: a site whose videos are all unknown would fill the log with equal lines."""
         key, now = (report.host, code), self._monotonic()
         logged_at, number = self._logged_refusals.get(key, (float("-inf"), 0))
         if now < logged_at + LOG_REFUSED_EVERY:
@@ -409,7 +413,7 @@ class Delivery:
             self._logged_refusals.clear()
         self._logged_refusals[key] = now, 0
         log.warning(
-            "a report of video %s was refused%s (%s); more of that kind are told once an hour,"
+            "a report of video %s was refused%s (%s); more of this kind are logged once an hour,"
             " see 't23-middleware dead list'",
             report.photo_id,
             f" for {report.host}" if report.host else "",
@@ -425,7 +429,7 @@ class Delivery:
         )
 
     def _log_no_thread(self, error: Exception) -> None:
-        """Once, until there are as many as are wanted."""
+        """Once, until a thread can be started again."""
         if not self._logged_no_thread:
             self._logged_no_thread = True
             log.error(
@@ -437,13 +441,13 @@ class Delivery:
             )
 
     def _log_unclear(self, report: Report, error: RetryLater) -> None:
-        """Once for each API; where none of its answers is understood, the breaker says it."""
+        """Once for each API. If none of its answers is understood, the breaker's line is logged instead."""
         if report.host in self._logged_unclear:
             return
         self._logged_unclear.add(report.host)
         log.warning(
-            "a report of video %s gets an answer that is not understood, while others are taken%s (%s);"
-            " it is tried again, at most once an hour in the end",
+            "a report of video %s gets an answer that is not understood, while others are accepted%s (%s);"
+            " it is retried less and less often, in the end once an hour",
             report.photo_id,
             _for(report.host),
             error,
@@ -459,7 +463,7 @@ class Delivery:
         if not self.store_fails:
             self.store_fails = True
             log.error(
-                "%s; nothing is sent until it can be written again, and captures go on: look after the disk",
+                "%s; sending pauses until the outbox is writable again, and capturing continues. Check the disk",
                 error,
                 extra={"t23_event": "outbox_unwritable", "t23_reason": str(error)},
             )
@@ -470,20 +474,20 @@ def _for(host: str) -> str:
 
 
 def _log_fields(event: str, host: str, error: DeliveryError | None = None) -> dict[str, str]:
-    """Fields of a log line, for formatters that write them."""
+    """Extra fields of a log line, for formatters that write them."""
     return {"t23_event": event, "t23_host": host, "t23_reason": "" if error is None else str(error)}
 
 
 def _unproven(error: DeliveryError) -> str:
-    """What to do about a refusal by an API that took no report yet."""
+    """The message for a refusal by an API that accepted no report yet, with its remedy."""
     return (
-        f"{clip(str(error)).rstrip('.')}; the API took no report from this state folder yet, so perhaps it takes none"
-        f" at T23_REPORT_PATH. 't23-middleware check --send --photo ID --session ID' tries {' and '.join(REPORT_PATHS)}"
+        f"{clip(str(error)).rstrip('.')}; the API accepted no report from this state folder yet, so T23_REPORT_PATH may"
+        f" be wrong. 't23-middleware check --send --photo ID --session ID' tries {' and '.join(REPORT_PATHS)}"
     )
 
 
 def _outcome_name(outcome: Answer | DeliveryError) -> str:
-    """The outcome as one of :data:`~t23_middleware.relay.history.ANSWERS`."""
+    """The name of *outcome*, one of :data:`~t23_middleware.relay.history.ANSWERS`."""
     match outcome:
         case Answer():
             return "accepted"

@@ -1,4 +1,7 @@
-"""From the journals and the proxy's logs into the outbox: read, judged, and kept in one transaction with the offsets."""
+"""Intake: reads the journals and the proxy's logs, lets the playback machine decide, and stores the reports.
+
+The reports and the offsets of what was read are stored in one transaction.
+"""
 
 from __future__ import annotations
 
@@ -29,34 +32,34 @@ from .report import Report
 
 log = logging.getLogger(__name__)
 
-#: How late a line may be, in ns: a worker that was put to sleep between taking the time and writing it.
+#: How late a line may be, in ns: a worker may be suspended between taking the time and writing the line.
 LATE_NS = 250_000_000
 MS = 1_000_000
-#: Seconds between two looks for responses that dead workers left open.
+#: Seconds between two checks for responses that dead workers left open.
 CHECK_DEAD_EVERY = 1.0
-#: Name of the note that says since when journals of another version wait.
+#: Name of the note with the times since when journals of another version wait.
 FOREIGN_SINCE = "foreign_since"
-#: How many lines of the proxy's log are odd changes all the time, and is not worth a line of ours.
+#: A problem whose figures alone changed is not logged again.
 _DIGITS = re.compile(r"\d+")
 
 
 class _Poll(NamedTuple):
-    """One look at the journals."""
+    """The result of one poll of the journals."""
 
-    #: When, in ns since the epoch.
+    #: Its time, in ns since the epoch.
     wall_ns: int
-    #: Bytes that it took from each journal at most.
+    #: Most bytes that it read from each journal.
     piece: int
     reading: Reading
-    #: What became of it, once it is judged.
+    #: The batch that was made of it, if any yet.
     batch: Ingest | None = None
 
 
 class Intake:
-    """What lies in *folder* and in the proxy's logs, on its way into *outbox*, within *limits*.
+    """Moves what the workers wrote to *folder*, and the proxy's logs, into *outbox*, within *limits*.
 
-    Call :meth:`begin` first, then in turn :meth:`look`, :meth:`keep` and :meth:`tidy`; each of these but
-    :meth:`look` raises :class:`~t23_middleware.relay.outbox.OutboxError` where the store fails, and is tried again.
+    Call :meth:`begin` first, then in turn :meth:`read`, :meth:`store` and :meth:`clean_up`. All but :meth:`read` raise
+    :class:`~t23_middleware.relay.outbox.OutboxError` if the outbox fails; call them again then.
     """
 
     def __init__(self, settings: Settings, folder: StateFolder, outbox: SQLiteOutbox, limits: Limits) -> None:
@@ -65,15 +68,15 @@ class Intake:
         self._outbox = outbox
         self._limits = limits
         self._kernel = Kernel(settings, folder)
-        self._boot = boot_id()[:8]  # enough to tell one from the next, in each viewing that is kept
+        self._boot = boot_id()[:8]  # short, since each session state stores it
         self._dead_checked_at = 0.0
         self._minute = 0
         self._noted_awaiting = False
         self._proxy_problems: dict[str, str | None] = {}
 
     def begin(self) -> None:
-        """Read on from where the outbox says."""
-        #: What the outbox did not take yet, and the journals that are gone and that it still names.
+        """Start from the offsets and the state in the outbox."""
+        #: The poll that the outbox has not stored yet, and removed journals whose offsets it still has.
         self._unstored: _Poll | None = None
         self._gone: list[str] = []
         self._foreign = self._folder.foreign_journals()
@@ -97,13 +100,13 @@ class Intake:
         self._join = self._make_join(self._outbox.proxy_rows())
 
     def read(self) -> None:
-        """Read on, unless the outbox did not take yet what was read last."""
+        """Read the next lines, unless the previous ones are not stored yet."""
         self._poll = self._unstored or self._read_sources()
 
     def store(self) -> bool:
-        """Judge what was read and take it into the outbox; whether anything had happened.
+        """Judge what was read and store it in the outbox. Returns whether there was anything.
 
-        What the outbox refuses stays in hand, for nothing is judged twice.
+        A batch that the outbox refuses is kept for the next call, since nothing may be judged twice.
         """
         batch = self._poll.batch or self._batch(self._poll.reading)
         if batch.reports or batch.viewings or batch.offsets or batch.counts or batch.losses or batch.proxy:
@@ -116,7 +119,7 @@ class Intake:
         return bool(batch.reports or batch.viewings or batch.offsets)
 
     def clean_up(self) -> None:
-        """Remove what is read to the end, and write down what pages read once a minute."""
+        """Remove journals that are read to the end, and write the history's gauges once a minute."""
         self._gone += self._journals.remove_finished()
         self._outbox.forget_journals(self._gone)
         self._gone = []
@@ -125,14 +128,16 @@ class Intake:
         self._begin_minute()
 
     def retry_with_smaller_pieces(self) -> None:
-        """The outbox refused what is in hand: read and judge it again where less at once may find room."""
+        """The outbox refused a batch: read and judge again if smaller pieces may fit."""
         if self._unstored and self._limits.piece_bytes < self._unstored.piece:
             self.begin()
 
     def conclude(self, *, streams: bool = True) -> bool:
-        """Tell what the kernel knows now of what drains, and with *streams* of those that are not over, since nobody
-        may be here when they are; whether there were any."""
-        if self._unstored:  # the next relay judges that anew, and all that follows from it
+        """Report the draining responses with the kernel's current counts; with *streams*, report open streams too.
+
+        Returns whether there were any. The relay ends, so that it could not report them later.
+        """
+        if self._unstored:  # the next relay judges it again, and everything after it
             return False
         self._kernel.poll(now=True)
         reports = self._playback.conclude(time.time_ns() // MS) if streams else self._playback.end_draining()
@@ -144,21 +149,21 @@ class Intake:
         return bool(reports)
 
     def end(self) -> None:
-        """Ask the kernel no more; what it told and was not judged waits in a journal for the next relay."""
+        """Stop polling the kernel. Its events that were not judged wait in a journal for the next relay."""
         name = self._kernel.writer_name
         self._kernel.stop()
         if name:
             self._outbox.forget_journals(self._journals.remove_committed(name))
 
     def stop(self) -> None:
-        """Ask the kernel no more, whatever happened."""
+        """Stop polling the kernel, also after an error."""
         self._kernel.stop()
 
-    # What is known now.
+    # State.
 
     @property
     def read_at_ns(self) -> int:
-        """When the last look was, in ns since the epoch."""
+        """Time of the latest poll, in ns since the epoch."""
         return self._poll.wall_ns
 
     @property
@@ -168,50 +173,50 @@ class Intake:
 
     @property
     def has_unstored(self) -> bool:
-        """Whether the outbox did not take yet what was read last."""
+        """Whether the outbox has not stored the latest poll yet."""
         return self._unstored is not None
 
     @property
     def awaiting_line(self) -> int:
-        """Responses that only the proxy's line is missing of."""
+        """Number of responses that wait for the proxy's line."""
         return self._playback.awaiting_line
 
     @property
     def draining(self) -> int:
-        """Responses that only the client's kernel is not done with."""
+        """Number of responses that wait for the client's kernel."""
         return len(self._playback.drains)
 
     def all_read(self) -> bool:
-        """Whether nothing is written that was not taken."""
+        """Whether everything that was written is stored."""
         return self._journals.all_read() and self._join.all_read
 
     def has_news(self, *, of_writers: bool) -> bool:
-        """Whether anything was written that was not taken or, with *of_writers*, a writer lives."""
+        """Whether there are unread lines or, with *of_writers*, a live writer."""
         return self._journals.has_news(of_writers=of_writers)
 
     def has_live_writer(self) -> bool:
-        """Whether any writer lives."""
+        """Whether there is a live writer."""
         return self._journals.has_live_writer()
 
     def newest_writer(self) -> Writer | None:
-        """The newest-started live writer, if there is one."""
+        """The live writer that started last, if any."""
         writers = self._journals.live_writers()
         return writers[-1] if writers else None
 
     def orphaned_responses(self) -> list[tuple[str, int]]:
-        """Writer and number of each open response that nobody will close."""
+        """Writer and number of each open response whose writer died."""
         open_responses = list(self._playback.open_responses())
         dead = self._journals.dead_writers({writer for writer, _ in open_responses})
         return [(writer, number) for writer, number in open_responses if writer in dead]
 
     def check_writers_now(self) -> None:
-        """With the next look, however short ago that was done."""
+        """Check for dead writers at the next poll, without the usual pause."""
         self._dead_checked_at = 0.0
 
-    # How it is read and judged.
+    # Reading and judging.
 
     def _make_join(self, rows: Mapping[str, str]) -> ProxyJoin:
-        """The logs that are followed, as *rows* of the outbox know them."""
+        """The followed logs, continued from *rows* of the outbox."""
         now_ns, now_ms = time.monotonic_ns(), time.time_ns() // MS
         return ProxyJoin(self._settings.proxy_log, self._playback, rows, now_ns, now_ms)
 
@@ -242,7 +247,7 @@ class Intake:
         )
 
     def _judge(self, reading: Reading) -> list[Report]:
-        """Time passes no further than *reading* tells: of a backlog's rest, nothing is known yet."""
+        """Reports for *reading*. Time passes only as far as *reading* reaches: the rest of a backlog is unknown."""
         reports = []
         facts: list[Fact | LoggedLine] = [*reading.facts, *self._join.due(reading.until_ns)]
         for fact in sorted(facts, key=lambda fact: fact.at_ns):
@@ -273,7 +278,7 @@ class Intake:
         return reports
 
     def _end_unneeded_drains(self) -> list[Report]:
-        """Of what drains: all where the kernel can't be asked, and what workers that wait to end are done with."""
+        """End draining responses early: all if the kernel can't be asked, else those of workers that wait to exit."""
         drains = self._playback.drains
         if self._kernel.network is None:
             return self._playback.end_draining()
@@ -305,35 +310,35 @@ class Intake:
         return notes
 
     def _writers_elsewhere(self) -> int:
-        """Writers whose connections can't be asked about, for they are in another network namespace."""
+        """Number of writers whose connections are in another network namespace, where they can't be asked about."""
         network = self._kernel.network
         if network is None:
             return 0
         return sum(writer.network != network for writer in self._journals.live_writers())
 
     def _begin_minute(self) -> None:
-        """The history's gauges, once a minute; pages tell by them when a relay ran."""
+        """Write the history's gauges once a minute; pages also use them to see when a relay ran."""
         now_ms = time.time_ns() // MS
         if now_ms // MINUTE_MS != self._minute:
             self._outbox.begin_minute(now_ms, len(list(self._playback.open_responses())))
             self._minute = now_ms // MINUTE_MS
 
-    # What operators are told.
+    # Log lines.
 
     def _check_foreign(self) -> None:
-        """Journals of another version wait for its relay, for as long as reports may wait; each is told once."""
+        """Log each journal of another version once. It waits for that version's relay, up to ``T23_MAX_AGE``."""
         self._drop_foreign()
         foreign = self._journals.foreign()
         if foreign == self._foreign:
             return
         for name in foreign.keys() - self._foreign.keys():
             log.warning(
-                "%s is of another version (format %s); it waits for that one",
+                "%s was written by another version (format %s) and is left for that version's relay",
                 name,
                 foreign[name],
                 extra={"t23_event": "journal_foreign", "t23_path": name},
             )
-        with suppress(OSError):  # workers then start a relay for nothing, and that is all
+        with suppress(OSError):  # then workers start a relay without need, which is harmless
             self._folder.keep_foreign_journals(foreign)
         self._foreign = foreign
 
@@ -346,20 +351,20 @@ class Intake:
         old = [name for name, since_ms in self._foreign_since.items() if since_ms < before_ms]
         if gone := self._journals.remove_foreign(old):
             log.error(
-                "%s are given up: no relay of their version came for T23_MAX_AGE",
+                "%s were removed: no relay of their version read them within T23_MAX_AGE",
                 ", ".join(gone),
                 extra={"t23_event": "journals_given_up", "t23_count": len(gone)},
             )
             self._outbox.ingest(Ingest([], [], {}, {"journals_given_up": len(gone)}))
 
     def _log_proxy_problems(self) -> None:
-        """Each change once."""
+        """Log each change once."""
         for path, problem in self._join.problems().items():
             what = None if problem is None else _DIGITS.sub("", problem)
             former, self._proxy_problems[path] = self._proxy_problems.get(path), what
             if problem is not None and what != former:
                 log.error(
-                    "%s. Until then plays wait for their lines, for T23_PROXY_WAIT at most",
+                    "%s. Until then plays wait for their lines, up to T23_PROXY_WAIT",
                     problem,
                     extra={"t23_event": "proxy_log_unreadable", "t23_path": path},
                 )

@@ -1,4 +1,4 @@
-"""State as compact JSON text, and back: dataclasses become the lists of their fields."""
+"""State as compact JSON text: a dataclass is written as the list of its fields, and read back."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_fie
 
 
 def loads(kind: type[T], text: str) -> T:
-    """The *kind* of dataclass that *text* was made from; raises ValueError or TypeError where it was not."""
+    """The dataclass *kind* that was written as *text*. Raises ValueError or TypeError for any other text."""
     value: T = _parsed(kind, json.loads(text))
     return value
 
 
 def shift_times(state: Any, by_ns: int, latest_ns: int) -> None:
-    """Put each time in *state*, a field named ``…_ns``, *by_ns* further, but none behind *latest_ns*."""
+    """Add *by_ns* to each time in *state* (a field named ``…_ns``), up to *latest_ns*."""
     if isinstance(state, tuple):
         for each in state:
             shift_times(each, by_ns, latest_ns)
@@ -39,9 +39,9 @@ def shift_times(state: Any, by_ns: int, latest_ns: int) -> None:
 
 
 def _parsed(kind: Any, value: Any) -> Any:
-    """*value* as the annotation *kind* has it: the database may hold what another version wrote, or nobody."""
+    """*value* as the annotation *kind* wants it. Checked, since another version or damage may have changed the text."""
     if isinstance(kind, type) and is_dataclass(kind):
-        # What a version before did not have is its default, if it has one.
+        # A field that an older version did not write gets its default, if it has one.
         kinds = _kinds(kind)
         return kind(*_each(kinds[: len(value)] if isinstance(value, list) else kinds, value))
     if isinstance(kind, UnionType):

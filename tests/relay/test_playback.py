@@ -48,7 +48,7 @@ def response(
 class Fact(NamedTuple):
     at_ns: int
     writer: str
-    what: Opening | Transfer
+    event: Opening | Transfer
 
 
 def facts_of(transfers: Iterable[Transfer], writers: int = 1) -> list[Fact]:

@@ -1,6 +1,6 @@
-"""The outbox: reports that wait, in a file that survives; the only place that speaks SQL.
+"""The outbox: a SQLite file with the reports that wait for delivery. Only this package uses SQL.
 
-One relay at a time writes it, which the relay's lock guarantees; pages and commands only read.
+One relay at a time writes it, which the relay's lock guarantees. Pages and commands read it; ``dead`` also writes.
 """
 
 from .readers import LONG_LOG, log_size, readers

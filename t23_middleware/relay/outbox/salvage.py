@@ -1,4 +1,4 @@
-"""A corrupt file is set aside, for a relay that refuses to start delivers nothing."""
+"""Sets a corrupt outbox aside and starts a new one, since a relay that refuses to start delivers nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .values import CORRUPT, UNCOUNTED, EarlyLoss, OutboxError, OutboxFull
 
 log = logging.getLogger(__name__)
 
-#: More bytes than a report has.
+#: No report has as many bytes; a larger number is damage.
 MOST_BYTES = 1 << 50
 
 
 def open_or_replace(path: Path) -> sqlite3.Connection:
-    """The database at *path*; a corrupt one is set aside, for a relay that refuses to start delivers nothing."""
+    """Open the database at *path*; a corrupt one is set aside first."""
     try:
         return open_file(path)
     except SQLITE_ERRORS as error:
@@ -33,10 +33,10 @@ def open_or_replace(path: Path) -> sqlite3.Connection:
 
 
 def set_aside(path: Path, why: Exception) -> None:
-    """Put the corrupt database at *path* where it is in nobody's way, and begin a new one.
+    """Rename the corrupt database at *path*, and create a new one.
 
-    What can be read of its reports is counted as lost there, reason ``corrupt``. It is the most that can be lost:
-    what the journals still hold is taken in once more.
+    The new one counts the reports that can be read in the old one as lost, reason ``corrupt``. That is an upper limit:
+    lines that are still in the journals are read again.
     """
     left = _salvage(path)
     aside = path.with_name(f"{path.name}.corrupt-{time.time_ns() // 1_000_000}")
@@ -44,12 +44,12 @@ def set_aside(path: Path, why: Exception) -> None:
     for suffix in ("-wal", "-shm"):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
     log.error(
-        "the outbox was corrupt (%s); it is set aside as %s, and a new one begins; %d reports that it held count as"
-        " lost%s. Look after the disk",
+        "the outbox was corrupt (%s). It was renamed to %s and a new one was created; %d reports in it count as lost%s."
+        " Check the disk",
         why,
         aside,
         left.loss.reports,
-        "" if left.all else ", and what else it held is not known",
+        "" if left.all else ", and more that can't be counted",
         extra={
             "t23_event": "outbox_set_aside",
             "t23_reason": str(why),
@@ -57,15 +57,15 @@ def set_aside(path: Path, why: Exception) -> None:
             "t23_count": left.loss.reports,
         },
     )
-    with suppress(*SQLITE_ERRORS, OSError):  # whoever opens it next meets that too
+    with suppress(*SQLITE_ERRORS, OSError):  # the next open meets the same error
         _record_in_new(path, left)
 
 
 class _Salvaged(NamedTuple):
-    """What a corrupt database held."""
+    """The reports that can be read in a corrupt database."""
 
     loss: EarlyLoss
-    #: Whether that is all.
+    #: Whether those are all.
     all: bool
 
 
@@ -77,7 +77,7 @@ def _record_in_new(path: Path, left: _Salvaged) -> None:
 
 
 def _salvage(path: Path) -> _Salvaged:
-    """What can be read of the reports in a corrupt database, those that the API refused included."""
+    """Count the readable reports in a corrupt database, including the refused ones."""
     uri = f"{path.absolute().as_uri()}?mode=ro"
     with suppress(*SQLITE_ERRORS), closing(sqlite3.connect(uri, uri=True, timeout=0)) as db:
         found = [_salvage_table(db, table) for table in ("reports", "dead")]
@@ -87,7 +87,7 @@ def _salvage(path: Path) -> _Salvaged:
 
 
 def _salvage_table(db: sqlite3.Connection, table: str) -> _Salvaged:
-    """From the first on up to the damage, then from the last on back to it."""
+    """Count rows from the first to the damage, then from the last back to it."""
     reports, size, last = _read_on(db, f"SELECT id, sent FROM {table} ORDER BY id")
     if last is None:
         return _Salvaged(EarlyLoss("corrupt", reports, size), True)
@@ -96,7 +96,7 @@ def _salvage_table(db: sqlite3.Connection, table: str) -> _Salvaged:
 
 
 def _read_on(db: sqlite3.Connection, query: str, *values: int) -> tuple[int, int, int | None]:
-    """Number and bytes of the rows that can be read, and the id of the last one; ``None`` where all can."""
+    """Number and bytes of the readable rows, and the id of the last one; ``None`` if all are readable."""
     reports = size = last = 0
     try:
         for id, sent in db.execute(query, values):

@@ -1,4 +1,4 @@
-"""The outbox as the relay works on it."""
+"""The outbox for the relay, which reads and writes it."""
 
 from __future__ import annotations
 
@@ -38,29 +38,29 @@ SELECT max(at) FROM (
     UNION ALL SELECT max(died_ms) FROM dead WHERE {_UNDATED_DEAD}
 )
 """
-#: Of an hour, the videos that are neither among those with the most bytes nor among those with the most plays.
+#: Deletes an hour's videos that are neither among those with the most bytes nor among those with the most plays.
 _FORGET_VIDEOS = """
 DELETE FROM videos WHERE hour = :hour
 AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY bytes DESC LIMIT :most)
 AND (host, photo_id) NOT IN (SELECT host, photo_id FROM videos WHERE hour = :hour ORDER BY plays DESC LIMIT :most)
 """
-#: Longest that a retry is ever put off, in ms; a due time beyond it comes from a clock that began anew.
+#: Longest delay of a retry, in ms; a later due time comes from a clock that was reset.
 LONGEST_DELAY_MS = 2 * 3600 * 1000
-#: Whether a dead letter is of the video that has more than half of all.
+#: Whether a dead letter belongs to the video that has more than half of them.
 _MOST_REFUSED = """
 ((host, photo_id) IN (SELECT host, photo_id FROM dead GROUP BY 1, 2 HAVING count(*) * 2 > (SELECT count(*) FROM dead)))
 """
 _LAST_TURN = "SELECT max(turn) FROM reports WHERE host = ? AND leased = 0"
-#: Reports of one video or session that wait and are no flood, however few others wait.
+#: This many waiting reports of one video or session are not a flood, however few others wait.
 LEAST_FLOOD = 1000
-#: SQLite's own bound of a file's pages.
+#: SQLite's own limit of a file's pages.
 MOST_PAGES = (1 << 30) - 1
 
 
 class SQLiteOutbox:
-    """An :class:`Outbox` in one SQLite file, written with ``synchronous=FULL``: off the request path, so it may.
+    """An :class:`Outbox` in one SQLite file, written with ``synchronous=FULL``, since no request waits for it.
 
-    *make_room* is called when the disk is full; it answers whether there is more room now.
+    *make_room* is called when the disk is full; it returns whether there is more room now.
     """
 
     def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
@@ -128,7 +128,10 @@ class SQLiteOutbox:
             self._db.executemany("DELETE FROM journals WHERE name = ?", ((name,) for name in names))
 
     def recover_leases(self, retry: bool, now_ms: int) -> int:
-        """Reports that a dead relay had in hand may have arrived: send them again, or drop_reports them if *retry* is false."""
+        """Release a dead relay's leases. Its reports may have arrived: retry them or, if *retry* is false, drop them.
+
+        Returns their number.
+        """
         with self._transaction():
             rows = self._db.execute("SELECT id FROM reports WHERE leased != 0").fetchall()
             if not retry:
@@ -155,7 +158,7 @@ class SQLiteOutbox:
         return [Entry(row[1], Report(*row[5:]), row[2], row[3], bool(row[4])) for row in rows]
 
     def _due(self, host: str, now_ms: int, count: int, after: tuple[int, int] = (-1, 0)) -> list[Any]:
-        """One host at a time: the index has them in order then, where several would all be read and sorted."""
+        """Due reports of one host: the index has them in order, while reports of several hosts would need a sort."""
         return self._db.execute(
             f"SELECT turn, id, tries, attempts, retimed, {REPORT_COLUMNS} FROM reports WHERE host = ? AND leased = 0"
             " AND (turn, id) > (?, ?) AND (due_ms <= ? OR due_ms > ?) ORDER BY turn, id LIMIT ?",
@@ -203,7 +206,7 @@ class SQLiteOutbox:
             self._db.executemany("INSERT OR REPLACE INTO summary VALUES (?, ?)", notes.items())
 
     def notes(self) -> dict[str, str]:
-        """What :meth:`note` kept."""
+        """The notes that :meth:`note` stored."""
         with translate_errors():
             return dict(self._db.execute("SELECT name, value FROM summary"))
 
@@ -220,17 +223,17 @@ class SQLiteOutbox:
                 "INSERT OR REPLACE INTO minutes VALUES (?, ?, ?)",
                 [(minute, name, value) for name, value in gauges.items()],
             )
-            # What lies in the future came from a clock that was set back.
+            # A minute in the future comes from a clock that was set back.
             kept = minute - history.KEPT_MINUTES, minute + 60
             self._db.execute("DELETE FROM minutes WHERE minute < ? OR minute > ?", kept)
             self._db.execute("DELETE FROM videos WHERE hour < ? OR hour > ?", (kept[0] // 60, kept[1] // 60))
             for each in (hour - 1, hour):
                 self._db.execute(_FORGET_VIDEOS, {"hour": each, "most": history.MOST_VIDEOS})
 
-    # Bounds.
+    # Limits.
 
     def size(self) -> int:
-        """Bytes of the file that hold something."""
+        """Used bytes of the file."""
         return (self._pragma("page_count") - self._pragma("freelist_count")) * self._pragma("page_size")
 
     def log_size(self) -> int:
@@ -238,12 +241,12 @@ class SQLiteOutbox:
         return log_size(self._path)
 
     def free(self) -> int:
-        """Bytes of the file that are free."""
+        """Free bytes of the file."""
         return self._pragma("freelist_count") * self._pragma("page_size")
 
     @contextmanager
     def growing_by(self, size: int, *, may_make_room: bool = False) -> Iterator[None]:
-        """Meanwhile the file grows by *size* bytes at most. Without *may_make_room* the reserve is left alone."""
+        """Within this context the file grows by at most *size* bytes; *may_make_room* allows it to use the reserve."""
         most = self._pragma("page_count") + size // self._pragma("page_size")
         self._pragma(f"max_page_count = {min(most, MOST_PAGES)}")
         self._keeps_reserve = not may_make_room
@@ -251,23 +254,23 @@ class SQLiteOutbox:
             yield
         finally:
             self._keeps_reserve = False
-            # What was committed must not look as if it had failed: it would be taken in a second time.
+            # An error here must not look like a failed commit: the batch would be stored twice.
             with suppress(OutboxError):
                 self._pragma(f"max_page_count = {MOST_PAGES}")
 
     def shrink(self, kept: int, most: int) -> bool:
-        """Give up to *most* pages back to the disk where more than *kept*, and more than half of all, are free."""
+        """Return up to *most* pages to the disk if more than *kept*, and more than half, are free. Returns whether."""
         free = self._pragma("freelist_count")
         wanted = free > max(kept, self._pragma("page_count") // 2)
         if wanted:
             with translate_errors():
-                # Not execute(): the statement has rows without columns, of which that takes one, and a page with it.
+                # Not execute(), which frees only one page: it stops at the statement's first row, which has no columns.
                 self._db.executescript(f"PRAGMA incremental_vacuum({min(free - kept, most)});")
-            self._checkpoint()  # only then the file is shorter
+            self._checkpoint()  # only this makes the file shorter
         return wanted
 
     def start_ages(self, elapsed_ms: int) -> None:
-        """What has no age yet waits since *elapsed_ms*: refused reports, and those that are to be sent again."""
+        """Set the start of the age to *elapsed_ms* for reports without one: refused ones, and retried dead letters."""
         for table in ("reports", "dead"):
             query = f"SELECT 1 FROM {table} WHERE since_ms IS NULL LIMIT 1"
             with translate_errors():
@@ -277,26 +280,26 @@ class SQLiteOutbox:
                     self._db.execute(f"UPDATE {table} SET since_ms = ? WHERE since_ms IS NULL", (elapsed_ms,))
 
     def drop_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
-        """Give up reports that wait since before *before_ms* (elapsed), up to *most*; how many. Not what is in flight."""
+        """Drop up to *most* reports that wait since before *before_ms* (elapsed), but none in flight. Returns the number."""
         query = "SELECT id FROM reports WHERE leased = 0 AND since_ms < ? ORDER BY id LIMIT ?"
         return self._drop_found("reports", query, (before_ms, most), reason, now_ms)
 
     def latest_undated(self) -> int | None:
-        """The latest time, in ms, from a clock that was not set yet, if there is one; see :meth:`date`."""
+        """The latest time, in ms, that comes from a clock that was not set yet, or ``None``; see :meth:`date`."""
         with translate_errors():
             (latest,) = self._db.execute(_LATEST_UNDATED).fetchone()
         return None if latest is None else int(latest)
 
     def date(self, shift_ms: int) -> None:
-        """Add *shift_ms* to the times from a clock that was not set yet, but of no report that may have arrived."""
+        """Add *shift_ms* to the times from a clock that was not set yet, except of reports that may have arrived."""
         with self._transaction():
             self._db.execute(f"UPDATE reports SET time_ms = time_ms + ? WHERE {_UNDATED}", (shift_ms,))
             self._db.execute(f"UPDATE dead SET died_ms = died_ms + ? WHERE {_UNDATED_DEAD}", (shift_ms,))
 
     def drop_oldest(self, most: int, kept: int, reason: str, now_ms: int) -> int:
-        """Give up the first *most* reports, but none of the last *kept*; how many. Not what is in flight.
+        """Drop the first *most* reports that are not in flight, but none of the last *kept*. Returns the number.
 
-        Where one video or session has more than half of all that waits, its latest go instead.
+        If one video or session has more than half of the waiting reports, its latest reports are dropped instead.
         """
         if flood := self._flood(min(most, max(self.stats().waiting - kept, 0))):
             with self._transaction():
@@ -309,13 +312,13 @@ class SQLiteOutbox:
         return self._drop_found("reports", query, (most, kept), reason, now_ms)
 
     def _flood(self, most: int) -> list[int]:
-        """Ids of reports whose turn is behind half of all that waits, the last first."""
+        """Ids of reports whose turn comes after half of the waiting reports, the last turn first."""
         waiting = self.stats().waiting
         behind = self._turns.reached + max(waiting // 2, LEAST_FLOOD)
         with translate_errors():
             last = [self._db.execute(_LAST_TURN, (host,)).fetchone()[0] or 0 for host in self.hosts()]
         if max(last, default=0) - self._turns.reached >= waiting:
-            return []  # all that waits is of it
+            return []  # all waiting reports belong to it
         found: list[int] = []
         for host in self.hosts():
             with translate_errors():
@@ -327,14 +330,14 @@ class SQLiteOutbox:
         return found
 
     def drop_dead_older(self, before_ms: int, most: int, reason: str, now_ms: int) -> int:
-        """Give up dead letters that were refused before *before_ms* (elapsed), up to *most*; how many."""
+        """Drop up to *most* dead letters that were refused before *before_ms* (elapsed). Returns the number."""
         query = "SELECT id FROM dead WHERE since_ms < ? ORDER BY since_ms LIMIT ?"
         return self._drop_found("dead", query, (before_ms, most), reason, now_ms)
 
     def drop_oldest_dead(self, most: int, kept: int, reason: str, now_ms: int) -> int:
-        """Give up the dead letters that were refused first, up to *most*, but none of the last *kept*; how many.
+        """Drop up to *most* of the oldest dead letters, but none of the last *kept*. Returns the number.
 
-        Where one video has more than half of them, its go first.
+        If one video has more than half of them, its dead letters are dropped first.
         """
         query = f"SELECT id FROM dead ORDER BY {_MOST_REFUSED} DESC, died_ms, id LIMIT max(0, min(?, (SELECT count(*) FROM dead) - ?))"
         return self._drop_found("dead", query, (most, kept), reason, now_ms)
@@ -348,7 +351,7 @@ class SQLiteOutbox:
         return len(found)
 
     def make_due(self) -> None:
-        """Whatever waits for its next try may be tried now."""
+        """Make all reports that wait for a retry due now."""
         with self._transaction():
             self._db.execute("UPDATE reports SET due_ms = 0 WHERE due_ms > 0")
 
@@ -398,7 +401,7 @@ class SQLiteOutbox:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         if self._db.in_transaction:
-            yield  # a part of what is done together
+            yield  # part of an outer transaction
             return
         try:
             with immediate(self._db):
@@ -409,7 +412,7 @@ class SQLiteOutbox:
             raise
 
     def _checkpoint(self) -> None:
-        """Now, before somebody else takes the room: a log that can't be folded into the file only grows."""
+        """Checkpoint now, before another process uses the room: a log that can't be checkpointed only grows."""
         with suppress(*SQLITE_ERRORS):
             self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
