@@ -1,4 +1,4 @@
-"""A relay's one run by hand: what waits gets a try, whatever breaker and pause say, and then the run is over."""
+"""One run of a relay by hand: it tries each waiting report, also if its breaker is open or paused, and then ends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .intake import LATE_NS
 from .outbox import Stats
 from .process import POLL, STORE_RETRY, Relay
 
-#: Seconds without any movement after which what is left is left: its next try is not soon.
+#: Seconds without progress after which the run ends: the next retry of the remaining reports is not soon.
 QUIET = 3.0
-#: Seconds between two looks at the figures.
+#: Seconds between two updates of the shown progress.
 SHOW_EVERY = 0.25
 
 
 class RunProgress(NamedTuple):
-    """How far the run is, in reports."""
+    """The progress of the run, in reports."""
 
     waiting: int
     sent: int
@@ -28,17 +28,17 @@ class RunProgress(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """How the run ended."""
+    """The result of the run."""
 
     progress: RunProgress
-    #: Why something is left, in one sentence; empty where nothing is.
+    #: Why reports are left, in one sentence; empty if none are.
     why: str
 
 
 class RelayOnce(Relay):
-    """Delivers what waits on *folder* by *deadline* (``time.monotonic()``), and tells how far it is.
+    """Delivers the waiting reports of *folder* by *deadline* (``time.monotonic()``). Calls *show* with the progress.
 
-    Raises :class:`~t23_middleware.relay.process.AnotherRelay` where another relay works on it.
+    Raises :class:`~t23_middleware.relay.process.AnotherRelay` if another relay works on it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RelayOnce(Relay):
         self._why = ""
 
     def run_once(self) -> RunResult:
-        """Work until nothing is left, the API refuses, or the deadline."""
+        """Work until nothing is left, the API accepts nothing, or the deadline is reached."""
         self.run()
         return RunResult(
             self._progress, "" if self._ingested_all and not self._progress.waiting else self._why
@@ -65,7 +65,7 @@ class RelayOnce(Relay):
         self._ingest_all()
         self._outbox.make_due()
         self._deliver()
-        # An answer that does not come in time is the next relay's: the report may have arrived, and is sent again.
+        # A report without an answer by then may have arrived; the next relay sends it again.
         self._delivery.stop(max(min(self._settings.exit_seconds, self._left()), 0.0))
         self._show_progress()
         self._end()
@@ -74,7 +74,7 @@ class RelayOnce(Relay):
         return self._deadline - time.monotonic()
 
     def _ingest_all(self) -> None:
-        """All that the journals held when this run began, and what dead writers left open."""
+        """Read all lines that were in the journals when this run began, and end what dead writers left open."""
         begun_ns = time.monotonic_ns()
         while not self._ending and self._left() > self._settings.exit_seconds:
             read_to_ns = time.monotonic_ns() - LATE_NS
@@ -99,11 +99,11 @@ class RelayOnce(Relay):
             self._delivery.wait(0.02)
 
     def _is_over(self, moved: float) -> bool:
-        """Whether to go no further; says why."""
+        """Whether the run is over. Sets the reason."""
         if self._ending:
-            self._why = "it was told to stop"
+            self._why = "it was stopped"
         elif self._left() <= self._settings.exit_seconds:
-            self._why = "the time is up; run it again, or let the relay go on"
+            self._why = "the time is up; run it again, or let the relay continue"
         elif self._delivery.in_flight:
             return False
         elif self._delivery.store_fails or self._store_fails:
@@ -111,12 +111,12 @@ class RelayOnce(Relay):
         elif refusals := self._refusals():
             self._why = "; ".join(refusals)
         elif self._outbox.hosts():
-            self._why = f"{self._delivery.last_failure.rstrip('.') or 'not due yet'}; tried again later"
+            self._why = f"{self._delivery.last_failure.rstrip('.') or 'not due yet'}; it is retried later"
             return time.monotonic() - moved > QUIET
         return True
 
     def _refusals(self) -> list[str]:
-        """Why each API with reports takes none; nothing where one of them still may."""
+        """Why each API with waiting reports accepts none; empty if one of them may accept some."""
         breakers = dict(self._delivery.breakers())
         waiting = [breakers.get(host) for host in self._outbox.hosts()]
         found = [breaker.paused or breaker.failure for breaker in waiting if breaker and breaker.is_open]

@@ -1,7 +1,7 @@
-"""Joins what the proxy's logs say with what the journals say: in the order of time, each line once.
+"""Joins the lines of the proxy's logs with the journals' responses: in the order of time, each line once.
 
-What is read but not judged yet is kept in the outbox, in the transaction that moves the log's position on: so the relay
-may end at any time, and no line is lost or taken twice.
+Lines that are read but not matched yet are stored in the outbox, in the transaction that stores the log's position. So
+the relay may end at any time, and no line is lost or used twice.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from .proxy_log import LogPosition, LogReading, ProxyLog
 from .report import Report
 from .viewing import PROBE
 
-#: How long a line may be ahead of its journal, in ns.
+#: How long a line may come before its journal's line, in ns.
 KEEP_UNMATCHED_NS = 5_000_000_000
-#: Lines that are held at a time; more of them are another host's, or a cache's.
+#: Most unmatched lines in memory; more of them come from another host or a cache.
 MOST_UNMATCHED = 10_000
 
-#: How rows of the outbox are named: the positions in a log, the highest number of a writer, a line that is held.
+#: Prefixes of the names of rows in the outbox: positions in a log, highest number of a writer, unmatched line.
 _POSITIONS, _WRITER, _LINE = "places ", "writer ", "line "
 
 
 class LoggedLine(NamedTuple):
-    """A line of the log, on the time axis of this boot."""
+    """A line of the log, at a time of this boot's CLOCK_MONOTONIC."""
 
     at_ns: int
     line: ProxyLine
-    #: From when on it may be held.
+    #: From this time on it may wait for its response.
     since_ns: int
 
 
 class ProxyJoin:
-    """Joins the lines of the logs at *paths* with the responses of *playback*; *rows* are what :meth:`changed` gave.
+    """Joins the lines of the logs at *paths* with the responses of *playback*; *rows* are those of :meth:`changed`.
 
-    Call in turn :meth:`read`, :meth:`judge` for what is :meth:`due`, :meth:`retry_unmatched`, :meth:`changed`, and :meth:`committed`
-    once the outbox has it. Times are *now_ns* on the axis of CLOCK_MONOTONIC and *now_ms* since the epoch.
+    Call in turn :meth:`read`, :meth:`judge` for each line of :meth:`due`, :meth:`retry_unmatched`, :meth:`changed`, and
+    :meth:`committed` once the outbox has stored the rows. *now_ns* is in ns of CLOCK_MONOTONIC, *now_ms* in ms since
+    the epoch.
     """
 
-    #: Whether these logs are of the past: of what came after their last line nothing is known here.
+    #: Whether these logs are complete: nothing is known of the time after their last line.
     _is_past = False
 
     def __init__(
@@ -55,36 +56,36 @@ class ProxyJoin:
         self._logs = {
             path: ProxyLog(Path(path), _positions(rows.get(_POSITIONS + path, "[]"))) for path in paths
         }
-        #: What was read of a log and is not taken yet.
+        #: Log -> reading that the outbox has not stored yet.
         self._readings: dict[str, LogReading] = {}
-        #: Its lines that are not due yet, in their order.
+        #: Log -> its lines that are not due yet, in the order of their time.
         self._not_due: dict[str, list[LoggedLine]] = {}
-        #: Logs that retry_unmatched more than was read.
+        #: Logs with more lines than were read.
         self._backlogs: set[str] = set()
-        #: When the last line was, of a log of what comes after which nothing is known here.
+        #: Log -> time of its last read line, for logs of which later lines are unknown.
         self._end_ns: dict[str, int] = {}
-        # Time goes on from what is known already, or yesterday's log would make all viewings read forgotten.
+        # Time continues from the latest fact, or yesterday's log would make all viewings look idle.
         self._until_ns = min(playback.latest_ns, now_ns)
-        #: Due, and of no response that is open: by play.
+        #: Play id -> due line for which no response is open.
         self._unmatched = {line.play: _on_clock(line, now_ns, now_ms) for line in _lines(rows)}
         self._stored = set(self._unmatched)
-        #: When the latest line ended, in ms since the epoch; 0 for never.
+        #: Time of the latest line, in ms since the epoch; 0 for none.
         self.last_line_ms = 0
-        #: Named events since the caller last took them.
+        #: Events since the last :meth:`take_counts`, by name.
         self.counts: Counter[str] = Counter()
         playback.issued_ids.restore(_writers(rows))
 
     @property
     def all_read(self) -> bool:
-        """Whether the logs were read to their end, and all of it was judged."""
+        """Whether the logs were read to their end and all lines were judged."""
         return not self._readings and not self._backlogs
 
     def problems(self) -> dict[str, str | None]:
-        """Log -> what keeps it from being read, as of the last read."""
+        """Log -> why it can't be read, as of the latest read; ``None`` if it can."""
         return {path: log.problem for path, log in self._logs.items()}
 
     def read(self, now_ns: int, now_ms: int) -> None:
-        """Read on in each log of which all that was read is judged."""
+        """Read the next lines of each log whose previous lines are stored."""
         for path, log in self._logs.items():
             if path not in self._readings:
                 reading = log.read()
@@ -102,7 +103,7 @@ class ProxyJoin:
             self._end_ns[path] = lines[-1].at_ns if lines else self._until_ns
 
     def until(self, time_ns: int) -> int:
-        """Up to when all logs are read: of a backlog's rest nothing is known yet. It never goes back."""
+        """The time up to which all logs are read, at most *time_ns*: a backlog's rest is unknown. Never decreases."""
         if self._end_ns:
             time_ns = min(time_ns, max(min(self._end_ns.values()), self._until_ns))
         self._until_ns = max(self._until_ns, time_ns)
@@ -114,7 +115,7 @@ class ProxyJoin:
         return not self._backlogs <= self._readings.keys()
 
     def due(self, until_ns: int) -> list[LoggedLine]:
-        """The lines up to *until_ns*, which leave."""
+        """Remove and return the lines up to *until_ns*."""
         due: list[LoggedLine] = []
         for path, lines in self._not_due.items():
             count = bisect_right(lines, until_ns, key=_at)
@@ -123,7 +124,7 @@ class ProxyJoin:
         return sorted(due, key=_at)
 
     def judge(self, logged: LoggedLine) -> list[Report]:
-        """A line whose turn it is; one of no open response is held for a while."""
+        """Process the next line. One without an open response is kept for up to :data:`KEEP_UNMATCHED_NS`."""
         line = logged.line
         self.last_line_ms = max(self.last_line_ms, line.ended_ms)
         if line.is_cached:
@@ -137,18 +138,18 @@ class ProxyJoin:
         if line.play in self._unmatched:
             self.counts["proxy_cached"] += 1
         elif known.has(*line.writer_and_number):
-            # It was open, for that is written down before the proxy hears of it, and has ended.
+            # Its response has ended: its open line is written before the proxy learns the id.
             if not _is_not_played(line):
                 self.counts["proxy_cached"] += 1
         elif known.knows(line.writer_and_number[0]):
             self._unmatched[line.play] = logged
         else:
-            # No longer than its own time tells: a backlog may be another host's.
+            # Counted from the line's own time, since a backlog may come from another host.
             self._unmatched[line.play] = logged._replace(since_ns=logged.at_ns)
         return []
 
     def retry_unmatched(self, until_ns: int) -> list[Report]:
-        """Try again what is held, and let go what was held long enough."""
+        """Try to match the unmatched lines again, and drop those that waited too long."""
         reports: list[Report] = []
         too_many = len(self._unmatched) - MOST_UNMATCHED
         for number, logged in enumerate(list(self._unmatched.values())):
@@ -162,7 +163,7 @@ class ProxyJoin:
         return reports
 
     def changed(self) -> list[tuple[str, str | None]]:
-        """The rows of the outbox that change with what was judged, ``None`` for one that goes."""
+        """The outbox's rows that change, ``None`` for one that is deleted."""
         rows: list[tuple[str, str | None]] = [
             (_WRITER + writer, None if number is None else str(number))
             for writer, number in self._playback.issued_ids.changed()
@@ -175,7 +176,7 @@ class ProxyJoin:
         return rows + [(_LINE + logged.line.play, logged.line.to_text()) for logged in new]
 
     def _kept_positions(self) -> Iterator[tuple[str, list[LogPosition]]]:
-        """Log -> the positions that the next relay may go on from."""
+        """Log -> the positions from which the next relay may continue."""
         for path, reading in self._readings.items():
             if not self._not_due[path]:
                 yield path, reading.positions
@@ -183,18 +184,18 @@ class ProxyJoin:
                 yield path, reading.first_positions
 
     def _judged(self) -> dict[str, LogReading]:
-        """What was read of which each line was judged: only its whole has a position."""
+        """The readings of which all lines were judged; only a whole reading has a position."""
         return {path: reading for path, reading in self._readings.items() if not self._not_due[path]}
 
     def take_counts(self) -> Counter[str]:
-        """What was counted since the last call; the lines that are none, once their positions move on."""
+        """Counts since the last call. Bad lines are counted when their reading is judged."""
         counts, self.counts = self.counts, Counter()
         for reading in self._judged().values():
             counts += reading.counts
         return counts
 
     def committed(self) -> None:
-        """The outbox has what :meth:`changed` told."""
+        """The outbox has stored what :meth:`changed` returned."""
         self._stored = set(self._unmatched)
         for path, reading in self._judged().items():
             self._logs[path].committed(reading)
@@ -206,12 +207,12 @@ def _at(logged: LoggedLine) -> int:
 
 
 def _on_clock(line: ProxyLine, now_ns: int, now_ms: int) -> LoggedLine:
-    """A time that has not come yet is another clock's: it would retry_unmatched up all others until it comes."""
+    """*line* with its monotonic time. A time in the future comes from another clock, and counts as now."""
     return LoggedLine(now_ns - max(now_ms - line.ended_ms, 0) * 1_000_000, line, now_ns)
 
 
 def _is_not_played(line: ProxyLine) -> bool:
-    """Whether nobody played it: such a response leaves the journals without waiting for its line."""
+    """Whether it played nothing: such a response ends without waiting for its line."""
     return not line.is_ok or line.body <= PROBE or (line.part.size or line.body) <= PROBE
 
 
@@ -220,7 +221,7 @@ def _positions_text(positions: Sequence[LogPosition]) -> str:
 
 
 def _positions(text: str) -> list[LogPosition]:
-    """Of a row that can't be read, the log is read from its start: its plays are known, and none is reported twice."""
+    """The positions in *text*. If it can't be read, the log is read from its start; no play counts twice."""
     try:
         return [LogPosition.from_text(position) for position in json.loads(text)]
     except (ValueError, TypeError, RecursionError):
@@ -228,7 +229,7 @@ def _positions(text: str) -> list[LogPosition]:
 
 
 def all_positions(rows: Mapping[str, str]) -> list[LogPosition]:
-    """The positions in all logs that *rows* know of."""
+    """The positions of all logs in *rows*."""
     return [
         position
         for name, text in rows.items()

@@ -344,7 +344,7 @@ def test_an_error_of_our_own_while_sending_is_told_and_ends_nothing(bench, caplo
     bench.api.says = then(ZeroDivisionError("our fault"), OK)
     bench.run(5)
     assert bench.stats() == Stats(50, 0, 50, 0, 0)
-    assert any("our own fault" in text for text in errors(caplog))
+    assert any("an error in t23_middleware" in text for text in errors(caplog))
 
 
 # An API that is down.

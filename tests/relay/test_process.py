@@ -114,7 +114,7 @@ def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, fol
     made(api, folder).run()
     assert theirs.read_bytes() == written
     assert [record.getMessage() for record in caplog.records] == [
-        f"{theirs.name} is of another version (format {FORMAT + 1}); it waits for that one"
+        f"{theirs.name} was written by another version (format {FORMAT + 1}) and is left for that version's relay"
     ]
     foreign_journal(folder, "9-more")
     assert folder.holds_work()

@@ -77,7 +77,9 @@ def _refuse_irregular_file(path: Path) -> None:
             f"the outbox {path} can't be read by user {os.geteuid()} ({error.strerror}); run this as the workers' user"
         ) from error
     if not stat.S_ISREG(mode):
-        raise OutboxError(f"the outbox {path} is no regular file; move it away, and a relay creates a new one")
+        raise OutboxError(
+            f"the outbox {path} is no regular file; move it away, and a relay creates a new one"
+        )
 
 
 @contextmanager
