@@ -21,7 +21,7 @@ from ..errors import (
     Unexplained,
     Unreachable,
 )
-from ..relay.answer import Answer
+from ..relay.answer import Accepted
 from ..relay.client import AnalyticsClient, Probe
 from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats, log_size
 from ..relay.report import REPORT_PATHS, Report
@@ -327,7 +327,7 @@ def _api(settings: Settings, client: AnalyticsClient, host: str) -> Iterator[Ite
 
 def _answer(settings: Settings, client: AnalyticsClient, host: str, probe: Probe) -> Item:
     match probe.outcome:
-        case Answer():
+        case Accepted():
             return Item(OK, "API", f"{probe.url} answers 'ok', even to a report that says nothing")
         case Unexplained() as error:
             return Item(WARN, "API", f"{probe.url} answers {error}, which no documentation lists; try --send")
@@ -358,7 +358,7 @@ def _is_method(probe: Probe) -> bool:
     """Whether what answered there knows the method, be it to deny it."""
     if isinstance(probe.outcome, NotAccepted):
         return "T23_REPORT_PATH" not in str(probe.outcome)
-    return isinstance(probe.outcome, (Answer, Refused))
+    return isinstance(probe.outcome, (Accepted, Refused))
 
 
 def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator[Item]:
@@ -380,7 +380,7 @@ def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator
     yield Item(WRONG, "send", f"the answers: {'; '.join(refused)}")
 
 
-def _taken(settings: Settings, path: str, answer: Answer, refused: list[str]) -> Item:
+def _taken(settings: Settings, path: str, answer: Accepted, refused: list[str]) -> Item:
     if path != settings.report_path:
         lines = f"T23_REPORT_PATH={path}"
         return Item(WRONG, "send", f"{path} takes reports, but not {'; '.join(refused)}. Set:", lines)

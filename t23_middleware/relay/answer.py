@@ -57,7 +57,7 @@ _REPORT_STATUSES = frozenset({400, 413})
 _BUSY_STATUSES = frozenset({408, 425, 429})
 
 
-class Answer(NamedTuple):
+class Accepted(NamedTuple):
     """The API accepted a report."""
 
     #: Whether the answer came from the API's cache, so that this POST was not recorded.
@@ -79,14 +79,14 @@ class _ApiAnswer(NamedTuple):
 
 def judge(
     status: int, headers: Mapping[str, str], body: bytes, url: str = "", session_id: str = ""
-) -> Answer:
+) -> Accepted:
     """The answer (without its duration), or the error that it means.
 
     *headers* has names as in RFC 9110; *url* is the URL of the report; *session_id* is removed from all messages. The
     first row that matches decides:
 
     ================================================  =========================================================
-    ``status: ok``                                    :class:`Answer`, whatever the HTTP status
+    ``status: ok``                                    :class:`Accepted`, whatever the HTTP status
     429 or 503                                        :class:`~t23_middleware.errors.Busy`: the report was not
                                                       judged, and would be lost if it counted as refused
     ``permission_denied``, ``invalid_signature``,     :class:`~t23_middleware.errors.NotAccepted`
@@ -103,7 +103,7 @@ def judge(
     """
     answer = _parsed(_unpacked(body, headers.get("Content-Encoding", "")))
     if answer is not None and answer.ok:
-        return Answer(answer.cached, clean(answer.message, session_id), 0.0)
+        return Accepted(answer.cached, clean(answer.message, session_id), 0.0)
     if status in (429, 503):
         raise _busy(status, headers, url)
     raise _by_code(answer, url, session_id) or _by_status(status, headers, answer, url, session_id)
@@ -135,7 +135,7 @@ def _by_status(
             if packed in _READABLE
             else " and is compressed in a way that can't be read here (Content-Encoding)"
         )
-        message = clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says{how}")
+        message = clip(f"{shown(url)} answered HTTP {status}, but not in the API's format{how}")
         return NoAnswer(message, answered=True)
     if status in _BUSY_STATUSES or status >= 500:
         return _busy(status, headers, url)
@@ -224,7 +224,7 @@ def _parsed(body: bytes) -> _ApiAnswer | None:
     """The API's answer, or ``None`` if it does not come from the API."""
     if len(body) > LONGEST_ANSWER:
         return None
-    # The API's documentation says UTF-8; a server in front of it may write UTF-16 or UTF-32.
+    # The API's documentation requires UTF-8; a server in front of it may write UTF-16 or UTF-32.
     text = body.decode(json.detect_encoding(body), "replace").strip().lstrip("\ufeff")
     values = (_xml(text) if text.startswith("<") else {}) or _json(text)
     status = _text(values.get("status")).casefold()

@@ -70,8 +70,8 @@ class Breaker:
         wait = min(error.retry_after or 0.0, LONGEST_RETRY_AFTER)
         if self.is_open and (probed or not was_open):
             # Only a probe makes the wait longer: reports that were in flight when the API failed add no information.
-            strange = isinstance(error, NoAnswer) and error.answered
-            longest = self._next_wait(LONGEST_UNCLEAR_PROBE if strange else LONGEST_PROBE)
+            unclear = isinstance(error, NoAnswer) and error.answered
+            longest = self._next_wait(LONGEST_UNCLEAR_PROBE if unclear else LONGEST_PROBE)
             wait = max(wait, self._jitter(longest / 2, longest))
         self._closed_until = max(self._closed_until, now + wait)
         return self.is_open and not was_open

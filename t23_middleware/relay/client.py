@@ -33,7 +33,7 @@ from urllib3.exceptions import HTTPError, LocationValueError
 from ..errors import DeliveryError, NoAnswer, Refused, Unreachable
 from ..settings import Settings, process_environment
 from ..version import VERSION
-from .answer import LONGEST_ANSWER, Answer, clock_ahead, judge, shown
+from .answer import LONGEST_ANSWER, Accepted, clock_ahead, judge, shown
 from .quoted import clip
 from .report import Report, form
 
@@ -83,7 +83,7 @@ class Probe(NamedTuple):
     """The result of a request that records nothing."""
 
     url: str
-    outcome: Answer | DeliveryError
+    outcome: Accepted | DeliveryError
     #: Seconds that this machine's clock is ahead of the API's; ``None`` if its answer has no ``Date``.
     ahead: float | None
 
@@ -112,7 +112,7 @@ class AnalyticsClient:
             if urlsplit(url).scheme == "https":
                 _authorities(self._route(url)["verify"])
 
-    def send(self, report: Report, path: str | None = None) -> Answer:
+    def send(self, report: Report, path: str | None = None) -> Accepted:
         """Send *report* once, within ``T23_TIMEOUT`` plus the time for DNS and for a proxy's tunnel.
 
         *path* replaces ``T23_REPORT_PATH``. Raises :class:`~t23_middleware.errors.Unreachable` if it was not sent,
@@ -158,7 +158,7 @@ class AnalyticsClient:
             # "from None": the texts of these errors may contain a proxy's password.
             raise _not_answered(error, url, body.begun) from None
 
-    def _judged(self, posted: _Posted, url: str, session_id: str) -> Answer:
+    def _judged(self, posted: _Posted, url: str, session_id: str) -> Accepted:
         try:
             return judge(*posted, url, session_id)
         except Refused:
@@ -254,7 +254,7 @@ def _certificates_at(place: Path) -> str:
     texts = [file.read_bytes().decode("latin-1") for file in files]
     found = dict.fromkeys(block for text in texts for block in _CERTIFICATE.findall(text))
     if not found:
-        raise OSError(errno.EINVAL, "it holds no certificate")
+        raise OSError(errno.EINVAL, "it contains no certificate")
     return "\n".join(found)
 
 

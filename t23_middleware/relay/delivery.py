@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, RetryLater, Unexplained
-from .answer import Answer
+from .answer import Accepted
 from .breaker import FAILURES_TO_OPEN, PROBE_WHEN_PAUSED, Breaker
 from .crash import crash_point
 from .elapsed import Elapsed
@@ -53,7 +53,7 @@ LONGEST_KEPT = 500
 
 class _Result(NamedTuple):
     entry: Entry
-    outcome: Answer | DeliveryError
+    outcome: Accepted | DeliveryError
 
 
 class Delivery:
@@ -66,7 +66,7 @@ class Delivery:
     def __init__(
         self,
         outbox: Outbox,
-        send: Callable[[Report], Answer],
+        send: Callable[[Report], Accepted],
         *,
         retry_ambiguous: bool,
         monotonic: Callable[[], float],
@@ -298,7 +298,7 @@ class Delivery:
     def _send_one(self, entry: Entry | None) -> None:
         if entry is not None:
             try:
-                outcome: Answer | DeliveryError = self._send(entry.report)
+                outcome: Accepted | DeliveryError = self._send(entry.report)
                 crash_point("after_send")
             except DeliveryError as error:
                 outcome = error
@@ -338,7 +338,7 @@ class Delivery:
             text = "reports are delivered again%s"
             log.warning(text, _for(breaker.host), extra=_log_fields("api_back", breaker.host))
         self._answered_ms[breaker.host] = self._wall_ms()
-        if isinstance(outcome, Answer):
+        if isinstance(outcome, Accepted):
             self._accepted.add(breaker.host)
             return self._answered(entry, outcome)
         return self._refused(entry, outcome)
@@ -373,7 +373,7 @@ class Delivery:
         self._retry_delays[entry.id] = breaker.successes, seconds
         return seconds
 
-    def _answered(self, entry: Entry, answer: Answer) -> Settlement:
+    def _answered(self, entry: Entry, answer: Accepted) -> Settlement:
         """The outcome of an accepted report.
 
         ``cached`` on the first try means that the API answered from its cache and recorded nothing. On a retry it means
@@ -486,10 +486,10 @@ def _unproven(error: DeliveryError) -> str:
     )
 
 
-def _outcome_name(outcome: Answer | DeliveryError) -> str:
+def _outcome_name(outcome: Accepted | DeliveryError) -> str:
     """The name of *outcome*, one of :data:`~t23_middleware.relay.history.ANSWERS`."""
     match outcome:
-        case Answer():
+        case Accepted():
             return "accepted"
         case NotAccepted():
             return "denied"

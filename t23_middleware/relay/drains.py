@@ -129,7 +129,7 @@ class Drains:
         self.cookies: dict[int, tuple[Id, ...]] = {}
         #: Local ports of all connections since the start.
         self.ports: set[int] = set()
-        #: The latest that the kernel told of a connection that lives: cookie -> acknowledged bytes.
+        #: Cookie of an open connection -> acknowledged bytes, by the latest dump.
         self.last_acked: dict[int, int] = {}
         self._new: list[int] = []
         self._watched: dict[Id, WatchedConnection] = {}

@@ -215,16 +215,16 @@ class Relay:
     def _conclude(self, *, streams: bool = True) -> bool:
         """Report draining responses and, with *streams*, open streams. Returns whether there were any."""
         try:
-            told = self._intake.conclude(streams=streams)
+            reported = self._intake.conclude(streams=streams)
         except OutboxError as error:
             self._log_store_fails(error)
             return False
         self._last_progress = time.monotonic()
-        return told
+        return reported
 
     def _must_end(self) -> bool:
         """Whether another relay has the folder, or should have it. Checked before anything is stored."""
-        if not self._holds_folder():
+        if not self._owns_folder():
             log.error(
                 "%s was removed or replaced; this relay ends. Do not change the state folder while app or relay run",
                 self._folder.relay_lock,
@@ -255,7 +255,7 @@ class Relay:
                 extra={"t23_event": "relay_replaced"},
             )
 
-    def _holds_folder(self) -> bool:
+    def _owns_folder(self) -> bool:
         """Whether our lock file is still in the folder: a person may have removed or replaced it."""
         try:
             return os.path.samestat(owned.look_at(self._folder.relay_lock), os.fstat(self._lock))

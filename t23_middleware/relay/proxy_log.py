@@ -353,7 +353,7 @@ def _refused(path: Path, error: OSError) -> str:
     remedy = (
         f"add that user to the group that may (`usermod -aG {group} {name}`) and restart the app and the relay"
         if there.st_mode & stat.S_IRGRP and there.st_gid != 0
-        else "let logrotate make it with `create 0640` and a group that both belong to, and change this one likewise"
+        else "let logrotate make it with `create 0640` and a group that both belong to, and change this file in the same way"
     )
     return f"{path} can't be read by {name}: {remedy}"
 

@@ -46,9 +46,9 @@ def _kept(word: str, form: re.Pattern[str], session_id: str) -> str:
 
 def _shares(text: str, session_id: str) -> bool:
     """Whether *text* shares too much with the session id, without regard to case and punctuation."""
-    said, secret = _bare(text), _bare(session_id)
+    shown, secret = _bare(text), _bare(session_id)
     if len(secret) >= _SHORT:
-        return any(secret[at : at + _SHARED] in said for at in range(max(len(secret) - _SHARED, 0) + 1))
+        return any(secret[at : at + _SHARED] in shown for at in range(max(len(secret) - _SHARED, 0) + 1))
     plainly = len(session_id) >= _SHORT and session_id.casefold() in text.casefold()
     return plainly or secret in _words(text)
 

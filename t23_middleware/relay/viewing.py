@@ -38,7 +38,7 @@ AT_ONCE_NS = 30_000_000
 STARTUP_FACTOR = 1.5
 #: How far ahead of the counted bytes a player may continue after a pause or reload: buffers may hold as much.
 BUFFERED = 4 << 20
-#: An index (moov, cues) lies in the last half of the file, reaches to its end, and is at most this share of it.
+#: An index (moov, cues) is in the last half of the file, reaches to its end, and is at most this share of it.
 INDEX_SHARE = 20
 #: A continuation starts at most this share of the file away from the end of a span that was handed over, within
 #: these bounds: players request again what their buffer could not take.

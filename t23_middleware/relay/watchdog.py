@@ -88,7 +88,7 @@ class Watchdog:
 
 def _log_stood_still(seconds: float) -> None:
     log.error(
-        "the relay stood still for %.0f s; the stacks above say where",
+        "the relay stood still for %.0f s; the stacks above show where",
         seconds,
         extra={"t23_event": "relay_stood_still", "t23_seconds": round(seconds)},
     )

@@ -400,7 +400,7 @@ def test_a_viewing_of_another_boot_lies_where_the_wall_clock_puts_it(api, folder
     with monkeypatch.context() as patch:
         patch.setattr(intake, "boot_id", lambda: "the boot before")
         patch.setattr(
-            intake.Intake, "_axis", lambda self: (self._boot, time.time_ns() - time.monotonic_ns() - hour)
+            intake.Intake, "_clock", lambda self: (self._boot, time.time_ns() - time.monotonic_ns() - hour)
         )
         journal(folder, "1-dead", transfer(1, now() - 10**9, "viewer"))
         made(api, folder).run()

@@ -34,11 +34,11 @@ def remove_damaged_rows(db: sqlite3.Connection) -> None:
     """
     try:
         db.execute("BEGIN IMMEDIATE")
-        for table, strange in _damage_conditions():
-            gone = db.execute(f"DELETE FROM {table} WHERE {strange}").rowcount
+        for table, damaged in _damage_conditions():
+            removed = db.execute(f"DELETE FROM {table} WHERE {damaged}").rowcount
             db.execute(f"EXPLAIN INSERT INTO {table} DEFAULT VALUES")  # compiles its triggers
-            if gone:
-                _log_removed(db, table, gone)
+            if removed:
+                _log_removed(db, table, removed)
         db.execute("COMMIT")
     except sqlite3.OperationalError as error:
         if str(error).startswith(("no such ", "error in ")):
