@@ -108,18 +108,18 @@ class Relay:
     def _work(self) -> None:
         """The loop, with the lock; the lock is released at the end."""
         self._begin()
-        next_look = 0.0
+        next_poll = 0.0
         while not (self._ending or self._should_leave()):
             self.watchdog.loop_ran()
             now = time.monotonic()
-            if now >= next_look:
-                next_look = now + self._ingest()
+            if now >= next_poll:
+                next_poll = now + self._ingest()
             self._pause()
             if self._limits.log_is_full:
                 self._delivery.settle()
                 self._delivery.wait(STORE_RETRY)
             elif not self._ending and not self._delivery.step():
-                self._delivery.wait(max(next_look - time.monotonic(), 0.001))
+                self._delivery.wait(max(next_poll - time.monotonic(), 0.001))
             if self._delivery.in_flight:
                 self._last_progress = now
         if self._stop_requested and self._conclude():

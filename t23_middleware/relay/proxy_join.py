@@ -47,7 +47,7 @@ class ProxyJoin:
     """
 
     #: Whether these logs are complete: nothing is known of the time after their last line.
-    _is_past = False
+    _is_complete = False
 
     def __init__(
         self, paths: Sequence[str], playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
@@ -99,7 +99,7 @@ class ProxyJoin:
         self._readings[path], self._not_due[path] = reading, lines
         if reading.more:
             self._backlogs.add(path)
-        if reading.more or (self._is_past and lines):
+        if reading.more or (self._is_complete and lines):
             self._end_ns[path] = lines[-1].at_ns if lines else self._until_ns
 
     def until(self, time_ns: int) -> int:

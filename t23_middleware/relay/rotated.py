@@ -36,7 +36,7 @@ class RotatedResult(NamedTuple):
 class RotatedJoin(ProxyJoin):
     """Joins one rotated log. Time stops at its last line, since nothing is known of later lines."""
 
-    _is_past = True
+    _is_complete = True
 
     def __init__(
         self, path: Path, playback: Playback, rows: Mapping[str, str], now_ns: int, now_ms: int
