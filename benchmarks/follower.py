@@ -72,7 +72,7 @@ def lines_per_s(path: Path, count: int) -> float:
     started, read, more = time.process_time(), 0, True
     while more:
         reading = log.read()
-        log.taken(reading)
+        log.committed(reading)
         read, more = read + len(reading.lines), reading.more
     spent = time.process_time() - started
     assert read == count + 2, f"{read} of {count + 2} lines"
@@ -90,7 +90,7 @@ def idle_us(path: Path, looks: int) -> float:
     more = True
     while more:
         reading = log.read()
-        log.taken(reading)
+        log.committed(reading)
         more = reading.more
     started = time.process_time()
     for _ in range(looks):

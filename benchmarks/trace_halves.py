@@ -32,7 +32,7 @@ VARIATIONS: dict[str, dict[str, float]] = {
 FITTED: dict[str, tuple[float, ...]] = {
     "AT_ONCE_NS": (10_000_000, 30_000_000, 100_000_000, 300_000_000),
     "REPLACED_NS": (100_000_000, 300_000_000, 1_000_000_000),
-    "STARTUP_BIG": (0, 1.5, 2),
+    "STARTUP_FACTOR": (0, 1.5, 2),
     "BUFFERED": (0, 2 << 20, 4 << 20),
 }
 #: How many missed scrubs one false scrub weighs when constants are fitted: in doubt it is not a scrub.

@@ -21,7 +21,7 @@ from ..errors import (
     Unexplained,
     Unreachable,
 )
-from ..relay.answer import Answer
+from ..relay.answer import Accepted
 from ..relay.client import AnalyticsClient, Probe
 from ..relay.outbox import NoOutbox, OutboxView, Snapshot, Stats, log_size
 from ..relay.report import REPORT_PATHS, Report
@@ -348,7 +348,7 @@ def _api(settings: Settings, client: AnalyticsClient, host: str) -> Iterator[Fin
 
 def _answer(settings: Settings, client: AnalyticsClient, host: str, probe: Probe) -> Finding:
     match probe.outcome:
-        case Answer():
+        case Accepted():
             return Finding(OK, "API", f"{probe.url} answers 'ok', even to an empty report")
         case Unexplained() as error:
             return Finding(
@@ -383,7 +383,7 @@ def _is_method(probe: Probe) -> bool:
     """Whether the answer shows that the method exists, also if it denies access."""
     if isinstance(probe.outcome, NotAccepted):
         return "T23_REPORT_PATH" not in str(probe.outcome)
-    return isinstance(probe.outcome, (Answer, Refused))
+    return isinstance(probe.outcome, (Accepted, Refused))
 
 
 def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator[Finding]:
@@ -407,7 +407,7 @@ def _send(settings: Settings, client: AnalyticsClient, trial: Trial) -> Iterator
     yield Finding(WRONG, "send", f"no path accepted the report: {'; '.join(refused)}")
 
 
-def _accepted(settings: Settings, path: str, answer: Answer, refused: list[str]) -> Finding:
+def _accepted(settings: Settings, path: str, answer: Accepted, refused: list[str]) -> Finding:
     if path != settings.report_path:
         lines = f"T23_REPORT_PATH={path}"
         return Finding(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..relay.outbox import NoOutbox, OutboxError, OutboxView, Snapshot
 from ..relay.proxy_files import Siblings
-from ..relay.proxy_join import all_places
+from ..relay.proxy_join import all_positions
 from ..relay.proxy_line import CACHE_NOT_TOLD, NGINX_LINES, ProxyLine
 from ..relay.proxy_log import ProxyLog
 from ..relay.proxy_waiting import WaitingPlay, last_lines, waiting_plays
@@ -88,17 +88,17 @@ def _waiting_causes(settings: Settings, known: Snapshot) -> Iterator[Finding]:
         if latest and latest[-1].cache == CACHE_NOT_TOLD:
             yield Finding(WARN, "proxy", _NO_CACHE.format(path=path), NGINX_LINES.replace("{path}", path))
     plays: list[WaitingPlay] = []
-    places = set()
+    positions = set()
     if waiting_for_proxy(known).number:
         try:
             with OutboxView(StateFolder(settings.state_path()).outbox) as view:
                 plays = waiting_plays(view.viewings())
-                places = {(place.device, place.inode) for place in all_places(view.proxy_rows())}
+                positions = {(place.device, place.inode) for place in all_positions(view.proxy_rows())}
         except (NoOutbox, OutboxError):
             pass  # _outbox() has a finding about that
     all_lines = [line for latest in lines.values() for line in latest]
     found = [
-        *(finding for path in settings.proxy_log for finding in _rotated_away(path, plays, places)),
+        *(finding for path in settings.proxy_log for finding in _rotated_away(path, plays, positions)),
         *_without_lines(plays, all_lines, known, settings.proxy_log[0]),
         *_mirrored([play for play in plays if not play.offloaded], all_lines),
     ]
@@ -111,10 +111,10 @@ _NO_CACHE = (
 )
 
 
-def _rotated_away(path: str, plays: list[WaitingPlay], places: set[tuple[int, int]]) -> Iterator[Finding]:
+def _rotated_away(path: str, plays: list[WaitingPlay], positions: set[tuple[int, int]]) -> Iterator[Finding]:
     """A rotated file that the relay does not follow, or that no longer exists where it was."""
     waiting, siblings = {play.play for play in plays}, Siblings(Path(path))
-    for other in siblings.strangers()[:MAX_OTHER_FILES] if waiting else []:
+    for other in siblings.similar_files()[:MAX_OTHER_FILES] if waiting else []:
         if number := len(waiting & {line.play for line in last_lines(other)}):
             message = (
                 f"{number:,} plays wait for lines that are in {other}. The relay does not follow this file, because its"
@@ -124,7 +124,7 @@ def _rotated_away(path: str, plays: list[WaitingPlay], places: set[tuple[int, in
             yield Finding(WARN, "proxy", message)
             return
     there = {_identity(file) for file in siblings.all()}
-    if waiting and places and not places & there:
+    if waiting and positions and not positions & there:
         message = (
             f"the file that the relay read last is neither {path} nor beside it, and plays wait for their lines. Did"
             " logrotate move it (olddir) or compress it? Use an olddir below the log's folder, add delaycompress, and"

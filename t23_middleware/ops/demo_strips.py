@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..relay.axis import Step
+from ..relay.axis import ResponseEvent
 from ..relay.intake import LATE_NS
 from ..relay.journals import Fact, Journals
 from ..relay.playback import Playback
@@ -61,7 +61,7 @@ class ViewingRow:
 
     def ends_near(self, offset: int) -> bool:
         """Whether a served range ends near *offset*, so that a response from there continues it."""
-        return any(abs(served.end - offset) <= self.viewing.near for served in self.ranges)
+        return any(abs(served.end - offset) <= self.viewing.reach for served in self.ranges)
 
 
 class ViewingRows:
@@ -87,7 +87,7 @@ class ViewingRows:
             reading = self._journals.read(time.monotonic_ns() - LATE_NS)
             for fact in reading.facts:
                 self._apply(fact)
-            self._journals.taken(reading)
+            self._journals.committed(reading)
             more = reading.more
         self._journals.forget_removed()
         self._end_responses_of_dead_workers(reading.until_ns)
@@ -96,9 +96,9 @@ class ViewingRows:
             pass  # the demo stores no state
 
     def _apply(self, fact: Fact) -> None:
-        if isinstance(fact.what, Acknowledged):
+        if isinstance(fact.event, Acknowledged):
             return
-        what = _counted_by_app(fact.what)
+        what = _counted_by_app(fact.event)
         if isinstance(what, Opening):
             self._playback.opened(fact.writer, what)
             self._begin(fact.writer, what)
@@ -111,13 +111,13 @@ class ViewingRows:
             self._end(fact.writer, what, reports)
 
     def _begin(self, writer: str, opening: Opening) -> None:
-        found = self._playback.at_open(writer, opening.number)
+        found = self._playback.find_open(writer, opening.number)
         if found is None:
             return  # a probe for range support, which plays nothing
         viewing, response = found
         row = self._row_of(viewing, opening)
         first = response.first or 0
-        said, follows = opening.play.skip, not viewing.is_first(response)
+        said, follows = opening.play.skip, not viewing.is_first_response(response)
         row.total = response.total or row.total
         row.ranges.append(
             ServedRange(
@@ -155,7 +155,7 @@ class ViewingRows:
         dead = self._journals.dead_writers({writer for writer, _ in open_now}) if open_now else set()
         for writer, number in open_now:
             if writer in dead:
-                self._playback.lost(writer, number, at_ns, _now_ms())
+                self._playback.writer_died(writer, number, at_ns, _now_ms())
                 for _, served in self._find(writer, number):
                     served.ended_ms = _now_ms()
 
@@ -169,7 +169,7 @@ class ViewingRows:
         ]
 
 
-def _counted_by_app(what: Step) -> Step:
+def _counted_by_app(what: ResponseEvent) -> ResponseEvent:
     """Count by the app, also behind nginx: its log is not read here, and without its line no response would end."""
     if isinstance(what, Opening):
         return what._replace(counted_by=APP)

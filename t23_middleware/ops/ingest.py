@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..relay.process import stopped_by_signals
 from ..relay.proxy_log import ProxyLog
-from ..relay.rotated import RotatedRelay, Taken
+from ..relay.rotated import RotatedRelay, RotatedResult
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
 from . import text
@@ -42,7 +42,7 @@ def run_ingest(settings: Settings, files: Sequence[str]) -> int:
     return _print_result(taken, paths, settings, folder)
 
 
-def _ingest(settings: Settings, folder: StateFolder, paths: Sequence[Path]) -> Taken:
+def _ingest(settings: Settings, folder: StateFolder, paths: Sequence[Path]) -> RotatedResult:
     bar, total = ProgressBar(), sum(path.stat().st_size for path in paths)
 
     def show(read: int) -> None:
@@ -97,7 +97,9 @@ def _file_type(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def _print_result(taken: Taken, paths: Sequence[Path], settings: Settings, folder: StateFolder) -> int:
+def _print_result(
+    taken: RotatedResult, paths: Sequence[Path], settings: Settings, folder: StateFolder
+) -> int:
     files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
     print(f"{text.reports(taken.reports).capitalize()} from {files}.")
     for name, number in sorted(taken.counts.items()):

@@ -24,10 +24,10 @@ from ..relay.history import (
     SENT,
     TOOK,
     WAITING,
-    Fatality,
     History,
+    Refusal,
     Series,
-    Watched,
+    VideoFigures,
     quantile,
     quantiles,
     troubles_of,
@@ -338,7 +338,7 @@ def _videos(history: History) -> Markup:
     return _table_of_videos("Most bytes", history.by_bytes) + _table_of_videos("Most plays", played)
 
 
-def _table_of_videos(caption: str, videos: Sequence[Watched]) -> Markup:
+def _table_of_videos(caption: str, videos: Sequence[VideoFigures]) -> Markup:
     with_host = any(video.host for video in videos)
     rows = [
         (
@@ -373,15 +373,15 @@ def recent_errors(status: Status, history: History) -> list[RecentError]:
     return sorted(errors, key=lambda each: each.at_ms, reverse=True)[:MOST_ERRORS]
 
 
-def _grouped(refused: Iterable[Fatality]) -> Iterable[list[Fatality]]:
+def _grouped(refused: Iterable[Refusal]) -> Iterable[list[Refusal]]:
     """Refusals grouped by API and answer, newest first."""
-    groups: dict[tuple[str, str, str], list[Fatality]] = {}
+    groups: dict[tuple[str, str, str], list[Refusal]] = {}
     for each in refused:
         groups.setdefault((each.host, each.code, each.answer), []).append(each)
     return groups.values()
 
 
-def _refusal_sentence(same: list[Fatality]) -> str:
+def _refusal_sentence(same: list[Refusal]) -> str:
     last = same[0]
     answer = last.answer if last.answer.startswith(last.code) else f"{last.code}: {last.answer}"
     if len(same) == 1:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from ..relay.once import Ending, Progress, RelayOnce
+from ..relay.once import RelayOnce, RunProgress, RunResult
 from ..relay.process import stopped_by_signals
 from ..settings import Settings
 from ..state import StateFolder
@@ -33,7 +33,7 @@ def run_once(settings: Settings) -> int:
 
     def make() -> RelayOnce:
         return RelayOnce(
-            settings, folder, deadline=deadline, tell=lambda progress: _show_progress(bar, progress)
+            settings, folder, deadline=deadline, show=lambda progress: _show_progress(bar, progress)
         )
 
     relay, took_over = take_over(folder, make)
@@ -47,7 +47,7 @@ def run_once(settings: Settings) -> int:
     return _print_result(ending)
 
 
-def _print_result(ending: Ending) -> int:
+def _print_result(ending: RunResult) -> int:
     progress = ending.progress
     print(f"Sent {text.reports(progress.sent)}.")
     if progress.refused:
@@ -64,7 +64,7 @@ def _print_result(ending: Ending) -> int:
     return 1
 
 
-def _show_progress(bar: ProgressBar, progress: Progress) -> None:
+def _show_progress(bar: ProgressBar, progress: RunProgress) -> None:
     done = progress.sent + progress.refused + progress.lost
     total = done + progress.waiting
     figures = f"{done:,} of {total:,}" + (f", {progress.refused:,} refused" if progress.refused else "")

@@ -219,7 +219,7 @@ def _unread_bytes(folder: StateFolder, outbox: Snapshot) -> int:
     total = 0
     for path in folder.readable_journals():
         try:
-            total += max(owned.lstat(path).st_size - outbox.places.get(path.name, 0), 0)
+            total += max(owned.lstat(path).st_size - outbox.offsets.get(path.name, 0), 0)
         except OSError:
             continue  # removed in between, or not a journal: the relay logs what it can't read
     return total

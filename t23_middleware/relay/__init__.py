@@ -1,1 +1,1 @@
-"""The process that reports: it follows the journals, keeps the outbox, and delivers."""
+"""The relay process: it reads the journals, decides what to report, stores reports in the outbox, and sends them."""

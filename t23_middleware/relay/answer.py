@@ -1,6 +1,6 @@
-"""What an answer of the API means: recorded, or one of the errors that decide what is done next.
+"""Decides what an answer of the API means: recorded, or one of the errors that decide what is done next.
 
-Pure: bytes in, a value or an error out. The messages go into logs and dead letters, so no session stands in them.
+Pure: bytes in, a value or an error out. The messages go to logs and dead letters, so they contain no session.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from werkzeug.http import parse_date
 from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, Unexplained
 from .quoted import clean, clean_url, clip
 
-#: Longest answer that is believed, in bytes.
+#: Longest answer that is accepted, in bytes.
 LONGEST_ANSWER = 65536
 
-#: Longest ``Retry-After`` that is obeyed, in seconds.
+#: Longest ``Retry-After`` that is respected, in seconds.
 LONGEST_WAIT = 3600.0
 _LONGEST_CODE = 64
-#: How a code looks, and what stands for one that looks like something else.
+#: The form of a code, and the replacement for a code of another form.
 _A_CODE, _NO_CODE = re.compile(r"[A-Za-z0-9]+(?:[-_.][A-Za-z0-9]+)*"), "unknown_code"
-#: Codes that every report from this server would meet.
+#: Codes that every report from this server would get.
 SITE_CODES = frozenset({"permission_denied", "invalid_signature", "invalid_method"})
-#: The other codes of the documentation ("Error codes"): the same report would always meet them.
+#: The other codes in the documentation ("Error codes"): the same report would always get them.
 REPORT_CODES = frozenset(
     {
         "no_such_photo",
@@ -51,25 +51,25 @@ REPORT_CODES = frozenset(
 )
 #: Newer methods have more of these.
 _REPORT_CODE = re.compile("(?:invalid|no_such)_[a-z0-9_]+")
-#: HTTP statuses, where the answer is not the API's, that every report would meet; 407 and 410 are as lasting.
+#: HTTP statuses that every report would get, if the answer is not the API's; 407 and 410 are as permanent.
 _SITE_STATUSES = frozenset({401, 403, 404, 405, 407, 410})
 _REPORT_STATUSES = frozenset({400, 413})
 _BUSY_STATUSES = frozenset({408, 425, 429})
 
 
-class Answer(NamedTuple):
-    """The API took a report."""
+class Accepted(NamedTuple):
+    """The API accepted a report."""
 
-    #: Whether the answer came from the API's cache, so that this very POST was not recorded.
+    #: Whether the answer came from the API's cache, so that this POST was not recorded.
     cached: bool
-    #: The API's words, printable and at most 200 characters.
+    #: The API's message, printable and at most 200 characters.
     message: str
-    #: How long the report took, in seconds.
+    #: Duration of the request, in seconds.
     seconds: float
 
 
-class _Said(NamedTuple):
-    """An answer of the API, whatever form it came in."""
+class _ApiAnswer(NamedTuple):
+    """The fields of an answer of the API, in JSON or XML."""
 
     ok: bool
     code: str
@@ -79,68 +79,68 @@ class _Said(NamedTuple):
 
 def judge(
     status: int, headers: Mapping[str, str], body: bytes, url: str = "", session_id: str = ""
-) -> Answer:
-    """The answer (without its time), or the error that it is.
+) -> Accepted:
+    """The answer (without its duration), or the error that it means.
 
-    *headers* is looked up by names as RFC 9110 writes them; *url* is where the report went; *session_id* is kept
-    out of all messages. Raises, the first that fits:
+    *headers* has names as in RFC 9110; *url* is the URL of the report; *session_id* is removed from all messages. The
+    first row that matches decides:
 
     ================================================  =========================================================
-    ``status: ok``                                    :class:`Answer`, whatever the HTTP status
-    429 or 503                                        :class:`~t23_middleware.errors.Busy`: who says "not now"
-                                                      judged no report; a lost one could not be got back
+    ``status: ok``                                    :class:`Accepted`, whatever the HTTP status
+    429 or 503                                        :class:`~t23_middleware.errors.Busy`: the report was not
+                                                      judged, and would be lost if it counted as refused
     ``permission_denied``, ``invalid_signature``,     :class:`~t23_middleware.errors.NotAccepted`
     ``invalid_method``
     other documented codes                            :class:`~t23_middleware.errors.Refused`
     3xx, 401, 403, 404, 405, 407, 410                 :class:`~t23_middleware.errors.NotAccepted`
     400, 413                                          :class:`~t23_middleware.errors.Refused`
     408, 425, 5xx                                     :class:`~t23_middleware.errors.Busy`
-    a code that nobody documents, none, other 4xx     :class:`~t23_middleware.errors.Unexplained`
+    undocumented code, no code, other 4xx             :class:`~t23_middleware.errors.Unexplained`
     2xx with HTML, nothing, more than 64 KB (also     :class:`~t23_middleware.errors.NoAnswer`, ``answered``:
-    when unpacked)                                    something took the report, and nobody knows whether it was
-                                                      the API
+    when unpacked)                                    something accepted the report, and it is unknown whether
+                                                      that was the API
     ================================================  =========================================================
     """
-    said = _parsed(_unpacked(body, headers.get("Content-Encoding", "")))
-    if said is not None and said.ok:
-        return Answer(said.cached, clean(said.message, session_id), 0.0)
+    answer = _parsed(_unpacked(body, headers.get("Content-Encoding", "")))
+    if answer is not None and answer.ok:
+        return Accepted(answer.cached, clean(answer.message, session_id), 0.0)
     if status in (429, 503):
         raise _busy(status, headers, url)
-    raise _by_code(said, url, session_id) or _by_status(status, headers, said, url, session_id)
+    raise _by_code(answer, url, session_id) or _by_status(status, headers, answer, url, session_id)
 
 
-def _by_code(said: _Said | None, url: str, session_id: str) -> DeliveryError | None:
-    if said is None:
+def _by_code(answer: _ApiAnswer | None, url: str, session_id: str) -> DeliveryError | None:
+    if answer is None:
         return None
-    if said.code in SITE_CODES:
-        return NotAccepted(clip(f"{_remedy(said.code, url)} {_quoted(said, session_id)}"))
-    if said.code in REPORT_CODES:
-        return Refused(said.code, clean(said.message, session_id))
-    if _REPORT_CODE.fullmatch(said.code):
-        return Refused(_code(said, session_id), clean(said.message, session_id))
+    if answer.code in SITE_CODES:
+        return NotAccepted(clip(f"{_remedy(answer.code, url)} {_quoted(answer, session_id)}"))
+    if answer.code in REPORT_CODES:
+        return Refused(answer.code, clean(answer.message, session_id))
+    if _REPORT_CODE.fullmatch(answer.code):
+        return Refused(_code(answer, session_id), clean(answer.message, session_id))
     return None
 
 
 def _by_status(
-    status: int, headers: Mapping[str, str], said: _Said | None, url: str, session_id: str
+    status: int, headers: Mapping[str, str], answer: _ApiAnswer | None, url: str, session_id: str
 ) -> DeliveryError:
     if 300 <= status < 400:
         return NotAccepted(_redirected(status, headers.get("Location", ""), url, session_id))
     if status in _SITE_STATUSES:
-        return NotAccepted(clip(f"{_remedy(f'HTTP {status}', url)} {_quoted(said, session_id)}"))
-    if said is None and status < 300:
+        return NotAccepted(clip(f"{_remedy(f'HTTP {status}', url)} {_quoted(answer, session_id)}"))
+    if answer is None and status < 300:
         packed = headers.get("Content-Encoding", "").strip().casefold()
         how = (
             ""
             if packed in _READABLE
-            else " and is packed in a way that can't be read here (Content-Encoding)"
+            else " and is compressed in a way that can't be read here (Content-Encoding)"
         )
-        told = clip(f"{shown(url)} answered HTTP {status}, but nothing that the API says{how}")
-        return NoAnswer(told, answered=True)
+        message = clip(f"{shown(url)} answered HTTP {status}, but not in the API's format{how}")
+        return NoAnswer(message, answered=True)
     if status in _BUSY_STATUSES or status >= 500:
         return _busy(status, headers, url)
-    code = (_code(said, session_id) if said else "") or f"http_{status}"
-    message = clean(said.message, session_id) if said else clip(f"{shown(url)} answered HTTP {status}")
+    code = (_code(answer, session_id) if answer else "") or f"http_{status}"
+    message = clean(answer.message, session_id) if answer else clip(f"{shown(url)} answered HTTP {status}")
     return Refused(code, message) if status in _REPORT_STATUSES else Unexplained(code, message)
 
 
@@ -149,7 +149,7 @@ def _busy(status: int, headers: Mapping[str, str], url: str) -> Busy:
 
 
 def _remedy(what: str, url: str) -> str:
-    """What to do about an answer that every report would meet."""
+    """The message for an answer that every report would get, with the remedy."""
     place = shown(url)
     match what:
         case "permission_denied" | "HTTP 401" | "HTTP 403":
@@ -173,7 +173,7 @@ def _redirected(status: int, location: str, url: str, session_id: str) -> str:
 
 
 def _target(url: str, location: str) -> tuple[str, str] | None:
-    """Origin and path of a redirect's target, where it has one; without user, query and fragment."""
+    """Origin and path of a redirect's target, or ``None``; without user, query and fragment."""
     try:
         parts = urlsplit(urljoin(url, location.strip()))
         host = parts.netloc.rpartition("@")[2]
@@ -182,31 +182,31 @@ def _target(url: str, location: str) -> tuple[str, str] | None:
         return None
 
 
-#: Values of ``Content-Encoding`` that :func:`_unpacked` can read.
+#: Values of ``Content-Encoding`` that :func:`_unpacked` can decode.
 _READABLE = ("", "identity", "gzip", "x-gzip", "deflate")
-#: How often an answer may be packed, one way in the other.
+#: Most nested encodings of an answer.
 _MOST_PACKINGS = 3
 _GZIP = b"\x1f\x8b"
 
 
 def _unpacked(body: bytes, encoding: str) -> bytes:
-    """*body* without its ``Content-Encoding`` (RFC 9110 section 8.4), as far as it has one that can be read.
+    """*body* without its ``Content-Encoding`` (RFC 9110 section 8.4), if it can be decoded.
 
-    At most a byte more than an answer may have, whatever it would unpack to. The header is not believed alone: some
-    caches say nothing of it, and some leave it there after they unpacked.
+    At most one byte more than the limit, however large it is unpacked. The header alone is not enough: some caches omit
+    it, and some keep it after they unpacked the body.
     """
     names = [name.strip().casefold() for name in encoding.split(",")]
     for name in [*reversed(names), ""][:_MOST_PACKINGS]:
         if body.startswith(_GZIP):
             body = _inflated(body, zlib.MAX_WBITS + 16)
         elif name == "deflate":
-            # Some servers leave out the header of zlib that RFC 9110 section 8.4.1.2 asks for.
+            # Some servers omit the zlib header that RFC 9110 section 8.4.1.2 requires.
             body = _inflated(body, zlib.MAX_WBITS) or _inflated(body, -zlib.MAX_WBITS) or body
     return body
 
 
 def _inflated(body: bytes, window: int) -> bytes:
-    """The data, whose members of gzip may be several; empty where it is none, or is cut off."""
+    """The decompressed data, which may have several gzip members; empty if it is invalid or cut off."""
     found = b""
     while body and len(found) <= LONGEST_ANSWER:
         stream = zlib.decompressobj(window)
@@ -220,18 +220,18 @@ def _inflated(body: bytes, window: int) -> bytes:
     return found
 
 
-def _parsed(body: bytes) -> _Said | None:
-    """What the API said, or None where it is not the API that speaks."""
+def _parsed(body: bytes) -> _ApiAnswer | None:
+    """The API's answer, or ``None`` if it does not come from the API."""
     if len(body) > LONGEST_ANSWER:
         return None
-    # UTF-8 in and out, says the documentation; a server before it may write UTF-16 or UTF-32.
+    # The API's documentation requires UTF-8; a server in front of it may write UTF-16 or UTF-32.
     text = body.decode(json.detect_encoding(body), "replace").strip().lstrip("\ufeff")
     values = (_xml(text) if text.startswith("<") else {}) or _json(text)
     status = _text(values.get("status")).casefold()
     if status not in _STATUSES:
         return None
     cached = _text(values.get("cached")).casefold() in ("1", "true", "t")
-    return _Said(status == "ok", _text(values.get("code")), _text(values.get("message")), cached)
+    return _ApiAnswer(status == "ok", _text(values.get("code")), _text(values.get("message")), cached)
 
 
 _STATUSES = ("ok", "error")
@@ -242,8 +242,8 @@ def _text(value: object) -> str:
 
 
 def _xml(text: str) -> Mapping[str, object]:
-    """The attributes of the root element ``response``, in whatever namespace."""
-    # Entities, which can grow without bound or name files, are declared in a DOCTYPE alone.
+    """The attributes of the root element ``response``, in any namespace."""
+    # Only a DOCTYPE can declare entities, which can grow without limit or include files.
     if "<!DOCTYPE" in text:
         return {}
     try:
@@ -256,19 +256,19 @@ def _xml(text: str) -> Mapping[str, object]:
 
 
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-#: A tag that a message of PHP or of a proxy has none of: what has one is a page, whose scripts may hold any JSON.
+#: A tag that messages of PHP or a proxy do not have. A text with one is a page, whose scripts may contain any JSON.
 _PAGE = re.compile(r"<(?!/?(?:b|br|p)\b)[a-z!?/]", re.IGNORECASE)
-#: How an object with a name in it begins; other braces are a part of the text around it.
+#: The begin of an object with a name in it; other braces belong to the text around it.
 _OBJECT = re.compile(r'\{\s*"')
-#: Objects that are looked at, so that no answer costs more than some parsing.
+#: Most objects that are parsed, to limit the time for one answer.
 _MOST_OBJECTS = 10
 
 
 def _json(text: str) -> Mapping[str, object]:
-    """The one object that says how it went, whatever stands before or behind it.
+    """The one object with a status, with any text before or after it.
 
-    v1 itself puts ``var visual =`` or ``callback(`` before it unless asked for ``raw``, v2 a comment; servers put
-    warnings there, and notes behind it. An object within another is not the answer, and neither is one of two.
+    v1 itself writes ``var visual =`` or ``callback(`` before it unless ``raw`` is requested, v2 a comment; servers add
+    warnings before it and notes after it. An object within another one, or one of two, is not the answer.
     """
     text = _COMMENT.sub("", text)
     found: list[Mapping[str, object]] = []
@@ -293,7 +293,7 @@ _DECODER = json.JSONDecoder()
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a ``Retry-After`` (RFC 9110 section 10.2.3), 0 to an hour; a date counts from the server's own."""
+    """Seconds of ``Retry-After`` (RFC 9110 section 10.2.3), 0 to an hour; a date counts from the server's ``Date``."""
     text = headers.get("Retry-After", "").strip()
     if re.fullmatch("[0-9]{1,300}", text):
         return min(float(text), LONGEST_WAIT)
@@ -305,7 +305,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def clock_ahead(headers: Mapping[str, str], now_s: float) -> float | None:
-    """Seconds that *now_s* (epoch) is ahead of the answer's ``Date`` (RFC 9110 section 6.6.1), if it has one."""
+    """Seconds that *now_s* (since the epoch) is ahead of the answer's ``Date`` (RFC 9110 section 6.6.1), if any."""
     date = _date(headers.get("Date", ""))
     return None if date is None else now_s - date.timestamp()
 
@@ -313,18 +313,18 @@ def clock_ahead(headers: Mapping[str, str], now_s: float) -> float | None:
 def _date(text: str) -> datetime | None:
     try:
         return parse_date(text)
-    except OverflowError:  # a year or zone that no integer of C holds
+    except OverflowError:  # a year or time zone that does not fit in a C integer
         return None
 
 
-def _code(said: _Said, session_id: str) -> str:
-    """The code, if it looks like one."""
-    code = clean(said.code, session_id)
+def _code(answer: _ApiAnswer, session_id: str) -> str:
+    """The code, ``unknown_code`` if it does not look like one, or ``""``."""
+    code = clean(answer.code, session_id)
     return code if len(code) <= _LONGEST_CODE and _A_CODE.fullmatch(code) else _NO_CODE * bool(code)
 
 
-def _quoted(said: _Said | None, session_id: str) -> str:
-    return "" if said is None else clean(said.message or said.code, session_id)
+def _quoted(answer: _ApiAnswer | None, session_id: str) -> str:
+    return "" if answer is None else clean(answer.message or answer.code, session_id)
 
 
 def shown(url: str) -> str:

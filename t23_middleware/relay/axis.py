@@ -1,4 +1,7 @@
-"""The axis that times are compared on: CLOCK_MONOTONIC of one boot, in ns, which the wall clock ties to any other's."""
+"""Times of events. Times are ns of CLOCK_MONOTONIC, which starts again at each boot.
+
+Times of different boots are compared by the wall clock.
+"""
 
 from __future__ import annotations
 
@@ -6,36 +9,36 @@ from typing import TypeAlias
 
 from ..transfer import Acknowledged, Opening, Progress, Transfer
 
-#: A boot, and how far its wall clock was ahead of CLOCK_MONOTONIC, in ns: where that boot's times lie on any other's.
-Axis: TypeAlias = tuple[str, int]
-NO_AXIS: Axis = ("", 0)
+#: A boot, and how far its wall clock was ahead of CLOCK_MONOTONIC, in ns.
+BootClock: TypeAlias = tuple[str, int]
+NO_CLOCK: BootClock = ("", 0)
 
-#: What a response does, and that or what the kernel told of its connection.
-Step: TypeAlias = Opening | Progress | Transfer
-Event: TypeAlias = Step | Acknowledged
-
-
-def time_of(what: Event) -> int:
-    """When it happened, in ns on its own axis."""
-    if isinstance(what, Opening):
-        return what.started_ns
-    return what.ended_ns if isinstance(what, Transfer) else what.at_ns
+#: An event of a response; and one of a response or of its connection in the kernel.
+ResponseEvent: TypeAlias = Opening | Progress | Transfer
+Event: TypeAlias = ResponseEvent | Acknowledged
 
 
-def placed_by_wall_clock(what: Event, ahead_ns: int) -> Event:
-    """*what* of another boot, on the axis of one whose wall clock is *ahead_ns* ahead."""
-    if isinstance(what, Opening):
-        return what._replace(started_ns=what.started_ms * 1_000_000 - ahead_ns)
-    if isinstance(what, Acknowledged):
-        return what._replace(at_ns=what.at_ms * 1_000_000 - ahead_ns)
-    opening = what.opening._replace(started_ns=what.opening.started_ms * 1_000_000 - ahead_ns)
-    if isinstance(what, Progress):
-        return what._replace(opening=opening, at_ns=what.at_ms * 1_000_000 - ahead_ns)
-    return what._replace(opening=opening, ended_ns=what.ended_ms * 1_000_000 - ahead_ns)
+def time_of(event: Event) -> int:
+    """Its time, in ns of CLOCK_MONOTONIC of its own boot."""
+    if isinstance(event, Opening):
+        return event.started_ns
+    return event.ended_ns if isinstance(event, Transfer) else event.at_ns
 
 
-def without_connection(what: Step) -> Step:
-    """*what* as it is where the kernel can't be asked: the server's count has to do."""
-    if isinstance(what, Opening):
-        return what._replace(connection=None)
-    return what._replace(opening=what.opening._replace(connection=None), position=None)
+def rebased_by_wall_clock(event: Event, ahead_ns: int) -> Event:
+    """*event* of another boot, with the times of a boot whose wall clock is *ahead_ns* ahead of CLOCK_MONOTONIC."""
+    if isinstance(event, Opening):
+        return event._replace(started_ns=event.started_ms * 1_000_000 - ahead_ns)
+    if isinstance(event, Acknowledged):
+        return event._replace(at_ns=event.at_ms * 1_000_000 - ahead_ns)
+    opening = event.opening._replace(started_ns=event.opening.started_ms * 1_000_000 - ahead_ns)
+    if isinstance(event, Progress):
+        return event._replace(opening=opening, at_ns=event.at_ms * 1_000_000 - ahead_ns)
+    return event._replace(opening=opening, ended_ns=event.ended_ms * 1_000_000 - ahead_ns)
+
+
+def without_connection(event: ResponseEvent) -> ResponseEvent:
+    """*event* without its connection, so that the server's count is used: the kernel can't be asked about it."""
+    if isinstance(event, Opening):
+        return event._replace(connection=None)
+    return event._replace(opening=event.opening._replace(connection=None), position=None)

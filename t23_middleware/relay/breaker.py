@@ -1,4 +1,4 @@
-"""Whether an API may be asked now: when it is left alone, and when one report is tried."""
+"""A circuit breaker for one API: it stops sending after failures, and allows one probe from time to time."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 from ..errors import NoAnswer, NotAccepted, RetryLater
 
-#: Failures in a row after which an API is left alone but for a probe.
+#: Consecutive failures after which only probes are sent.
 FAILURES_TO_OPEN = 5
-#: Seconds to the first probe; each one that fails doubles it, up to the longest.
+#: Seconds to the first probe; each failed probe doubles the time, up to the longest.
 FIRST_PROBE, LONGEST_PROBE = 1.0, 60.0
-#: The same while something answers that is not understood: it may record each report, and seldom passes by itself.
-LONGEST_STRANGE_PROBE = 3600.0
-#: Seconds between two probes while the API takes nothing from this server; somebody has to mend that by hand.
+#: The longest while the answers are not understood: each probe may be recorded, and such a fault rarely ends by itself.
+LONGEST_UNCLEAR_PROBE = 3600.0
+#: Seconds between two probes while the API accepts nothing from this server, which needs a person to fix it.
 PROBE_WHEN_PAUSED = 300.0
-#: Longest that ``Retry-After`` is obeyed, in seconds.
+#: Longest ``Retry-After`` that is respected, in seconds.
 LONGEST_RETRY_AFTER = 3600.0
 
 
 class Breaker:
-    """Whether an API may be asked now: all reports, one probe, or none."""
+    """Decides how many reports may be sent to an API now: all, one probe, or none."""
 
     def __init__(self, host: str, jitter: Callable[[float, float], float] = random.uniform) -> None:
         self.host = host
@@ -28,22 +28,22 @@ class Breaker:
         self._failures = 0
         self._probes = 0
         self._closed_until = 0.0
-        #: Id of the report that is under way as a probe.
+        #: Id of the report that is in flight as a probe.
         self.probe: int | None = None
-        #: How often the API answered as it should.
+        #: Number of valid answers of the API.
         self.successes = 0
-        #: Why the API takes nothing from this server, where that is so.
+        #: Why the API accepts nothing from this server; ``None`` if it does.
         self.paused: str | None = None
-        #: How the last report failed that the API did not judge.
+        #: Message of the latest failure without an answer about the report.
         self.failure = ""
 
     @property
     def is_open(self) -> bool:
-        """Whether the API is left alone but for probes."""
+        """Whether only probes are sent."""
         return self.paused is not None or self._failures >= FAILURES_TO_OPEN
 
     def allows(self, now: float) -> int | None:
-        """How many reports may go now: ``None`` for any number."""
+        """How many reports may be sent now: 0, 1, or ``None`` for any number. *now* is in monotonic seconds."""
         if now < self._closed_until:
             return 0
         if self.is_open:
@@ -51,35 +51,35 @@ class Breaker:
         return None
 
     def claimed(self, id: int) -> None:
-        """The report *id* is on its way."""
+        """The report *id* is about to be sent."""
         if self.is_open:
             self.probe = id
 
     def worked(self) -> bool:
-        """The API answered as it should; whether that is new."""
+        """The API gave a valid answer. Returns whether the breaker was open before."""
         was_open = self.is_open
         self._failures, self._probes, self._closed_until, self.probe, self.paused = 0, 0, 0.0, None, None
         self.successes += 1
         return was_open
 
     def failed(self, id: int, now: float, error: RetryLater) -> bool:
-        """The API did not answer *id*, or said "not now"; whether it is left alone from now on."""
+        """The API did not answer *id*, or is busy. Returns whether the breaker opens because of that."""
         was_open, probed = self.is_open, self._returned(id)
         self._failures += 1
         self.failure = str(error)
         wait = min(error.retry_after or 0.0, LONGEST_RETRY_AFTER)
         if self.is_open and (probed or not was_open):
-            # Only a probe lengthens the wait: what was under way when the API failed tells nothing new.
-            strange = isinstance(error, NoAnswer) and error.answered
-            longest = self._next_wait(LONGEST_STRANGE_PROBE if strange else LONGEST_PROBE)
+            # Only a probe makes the wait longer: reports that were in flight when the API failed add no information.
+            unclear = isinstance(error, NoAnswer) and error.answered
+            longest = self._next_wait(LONGEST_UNCLEAR_PROBE if unclear else LONGEST_PROBE)
             wait = max(wait, self._jitter(longest / 2, longest))
         self._closed_until = max(self._closed_until, now + wait)
         return self.is_open and not was_open
 
     def denied(self, id: int, now: float, error: NotAccepted, *, soon: bool = False) -> bool:
-        """The API takes nothing from this server, as it told *id*; whether that is new.
+        """The API accepts nothing from this server, by its answer to *id*. Returns whether that is new.
 
-        *soon*: another report may be taken, so the first probes come as after a failure.
+        *soon*: another report may be accepted, so the first probes come as soon as after a failure.
         """
         probed, was_paused = self._returned(id), self.paused is not None
         if not soon:
@@ -90,14 +90,14 @@ class Breaker:
         return not was_paused
 
     def _next_wait(self, longest: float) -> float:
-        """Seconds to the next probe, twice as many each time."""
+        """Seconds to the next probe; doubled each time, up to *longest*."""
         wait: float = FIRST_PROBE * 2**self._probes
         if wait < longest:
             self._probes += 1
         return min(wait, longest)
 
     def _returned(self, id: int) -> bool:
-        """Whether *id* was the probe, which is back then."""
+        """Whether *id* was the probe, which is no longer in flight then."""
         probed = self.probe == id
         if probed:
             self.probe = None

@@ -1,7 +1,7 @@
-"""The analytics API's client: one POST, its answer as a value or a typed error; only this module speaks HTTP.
+"""The client of the analytics API. Only this module uses HTTP.
 
-Two halves: :class:`AnalyticsClient` carries a report over the network and tells "not sent" from "sent, and no
-answer"; :func:`judge` is pure and decides what an answer means.
+:class:`AnalyticsClient` sends a report and distinguishes "not sent" from "sent without an answer"; :func:`judge` is
+pure and decides what an answer means.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from urllib3.exceptions import HTTPError, LocationValueError
 from ..errors import DeliveryError, NoAnswer, Refused, Unreachable
 from ..settings import Settings, process_environment
 from ..version import VERSION
-from .answer import LONGEST_ANSWER, Answer, clock_ahead, judge, shown
+from .answer import LONGEST_ANSWER, Accepted, clock_ahead, judge, shown
 from .quoted import clip
 from .report import Report, form
 
-# urllib3 warns of headers that it can't read, with their text, and that may hold the session.
+# urllib3 logs the text of headers that it can't read, and that may contain the session.
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
-#: Seconds that a connection may take, all of ``T23_TIMEOUT`` if that is less.
+#: Longest time to connect, in seconds, or ``T23_TIMEOUT`` if that is less.
 CONNECT_SECONDS = 3.0
 
-#: A connection unused for so many seconds is not used again. Servers close idle ones after 5 s and more, and a
-#: report that is sent at that very moment can't be told from one whose answer was lost.
+#: A connection that was idle for this many seconds is not used again. Servers close idle ones after 5 s or more, and a
+#: report that is sent at that moment looks like one whose answer was lost.
 IDLE_SECONDS = 4.0
 
 
-#: The printable ASCII that RFC 6265 (cookie-octet) lets stand in a cookie's value: ``%`` among it, so that a raw
-#: value stays as it is.
+#: The printable ASCII that RFC 6265 (cookie-octet) allows in a cookie's value. It includes ``%``, so that an encoded
+#: value stays unchanged.
 _COOKIE_OCTETS = "".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '",;\\')
 
-#: OpenSSL's codes for a certificate whose authority is not known here (``X509_V_ERR_…SELF_SIGNED…``, ``…ISSUER…``).
+#: OpenSSL's codes for a certificate of an unknown authority (``X509_V_ERR_…SELF_SIGNED…``, ``…ISSUER…``).
 _UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
 
 _HEADERS = {
     "User-Agent": f"t23_middleware/{VERSION}",
     "Accept": "application/json, text/xml;q=0.5",
-    # Some caches compress all the same; judge() unpacks that.
+    # Some caches compress anyway; judge() decompresses that.
     "Accept-Encoding": "identity",
     "Content-Type": "application/x-www-form-urlencoded",
 }
@@ -67,12 +67,12 @@ _HEADERS = {
 #: A certificate in PEM (RFC 7468).
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 
-#: The form of a request that reports nothing.
+#: The form fields of a request that records nothing.
 _NO_REPORT = {"format": "json", "raw": "1"}
 
 
 class _Posted(NamedTuple):
-    """What came back, not judged yet."""
+    """An answer that is not judged yet."""
 
     status: int
     headers: Mapping[str, str]
@@ -80,19 +80,19 @@ class _Posted(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What came of a request that reports nothing."""
+    """The result of a request that records nothing."""
 
     url: str
-    outcome: Answer | DeliveryError
-    #: Seconds that this machine's clock is ahead of the API's, where its answer says its time.
+    outcome: Accepted | DeliveryError
+    #: Seconds that this machine's clock is ahead of the API's; ``None`` if its answer has no ``Date``.
     ahead: float | None
 
 
 class AnalyticsClient:
-    """Sends reports, one POST each, on connections that each thread keeps for itself.
+    """Sends reports, one POST each. Each thread keeps its own connection.
 
-    Proxies and certificates are those of the environment as it was at the first report to a site
-    (``https_proxy``, ``no_proxy``, ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` …). Safe to use from many threads.
+    Proxies and certificates are those of the environment at the first report to a site (``https_proxy``, ``no_proxy``,
+    ``REQUESTS_CA_BUNDLE``, ``SSL_CERT_FILE`` …). Can be used from many threads.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -104,21 +104,19 @@ class AnalyticsClient:
         self._routes: dict[str, dict[str, Any]] = {}
         self._sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
         self._lock = threading.Lock()
-        self._hold_authorities(settings.report_url("localhost"))
+        self._read_authorities(settings.report_url("localhost"))
 
-    def _hold_authorities(self, url: str) -> None:
-        """Read them while they are there; what is wrong with them is told by the first report."""
+    def _read_authorities(self, url: str) -> None:
+        """Read the certificate authorities while they exist. Errors are raised by the first report instead."""
         with suppress(OSError, requests.RequestException, ValueError):
             if urlsplit(url).scheme == "https":
                 _authorities(self._route(url)["verify"])
 
-    def send(self, report: Report, path: str | None = None) -> Answer:
-        """Sends *report* once, within ``T23_TIMEOUT``; looking up the name and a proxy's tunnel come on top.
+    def send(self, report: Report, path: str | None = None) -> Accepted:
+        """Send *report* once, within ``T23_TIMEOUT`` plus the time for DNS and for a proxy's tunnel.
 
-        *path* may be another than ``T23_REPORT_PATH``.
-        Raises :class:`~t23_middleware.errors.Unreachable` where it was not sent,
-        :class:`~t23_middleware.errors.NoAnswer` where it was and nothing is known of it, and what
-        :func:`judge` raises.
+        *path* replaces ``T23_REPORT_PATH``. Raises :class:`~t23_middleware.errors.Unreachable` if it was not sent,
+        :class:`~t23_middleware.errors.NoAnswer` if it was sent and no answer came, and the errors of :func:`judge`.
         """
         started = time.monotonic()
         url = self._settings.report_url(report.host, path)
@@ -127,9 +125,9 @@ class AnalyticsClient:
         return answer._replace(seconds=time.monotonic() - started)
 
     def probe(self, host: str = "", path: str | None = None) -> Probe:
-        """What the API says to a report without video and session, which reports nothing.
+        """Send a report without video and session, which records nothing, and return the API's answer.
 
-        *path* may be another than ``T23_REPORT_PATH``. Never raises what :meth:`send` does.
+        *path* replaces ``T23_REPORT_PATH``. Never raises the errors of :meth:`send`: they are in the result.
         """
         url = self._settings.report_url(host, path)
         asked_s = time.time()
@@ -147,7 +145,7 @@ class AnalyticsClient:
         body = _Body(fields, time.monotonic() + self._settings.timeout)
         try:
             return self._exchange(url, body, headers)
-        # ValueError: what the standard library says of names and numbers that are none.
+        # ValueError: the standard library raises it for invalid names and numbers.
         except (
             requests.RequestException,
             HTTPError,
@@ -155,23 +153,23 @@ class AnalyticsClient:
             OSError,
             ValueError,
             MemoryError,
-            RuntimeError,  # no thread, where a library needs one
+            RuntimeError,  # a library could not start a thread
         ) as error:
-            # "from None": the texts of these errors may hold a proxy's password.
+            # "from None": the texts of these errors may contain a proxy's password.
             raise _not_answered(error, url, body.begun) from None
 
-    def _judged(self, posted: _Posted, url: str, session_id: str) -> Answer:
+    def _judged(self, posted: _Posted, url: str, session_id: str) -> Accepted:
         try:
             return judge(*posted, url, session_id)
         except Refused:
             raise
         except DeliveryError:
-            # Somebody else than the API may have answered, and what follows on this connection may be its answer.
+            # Something else than the API may have answered, and the next bytes on this connection may be the API's.
             self._session().close()
             raise
 
     def close(self) -> None:
-        """Closes the connections of all threads; a later report opens new ones."""
+        """Close the connections of all threads; a later report opens new ones."""
         with self._lock:
             sessions = list(self._sessions)
         for session in sessions:
@@ -185,7 +183,7 @@ class AnalyticsClient:
             headers=headers,
             stream=True,
             allow_redirects=False,
-            timeout=self._timeout,  # type: ignore[arg-type]  # requests takes urllib3's, its stubs don't say
+            timeout=self._timeout,  # type: ignore[arg-type]  # requests accepts urllib3's class, its stubs do not
             **self._route(url),
         ) as response:
             content = _content(response.raw)
@@ -209,7 +207,7 @@ class AnalyticsClient:
         return {"Cookie": f"{name}={quote(report.session_id, _COOKIE_OCTETS, errors='replace')}"}
 
     def _route(self, url: str) -> dict[str, Any]:
-        """How to get there, read once: asking the environment anew costs a third of a report."""
+        """Proxies and certificates for *url*, read once: reading the environment takes a third of a report's time."""
         route = self._routes.get(url)
         if route is None:
             route = self._routes[url] = _environments_route(url)
@@ -227,28 +225,28 @@ def _environments_route(url: str) -> dict[str, Any]:
         verify = DEFAULT_CA_BUNDLE_PATH
     proxy = select_proxy(url, found["proxies"])
     if proxy and not urllib3.util.parse_url(proxy).host:
-        raise requests.exceptions.InvalidProxyURL  # which requests itself may miss
+        raise requests.exceptions.InvalidProxyURL  # requests does not always check this
     return {"proxies": found["proxies"], "verify": verify}
 
 
-#: File or folder of certificate authorities -> its stamp, and the certificates in it.
-_held: dict[str, tuple[tuple[int, ...], str]] = {}
+#: File or folder of certificate authorities -> its stat values, and its certificates.
+_authorities_read: dict[str, tuple[tuple[int, ...], str]] = {}
 
 
 def _authorities(path: str) -> str:
-    """The certificates at *path*, as they are now or, where nothing can be read there any more, as they were.
+    """The certificates at *path*. If they can't be read any more, those of the latest successful read.
 
-    Raises :class:`OSError` where there were none.
+    Raises :class:`OSError` if there were none.
     """
     try:
         found = Path(path).stat()
         stamp = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-        if path not in _held or _held[path][0] != stamp:
-            _held[path] = stamp, _certificates_at(Path(path))
+        if path not in _authorities_read or _authorities_read[path][0] != stamp:
+            _authorities_read[path] = stamp, _certificates_at(Path(path))
     except OSError as error:
-        if path not in _held:
+        if path not in _authorities_read:
             raise OSError(error.errno, f"no authorities at {path}: {error.strerror}") from None
-    return _held[path][1]
+    return _authorities_read[path][1]
 
 
 def _certificates_at(place: Path) -> str:
@@ -256,12 +254,12 @@ def _certificates_at(place: Path) -> str:
     texts = [file.read_bytes().decode("latin-1") for file in files]
     found = dict.fromkeys(block for text in texts for block in _CERTIFICATE.findall(text))
     if not found:
-        raise OSError(errno.EINVAL, "it holds no certificate")
+        raise OSError(errno.EINVAL, "it contains no certificate")
     return "\n".join(found)
 
 
 def _content(raw: Any) -> bytes:
-    """The body, up to a byte more than an answer may have; urllib3 tells of a cut only when asked for the rest."""
+    """The body, up to one byte over the limit; urllib3 detects a cut-off body only when the rest is read."""
     content = b""
     while part := raw.read(LONGEST_ANSWER + 1 - len(content)):
         content += part
@@ -269,7 +267,7 @@ def _content(raw: Any) -> bytes:
 
 
 class _Session(requests.Session):
-    """One thread's connections: nothing is retried, followed, or remembered from one report to the next."""
+    """One thread's connection: no retries, no redirects, no cookies from one report to the next."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,11 +280,11 @@ class _Session(requests.Session):
             self.mount(scheme, _Adapter(pool_maxsize=1, max_retries=0))
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None; requests would read the whole body of a redirect even where it may not follow."""
+        """No target: requests would read the whole body of a redirect even if it must not follow it."""
 
 
 class _Body:
-    """The form of a report, which knows whether any of it has left; without its body no report is one."""
+    """The form of a report. It knows whether sending has begun; before that, nothing can be recorded."""
 
     def __init__(self, fields: Mapping[str, str], deadline: float) -> None:
         self._bytes = urlencode(fields, errors="replace").encode()
@@ -304,19 +302,19 @@ class _Body:
         yield self._bytes
 
 
-# An answer that drips byte by byte keeps within the timeout of each read. The following bounds all reads of one
-# answer (or of a proxy's leave to tunnel) together by the timeout that the socket had as they began.
+# An answer that comes byte by byte stays within the timeout of each single read. The following classes limit all reads
+# of one answer (or of a proxy's answer to CONNECT) together to the socket's timeout at their begin.
 
 
 class _Until(io.RawIOBase):
-    """A socket's stream, readable until a deadline."""
+    """A socket's stream that can be read until a deadline."""
 
     def __init__(self, sock: socket.socket, stream: io.RawIOBase) -> None:
         self._sock = sock
         self._stream = stream
         timeout = sock.gettimeout()
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        #: Whether its end was met.
+        #: Whether its end was reached.
         self.ended = False
         self._over = False
 
@@ -336,11 +334,11 @@ class _Until(io.RawIOBase):
         return read
 
     def end(self) -> None:
-        """Read no more from the socket."""
+        """Stop reading from the socket."""
         self._over = True
 
     def shut_down(self) -> None:
-        """End the connection, which urllib3 finds closed before it uses it again."""
+        """Close the connection, which urllib3 detects before it uses it again."""
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -350,13 +348,13 @@ class _Until(io.RawIOBase):
 
 
 class _Buffer(io.BufferedReader):
-    """The stream of one answer; where more has come than that, the connection is of no more use."""
+    """The stream of one answer. If more bytes came than the answer has, the connection is closed."""
 
     def close(self) -> None:
         until: Any = self.raw
         if not self.closed:
             until.end()
-            if self.peek():  # only what is in the buffer
+            if self.peek():  # reads only the buffer
                 until.shut_down()
         super().close()
 
@@ -368,10 +366,10 @@ class _Response(http.client.HTTPResponse):
         self.fp: Any = _Buffer(self._until)
 
     def begin(self) -> None:
-        """Reads status and headers.
+        """Read status and headers.
 
-        Two things that the standard library does not do: it takes headers that were cut off for whole ones, and any
-        1xx but 100 for the answer (RFC 9110 section 15.2: there may be several before it; 101 is the last).
+        In contrast to the standard library, headers that are cut off are an error, and every 1xx but 101 is followed by
+        another answer (RFC 9110 section 15.2).
         """
         super().begin()
         while 100 <= self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
@@ -383,7 +381,7 @@ class _Response(http.client.HTTPResponse):
 
 @cache
 def _bounded(pool: type[Any]) -> type[Any]:
-    """A kind of connection pool (direct, TLS, SOCKS) whose answers are read by `_Response`."""
+    """A subclass of a connection pool (direct, TLS, SOCKS) whose answers are read by `_Response`."""
     connection = type("Connection", (pool.ConnectionCls,), {"response_class": _Response})
     return type("Pool", (pool,), {"ConnectionCls": connection})
 
@@ -394,7 +392,7 @@ class _Adapter(HTTPAdapter):
         self._limit(self.poolmanager)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """The authorities by their content: a deploy may have removed the file."""
+        """Pass the authorities by their content: a deploy may have removed the file."""
         if url.lower().startswith("https"):
             conn.cert_reqs, conn.ca_certs, conn.ca_cert_dir = "CERT_REQUIRED", None, None
             conn.conn_kw["ca_cert_data"] = _authorities(verify)
@@ -413,7 +411,7 @@ class _Adapter(HTTPAdapter):
         }
 
 
-# What became of a report that met no answer.
+# Errors without an answer.
 
 
 def _not_answered(error: Exception, url: str, begun: bool) -> DeliveryError:
@@ -424,7 +422,7 @@ def _not_answered(error: Exception, url: str, begun: bool) -> DeliveryError:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """*error* and the errors in it, the outermost first; requests and urllib3 keep them in four places."""
+    """*error* and the errors in it, the outermost first; requests and urllib3 store them in four places."""
     inner = [error.__cause__, getattr(error, "reason", None), getattr(error, "original_error", None)]
     yield error
     for cause in [*inner, *error.args]:
@@ -433,10 +431,10 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _why(causes: list[BaseException]) -> str:
-    """The reason in a few words and, where there is one, its remedy; never a library's text with a URL in it."""
+    """The reason in a few words, with a remedy if there is one; never a library's text, which may have a URL."""
     proxy = any(isinstance(cause, requests.exceptions.ProxyError) for cause in causes)
-    told = next(filter(None, map(_named, reversed(causes))), type(causes[-1]).__name__)
-    return f"the proxy of the environment failed ({told})" if proxy else told
+    reason = next(filter(None, map(_named, reversed(causes))), type(causes[-1]).__name__)
+    return f"the proxy of the environment failed ({reason})" if proxy else reason
 
 
 def _named(cause: BaseException) -> str | None:

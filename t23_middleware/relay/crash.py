@@ -1,4 +1,4 @@
-"""Where a relay can be told to die: between two steps that no crash may come between. For our own tests."""
+"""Points at which our own tests kill a relay: between two steps where a crash must lose nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ _AT = Settings.crash_at()
 
 
 def crash_point(name: str) -> None:
-    """Die at once, without a word, where the test that started this process said so."""
+    """Kill this process at once if the test that started it chose the point *name*."""
     if name == _AT:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Claim, send, acknowledge: what becomes of each report, and when the API is left in peace.
+"""Delivery: claims reports from the outbox, sends them, and writes the outcome of each back to the outbox.
 
-The outbox is touched by the relay's one thread; sender threads do nothing but wait for the API.
+Only the relay's main thread uses the outbox; sender threads only wait for the API.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from ..errors import Busy, DeliveryError, NoAnswer, NotAccepted, Refused, RetryLater, Unexplained
-from .answer import Answer
+from .answer import Accepted
 from .breaker import FAILURES_TO_OPEN, PROBE_WHEN_PAUSED, Breaker
 from .crash import crash_point
 from .elapsed import Elapsed
 from .health import FAILING, PAUSED, WELL, Health, as_notes, healths, next_health
 from .history import grown_troubles, troubles_note, troubles_of
-from .outbox import Acked, Again, Dead, Entry, Lost, Outbox, OutboxError, Settlement
+from .outbox import Acked, Dead, Entry, Lost, Outbox, OutboxError, Retry, Settlement
 from .quoted import clip
 from .report import REPORT_PATHS, Report
 
@@ -26,47 +26,47 @@ __all__ = ["FAILURES_TO_OPEN", "PROBE_WHEN_PAUSED", "Breaker", "Delivery"]
 
 log = logging.getLogger(__name__)
 
-#: Threads that wait for the API. An answer in 20 ms makes 50 reports/s of one thread; started as they are needed.
+#: Most sender threads, started when they are needed. With answers in 20 ms, one thread sends 50 reports/s.
 MOST_SENDERS = 16
-#: Reports that are claimed per sender: one under way and one at hand.
+#: Reports that are claimed per sender: one in flight and one queued.
 CLAIMED_PER_SENDER = 2
-#: Reports that are claimed in all at most, from an API that answers faster than a step takes to write that down.
+#: Most claimed reports, for an API that answers faster than a step writes the outcomes.
 MOST_CLAIMED = 256
-#: Seconds before a report is tried again that failed while its API is not left alone; doubled, up to the longest,
-#: each time that others got through since and it did not.
+#: Seconds before a failed report is retried while its breaker is closed. Doubled, up to the longest, each time that
+#: other reports succeeded since and it failed again.
 RETRY_AFTER, LONGEST_RETRY = 1.0, 300.0
-#: The longest where its answer is not understood: each try may be recorded.
-LONGEST_STRANGE_RETRY = 3600.0
-#: Name of the note that an API took a report, before its host.
+#: The longest if its answer is not understood, since each try may be recorded.
+LONGEST_UNCLEAR_RETRY = 3600.0
+#: Prefix of the note that an API accepted a report; the host follows.
 ACCEPTED = "accepted:"
-#: Seconds between two tries to write down, at the end, what could not be written.
-SETTLE_AGAIN = 0.1
-#: Seconds before each further try of a report that the API refuses with a code nobody documents: over an hour in all.
+#: Seconds between two tries at the end to write outcomes that could not be written.
+SETTLE_RETRY = 0.1
+#: Seconds before each retry of a report that the API refuses with an undocumented code: over an hour in all.
 UNEXPLAINED_DELAYS = (60.0, 300.0, 900.0, 2700.0)
-#: Seconds between two log lines of reports that the same API refused with the same code.
-SAY_REFUSED_EVERY = 3600.0
-#: Codes of refusals that are remembered for that; an API that makes up new ones is told of more often.
+#: Seconds between two log lines for reports that the same API refused with the same code.
+LOG_REFUSED_EVERY = 3600.0
+#: Most codes that are remembered for that; an API that returns ever new codes is logged more often.
 MOST_CODES = 100
-#: Longest answer that is kept with a dead letter, in characters.
+#: Longest answer that is stored with a dead letter, in characters.
 LONGEST_KEPT = 500
 
 
 class _Result(NamedTuple):
     entry: Entry
-    outcome: Answer | DeliveryError
+    outcome: Accepted | DeliveryError
 
 
 class Delivery:
-    """Moves reports from the outbox to the API.
+    """Sends the reports in the outbox to the API.
 
-    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch. Retries are due by
-    *elapsed*, by default counted from now on.
+    *send* posts one report; *monotonic* is a clock in seconds, *wall_ms* one in ms since the epoch. The due times of
+    retries are times of *elapsed*, which starts now by default.
     """
 
     def __init__(
         self,
         outbox: Outbox,
-        send: Callable[[Report], Answer],
+        send: Callable[[Report], Accepted],
         *,
         retry_ambiguous: bool,
         monotonic: Callable[[], float],
@@ -82,47 +82,47 @@ class Delivery:
         self._elapsed_ms = (elapsed or Elapsed({}, "", monotonic)).now_ms
         self._tasks: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[_Result] = queue.SimpleQueue()
-        self._came = threading.Event()
-        self._at_hand = MOST_SENDERS * CLAIMED_PER_SENDER
+        self._result_ready = threading.Event()
+        self._claim_limit = MOST_SENDERS * CLAIMED_PER_SENDER
         self._senders: list[threading.Thread] = []
         self._breakers: dict[str, Breaker] = {}
         self._unsettled: list[Settlement] = []
-        #: Report -> successes of its API when it failed last, and the seconds that it had to wait then.
-        self._setbacks: dict[int, tuple[int, float]] = {}
+        #: Report id -> successes of its API when it failed last, and the seconds that it waited then.
+        self._retry_delays: dict[int, tuple[int, float]] = {}
         self._health = healths(notes)
         self._troubles = troubles_of(notes)
         self._answered_ms: dict[str, int] = {}
-        #: Hosts that took a report from this state folder once; before that, a refusal may mean that none fits.
+        #: Hosts that accepted a report from this state folder; before that, a refusal may mean a wrong API path.
         self._noted_accepted = {name.removeprefix(ACCEPTED) for name in notes if name.startswith(ACCEPTED)}
         self._accepted = set(self._noted_accepted)
-        #: Host -> report that was its last probe: the next one is another, so that one that fails holds up no other.
+        #: Host -> id of its last probe: the next probe is another report, so that one bad report does not block others.
         self._probed: dict[str, int] = {}
-        self._said_strange: set[str] = set()
-        self._said_no_thread = False
-        #: (Host, code) -> when a refusal was told last, and how many were not told since.
-        self._told_refused: dict[tuple[str, str], tuple[float, int]] = {}
-        #: How the last report failed, for whatever reason.
+        self._logged_unclear: set[str] = set()
+        self._logged_no_thread = False
+        #: (Host, code) -> when a refusal was logged last, and how many were not logged since.
+        self._logged_refusals: dict[tuple[str, str], tuple[float, int]] = {}
+        #: Message of the latest failure.
         self.last_failure = ""
-        #: Whether the outbox could not be written at the last try.
+        #: Whether the latest write to the outbox failed.
         self.store_fails = False
-        #: Reports that are with the senders.
+        #: Number of reports that are queued or being sent.
         self.in_flight = 0
 
     def step(self) -> bool:
-        """Write down what came back and send what may go; whether anything moved.
+        """Write the new outcomes and claim reports to send. Returns whether there were any.
 
-        Both in one transaction: it costs one write to the disk, and while what came back can't be written,
-        nothing more is claimed, or it would be sent twice.
+        Both happen in one transaction, which costs one write to the disk. While outcomes can't be written, nothing more
+        is claimed, or it would be sent twice.
         """
-        self._gather()
+        self._collect_results()
         try:
-            with self._outbox.together():
-                self._write_down()
+            with self._outbox.atomic():
+                self._write_settlements()
                 entries = self._claim()
                 health = self._note_health()
         except OutboxError as error:
-            self._say_store_fails(error)
-            return self.settle()  # an acknowledgement alone may find room on a full disk
+            self._log_store_fails(error)
+            return self.settle()  # outcomes alone may fit on a full disk
         moved = bool(self._unsettled or entries)
         if self._unsettled:
             crash_point("after_ack")
@@ -132,69 +132,69 @@ class Delivery:
         self._troubles = grown_troubles(self._troubles, self._health, health)
         self._health = health
         self.store_fails = False
-        self._hand_out(entries)
+        self._queue_claimed(entries)
         return moved
 
     def wait(self, seconds: float) -> None:
-        """Wait until a report comes back, or *seconds*."""
-        # Not SimpleQueue.get(timeout): where the thread sleeps at the wrong moment until the time is up, CPython's
-        # goes on with a timeout below zero, which to its locks means for ever, and no signal ends that.
-        if self._came.wait(seconds):
-            self._came.clear()
+        """Wait for an outcome, up to *seconds*."""
+        # Not SimpleQueue.get(timeout): if the thread is suspended until the timeout has passed, CPython continues with
+        # a negative timeout, which its locks treat as infinite, and no signal ends that.
+        if self._result_ready.wait(seconds):
+            self._result_ready.clear()
 
     def settle(self) -> bool:
-        """Write down what came back; whether there was anything. What can't be written is kept and tried again."""
-        self._gather()
+        """Write the new outcomes. Returns whether any were written; on a failure they are kept for the next call."""
+        self._collect_results()
         if not self._unsettled:
             return False
         try:
-            with self._outbox.together():
-                self._write_down()
+            with self._outbox.atomic():
+                self._write_settlements()
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
             return False
         self._unsettled, self._noted_accepted = [], set(self._accepted)
         return True
 
     def can_deliver(self) -> bool:
-        """Whether anything is under way or could be: something waits for an API that is not paused."""
+        """Whether a report is in flight or could be sent: one waits for an API that is not paused."""
         if self.in_flight or self._unsettled:
             return True
         try:
             return any(self._breaker(host).paused is None for host in self._outbox.hosts())
         except OutboxError as error:
-            self._say_store_fails(error)
+            self._log_store_fails(error)
             return True
 
     def breakers(self) -> Iterable[tuple[str, Breaker]]:
-        """Host and state of each API that was asked."""
+        """Host and breaker of each API that was used."""
         return self._breakers.items()
 
     def stop(self, seconds: float) -> None:
-        """Claim nothing more, and give what is under way *seconds* to come back."""
+        """Stop claiming, and wait up to *seconds* for the reports in flight."""
         deadline = self._monotonic() + seconds
-        self._take_back(lambda entry: True)
+        self._requeue(lambda entry: True)
         self.settle()
         while (self.in_flight or self._unsettled) and (left := deadline - self._monotonic()) > 0:
-            self.wait(min(left, SETTLE_AGAIN))
+            self.wait(min(left, SETTLE_RETRY))
             self.settle()
         for _ in self._senders:
             self._tasks.put(None)
         self._senders = []
 
-    def _write_down(self) -> None:
+    def _write_settlements(self) -> None:
         self._outbox.settle(self._unsettled, self._wall_ms())
         if new := self._accepted - self._noted_accepted:
             self._outbox.note({ACCEPTED + host: "1" for host in new})
 
-    def _gather(self) -> None:
+    def _collect_results(self) -> None:
         while not self._results.empty():
             result = self._results.get()
             self.in_flight -= 1
-            self._unsettled.append(self._judge(result)._replace(said=_said(result.outcome)))
+            self._unsettled.append(self._judge(result)._replace(outcome=_outcome_name(result.outcome)))
 
     def _note_health(self) -> dict[str, Health]:
-        """How the APIs are, for commands and pages; written down where it changed."""
+        """The health of the APIs. Changes are noted in the outbox, for commands and pages."""
         health, now_ms = dict(self._health), self._wall_ms()
         for host, breaker in self._breakers.items():
             self._put_health(health, host, breaker, now_ms)
@@ -206,11 +206,11 @@ class Delivery:
         reason = breaker.paused if breaker.paused is not None else breaker.failure
         state = PAUSED if breaker.paused is not None else FAILING if breaker.is_open else WELL
         answered_ms = self._answered_ms.get(host, 0)
-        if state != WELL or answered_ms:  # else nothing is known of it yet, beside what a former relay knew
+        if state != WELL or answered_ms:  # else nothing is known yet, except by a former relay
             health[host] = next_health(health.get(host), state, reason, answered_ms, now_ms)
 
-    def _take_back(self, wanted: Callable[[Entry], bool]) -> None:
-        """Put back what no sender has begun, as if it had never been claimed."""
+    def _requeue(self, wanted: Callable[[Entry], bool]) -> None:
+        """Return the *wanted* reports that no sender has begun to the outbox, without counting a try."""
         kept = []
         while not self._tasks.empty():
             try:
@@ -221,11 +221,13 @@ class Delivery:
                 kept.append(entry)
                 continue
             self.in_flight -= 1
-            self._unsettled.append(Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts))
+            self._unsettled.append(
+                Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
+            )
         for entry in kept:
             self._tasks.put(entry)
 
-    def _hand_out(self, entries: list[Entry]) -> None:
+    def _queue_claimed(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._breaker(entry.report.host).claimed(entry.id)
             self._tasks.put(entry)
@@ -233,23 +235,23 @@ class Delivery:
         while len(self._senders) < min(self.in_flight, MOST_SENDERS) and self._start_sender():
             pass
         if entries and not self._senders:
-            self._send_here()
+            self._send_without_thread()
 
     def _claim(self) -> list[Entry]:
-        self._set_at_hand()
-        room = self._at_hand - self.in_flight
+        self._set_claim_limit()
+        room = self._claim_limit - self.in_flight
         return self._claim_allowed(room) if room > 0 else []
 
-    def _set_at_hand(self) -> None:
-        """Twice what was taken during the last step, or the senders of a fast API would wait for each step.
+    def _set_claim_limit(self) -> None:
+        """Claim up to twice the reports that were accepted during the last step, so that senders never wait for a step.
 
-        It shrinks as fast as that does: with an API that fails, nothing was taken. What is at hand when the relay
-        is killed may have been sent; where that is given up, there is no more of it than must be.
+        The limit shrinks as quickly: an API that fails accepted nothing. Claimed reports may have been sent when the
+        relay is killed. If such reports are then dropped, not retried, the limit stays at its minimum.
         """
         least = MOST_SENDERS * CLAIMED_PER_SENDER
         taken = sum(isinstance(item, Acked) for item in self._unsettled)
-        wanted = max(2 * taken, self._at_hand * 3 // 4, least)
-        self._at_hand = min(wanted, MOST_CLAIMED) if self._retry_ambiguous else least
+        wanted = max(2 * taken, self._claim_limit * 3 // 4, least)
+        self._claim_limit = min(wanted, MOST_CLAIMED) if self._retry_ambiguous else least
 
     def _claim_allowed(self, room: int) -> list[Entry]:
         now = self._monotonic()
@@ -271,23 +273,23 @@ class Delivery:
         return self._breakers.setdefault(host, Breaker(host))
 
     def _start_sender(self) -> bool:
-        """Whether there is one more; where not, what there is goes on, and the next step tries again."""
-        # A daemon: one that hangs in a system call must not hold up the exit.
+        """Start one more sender thread. Returns whether it started; if not, the next step tries again."""
+        # A daemon, since a thread that hangs in a system call must not delay the exit.
         sender = threading.Thread(
             target=self._send_forever, daemon=True, name=f"t23-sender-{len(self._senders)}"
         )
         try:
             sender.start()
         except (RuntimeError, MemoryError) as error:
-            self._say_no_thread(error)
+            self._log_no_thread(error)
             return False
         self._senders.append(sender)
         return True
 
-    def _send_here(self) -> None:
-        """Send one without a thread, so that the loop comes round, and put back the others: they were not sent."""
+    def _send_without_thread(self) -> None:
+        """Send one report without a thread, so that the loop makes progress, and return the others to the outbox."""
         self._send_one(self._tasks.get())
-        self._take_back(lambda entry: True)
+        self._requeue(lambda entry: True)
 
     def _send_forever(self) -> None:
         while (entry := self._tasks.get()) is not None:
@@ -296,20 +298,20 @@ class Delivery:
     def _send_one(self, entry: Entry | None) -> None:
         if entry is not None:
             try:
-                outcome: Answer | DeliveryError = self._send(entry.report)
+                outcome: Accepted | DeliveryError = self._send(entry.report)
                 crash_point("after_send")
             except DeliveryError as error:
                 outcome = error
             except Exception as error:
                 log.exception(
-                    "sending a report failed in a way that is our own fault; it is tried again",
+                    "sending a report failed because of an error in t23_middleware; it is retried",
                     extra={"t23_event": "sending_failed", "t23_reason": type(error).__name__},
                 )
                 outcome = NoAnswer(type(error).__name__)
             self._results.put(_Result(entry, outcome))
-            self._came.set()
+            self._result_ready.set()
 
-    # What becomes of a report.
+    # The outcome of a report.
 
     def _judge(self, result: _Result) -> Settlement:
         entry, outcome = result
@@ -318,96 +320,100 @@ class Delivery:
             self.last_failure = str(outcome)
         if isinstance(outcome, RetryLater):
             if breaker.failed(entry.id, self._monotonic(), outcome):
-                text = "the API takes no reports%s (%s); they wait here until it does"
+                text = "the API accepts no reports%s (%s); they wait in the outbox until it does"
                 log.error(
                     text,
                     _for(breaker.host),
                     outcome,
-                    extra=_told("api_down", breaker.host, outcome),
+                    extra=_log_fields("api_down", breaker.host, outcome),
                 )
-            self._spare(breaker)
-            return self._unanswered(entry, outcome, self._setback(entry, breaker, outcome))
-        self._setbacks.pop(entry.id, None)
+            self._requeue_if_open(breaker)
+            return self._unanswered(entry, outcome, self._retry_delay(entry, breaker, outcome))
+        self._retry_delays.pop(entry.id, None)
         if isinstance(outcome, NotAccepted):
             return self._denied(entry, breaker, outcome)
         if isinstance(outcome, Refused) and breaker.host not in self._accepted:
             return self._denied(entry, breaker, NotAccepted(_unproven(outcome)), soon=True)
         if breaker.worked():
             text = "reports are delivered again%s"
-            log.warning(text, _for(breaker.host), extra=_told("api_back", breaker.host))
+            log.warning(text, _for(breaker.host), extra=_log_fields("api_back", breaker.host))
         self._answered_ms[breaker.host] = self._wall_ms()
-        if isinstance(outcome, Answer):
+        if isinstance(outcome, Accepted):
             self._accepted.add(breaker.host)
             return self._answered(entry, outcome)
         return self._refused(entry, outcome)
 
     def _denied(self, entry: Entry, breaker: Breaker, why: NotAccepted, *, soon: bool = False) -> Settlement:
         if breaker.denied(entry.id, self._monotonic(), why, soon=soon):
-            text = "delivery pauses%s: %s. Reports wait here, and one is tried each 5 minutes%s"
+            text = "delivery pauses%s: %s. Reports wait in the outbox; one is tried every 5 minutes%s"
             often = ", at first more often" if soon else ""
             log.error(
                 text,
                 _for(breaker.host),
                 why,
                 often,
-                extra=_told("api_paused", breaker.host, why),
+                extra=_log_fields("api_paused", breaker.host, why),
             )
-        self._spare(breaker)
-        return Again(entry.id, self._elapsed_ms(), entry.tries, entry.attempts)
+        self._requeue_if_open(breaker)
+        return Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
 
-    def _spare(self, breaker: Breaker) -> None:
-        """What waits for a sender is no longer for an API that is left alone, its probe excepted."""
+    def _requeue_if_open(self, breaker: Breaker) -> None:
+        """While the breaker is open, return its API's queued reports to the outbox, except the probe."""
         if breaker.is_open:
-            self._take_back(lambda entry: entry.report.host == breaker.host and entry.id != breaker.probe)
+            self._requeue(lambda entry: entry.report.host == breaker.host and entry.id != breaker.probe)
 
-    def _setback(self, entry: Entry, breaker: Breaker, error: RetryLater) -> float:
-        """Seconds before *entry* is tried again. One that fails alone must not be tried each second for days."""
-        successes, seconds = self._setbacks.get(entry.id, (breaker.successes, RETRY_AFTER))
-        strange = isinstance(error, NoAnswer) and error.answered
+    def _retry_delay(self, entry: Entry, breaker: Breaker, error: RetryLater) -> float:
+        """Seconds before *entry* is retried. A report that fails alone must not be retried each second for days."""
+        successes, seconds = self._retry_delays.get(entry.id, (breaker.successes, RETRY_AFTER))
+        unclear = isinstance(error, NoAnswer) and error.answered
         if breaker.successes > successes:
-            seconds = min(seconds * 2, LONGEST_STRANGE_RETRY if strange else LONGEST_RETRY)
-            if strange:
-                self._say_strange(entry.report, error)
-        self._setbacks[entry.id] = breaker.successes, seconds
+            seconds = min(seconds * 2, LONGEST_UNCLEAR_RETRY if unclear else LONGEST_RETRY)
+            if unclear:
+                self._log_unclear(entry.report, error)
+        self._retry_delays[entry.id] = breaker.successes, seconds
         return seconds
 
-    def _answered(self, entry: Entry, answer: Answer) -> Settlement:
-        """``cached`` on a first try: the API answered from its cache and recorded nothing; on a later one, the first did."""
-        if not answer.cached or entry.tries:
+    def _answered(self, entry: Entry, answer: Accepted) -> Settlement:
+        """The outcome of an accepted report.
+
+        ``cached`` on the first try means that the API answered from its cache and recorded nothing. On a retry it means
+        that an earlier try was recorded.
+        """
+        if not answer.cached or entry.ambiguous_sends:
             return Acked(entry.id, max(self._wall_ms() - entry.report.time_ms, 0))
         if entry.retimed:
-            return Dead(entry.id, "cached", "the API answered from its cache twice, and so recorded nothing")
+            return Dead(entry.id, "cached", "the API answered from its cache twice, so it recorded nothing")
         later = max(self._wall_ms(), entry.report.time_ms + 1)
-        return Again(entry.id, self._elapsed_ms(), 0, entry.attempts, later)
+        return Retry(entry.id, self._elapsed_ms(), 0, entry.unexplained_answers, later)
 
     def _unanswered(self, entry: Entry, error: RetryLater, seconds: float) -> Settlement:
         ambiguous = isinstance(error, NoAnswer)
         if ambiguous and not self._retry_ambiguous:
-            self._setbacks.pop(entry.id, None)
+            self._retry_delays.pop(entry.id, None)
             return Lost(entry.id, "ambiguous")
         due_ms = self._elapsed_ms() + int(seconds * 1000)
-        return Again(entry.id, due_ms, entry.tries + ambiguous, entry.attempts)
+        return Retry(entry.id, due_ms, entry.ambiguous_sends + ambiguous, entry.unexplained_answers)
 
     def _refused(self, entry: Entry, error: DeliveryError) -> Settlement:
         code = error.code if isinstance(error, Refused) else type(error).__name__
-        if isinstance(error, Unexplained) and entry.attempts < len(UNEXPLAINED_DELAYS):
-            due = self._elapsed_ms() + int(UNEXPLAINED_DELAYS[entry.attempts] * 1000)
-            return Again(entry.id, due, entry.tries, entry.attempts + 1)
-        self._say_refused(entry.report, code, error)
+        if isinstance(error, Unexplained) and entry.unexplained_answers < len(UNEXPLAINED_DELAYS):
+            due = self._elapsed_ms() + int(UNEXPLAINED_DELAYS[entry.unexplained_answers] * 1000)
+            return Retry(entry.id, due, entry.ambiguous_sends, entry.unexplained_answers + 1)
+        self._log_refused(entry.report, code, error)
         return Dead(entry.id, code, str(error)[:LONGEST_KEPT])
 
-    def _say_refused(self, report: Report, code: str, error: DeliveryError) -> None:
-        """Once an hour for each code: a site whose videos are all unknown would fill the log, and tell nothing new."""
+    def _log_refused(self, report: Report, code: str, error: DeliveryError) -> None:
+        """Once an hour for each code: a site whose videos are all unknown would fill the log with equal lines."""
         key, now = (report.host, code), self._monotonic()
-        told_at, number = self._told_refused.get(key, (float("-inf"), 0))
-        if now < told_at + SAY_REFUSED_EVERY:
-            self._told_refused[key] = told_at, number + 1
+        logged_at, number = self._logged_refusals.get(key, (float("-inf"), 0))
+        if now < logged_at + LOG_REFUSED_EVERY:
+            self._logged_refusals[key] = logged_at, number + 1
             return
-        if len(self._told_refused) >= MOST_CODES:
-            self._told_refused.clear()
-        self._told_refused[key] = now, 0
+        if len(self._logged_refusals) >= MOST_CODES:
+            self._logged_refusals.clear()
+        self._logged_refusals[key] = now, 0
         log.warning(
-            "a report of video %s was refused%s (%s); more of that kind are told once an hour,"
+            "a report of video %s was refused%s (%s); more of this kind are logged once an hour,"
             " see 't23-middleware dead list'",
             report.photo_id,
             f" for {report.host}" if report.host else "",
@@ -422,10 +428,10 @@ class Delivery:
             },
         )
 
-    def _say_no_thread(self, error: Exception) -> None:
-        """Once, until there are as many as are wanted."""
-        if not self._said_no_thread:
-            self._said_no_thread = True
+    def _log_no_thread(self, error: Exception) -> None:
+        """Once, until a thread can be started again."""
+        if not self._logged_no_thread:
+            self._logged_no_thread = True
             log.error(
                 "only %d threads for sending can be started (%s); reports are delivered more slowly. Raise the limit on"
                 " tasks or memory (RLIMIT_NPROC, TasksMax=, the pod's pids limit)",
@@ -434,14 +440,14 @@ class Delivery:
                 extra={"t23_event": "no_thread", "t23_reason": str(error), "t23_count": len(self._senders)},
             )
 
-    def _say_strange(self, report: Report, error: RetryLater) -> None:
-        """Once for each API; where none of its answers is understood, the breaker says it."""
-        if report.host in self._said_strange:
+    def _log_unclear(self, report: Report, error: RetryLater) -> None:
+        """Once for each API. If none of its answers is understood, the breaker's line is logged instead."""
+        if report.host in self._logged_unclear:
             return
-        self._said_strange.add(report.host)
+        self._logged_unclear.add(report.host)
         log.warning(
-            "a report of video %s gets an answer that is not understood, while others are taken%s (%s);"
-            " it is tried again, at most once an hour in the end",
+            "a report of video %s gets an answer that is not understood, while others are accepted%s (%s);"
+            " it is retried less and less often, in the end once an hour",
             report.photo_id,
             _for(report.host),
             error,
@@ -453,11 +459,11 @@ class Delivery:
             },
         )
 
-    def _say_store_fails(self, error: OutboxError) -> None:
+    def _log_store_fails(self, error: OutboxError) -> None:
         if not self.store_fails:
             self.store_fails = True
             log.error(
-                "%s; nothing is sent until it can be written again, and captures go on: look after the disk",
+                "%s; sending pauses until the outbox is writable again, and capturing continues. Check the disk",
                 error,
                 extra={"t23_event": "outbox_unwritable", "t23_reason": str(error)},
             )
@@ -467,23 +473,23 @@ def _for(host: str) -> str:
     return f" for {host}" if host else ""
 
 
-def _told(event: str, host: str, error: DeliveryError | None = None) -> dict[str, str]:
-    """Fields of a log line, for formatters that write them."""
+def _log_fields(event: str, host: str, error: DeliveryError | None = None) -> dict[str, str]:
+    """Extra fields of a log line, for formatters that write them."""
     return {"t23_event": event, "t23_host": host, "t23_reason": "" if error is None else str(error)}
 
 
 def _unproven(error: DeliveryError) -> str:
-    """What to do about a refusal by an API that took no report yet."""
+    """The message for a refusal by an API that accepted no report yet, with its remedy."""
     return (
-        f"{clip(str(error)).rstrip('.')}; the API took no report from this state folder yet, so perhaps it takes none"
-        f" at T23_REPORT_PATH. 't23-middleware check --send --photo ID --session ID' tries {' and '.join(REPORT_PATHS)}"
+        f"{clip(str(error)).rstrip('.')}; the API accepted no report from this state folder yet, so T23_REPORT_PATH may"
+        f" be wrong. 't23-middleware check --send --photo ID --session ID' tries {' and '.join(REPORT_PATHS)}"
     )
 
 
-def _said(outcome: Answer | DeliveryError) -> str:
-    """The outcome as one of :data:`~t23_middleware.relay.history.ANSWERS`."""
+def _outcome_name(outcome: Accepted | DeliveryError) -> str:
+    """The name of *outcome*, one of :data:`~t23_middleware.relay.history.ANSWERS`."""
     match outcome:
-        case Answer():
+        case Accepted():
             return "accepted"
         case NotAccepted():
             return "denied"

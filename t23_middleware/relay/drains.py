@@ -1,6 +1,7 @@
-"""Responses that the server is done with, and the client's kernel is not: what waits for the final count.
+"""Responses that drain: the server has ended them, and the client's kernel has not acknowledged all of their bytes.
 
-Pure. A connection's position is what the server wrote into it, acknowledged is what the client's kernel took of that.
+Pure. A connection's position is the number of bytes that the server wrote into it; *acked* is the number of these that
+the client's kernel acknowledged.
 """
 
 from __future__ import annotations
@@ -16,28 +17,28 @@ from .segments import Player
 
 #: Writer and number of a response.
 Id: TypeAlias = tuple[str, int]
-#: A cookie of a connection that is gone for sure: it was another boot's.
-GONE = 0
+#: The cookie of a connection that is closed for certain, since it is from another boot.
+GONE_COOKIE = 0
 
 
 def final_count(sent: int, base: int, position: int, acked: int) -> int:
-    """Body bytes that the client's kernel took of a response that is over for the server.
+    """Body bytes that the client's kernel acknowledged of a response that the server has ended.
 
-    The server handed over *sent* body bytes between the connection's positions *base* and *position*, and *acked*
-    bytes of the connection were acknowledged: at the position, all was; an acknowledged FIN adds 1.
+    The server handed over *sent* body bytes between the connection's positions *base* and *position*. *acked* bytes of
+    the connection were acknowledged: at *position*, all are; an acknowledged FIN adds 1.
     """
     missing = min(max(position - acked, 0), max(position - base, 0))
     return max(sent - _scaled(missing, sent, position - base), 0)
 
 
-def interrupted_count(known: Opening | Progress, acked: int) -> int:
-    """The same of a response whose writer died, from the last that it wrote; 0 where its connection is not known."""
-    opening = known.opening if isinstance(known, Progress) else known
+def interrupted_count(last: Opening | Progress, acked: int) -> int:
+    """The same for a response whose writer died, by its *last* journal line; 0 if its connection is unknown."""
+    opening = last.opening if isinstance(last, Progress) else last
     if opening.connection is None:
         return 0
     base = opening.connection.position
-    if isinstance(known, Progress) and known.position is not None:
-        count = known.sent + _scaled(acked - known.position, known.sent, known.position - base)
+    if isinstance(last, Progress) and last.position is not None:
+        count = last.sent + _scaled(acked - last.position, last.sent, last.position - base)
     else:
         count = acked - base
     if opening.length is not None:
@@ -46,31 +47,31 @@ def interrupted_count(known: Opening | Progress, acked: int) -> int:
 
 
 def _scaled(bytes: int, sent: int, written: int) -> int:
-    """*bytes* of the connection in body bytes: chunked framing and TLS write more than the body.
+    """*bytes* of the connection, converted to body bytes: chunked framing and TLS write more than the body.
 
-    A difference that may be the head, which is estimated, is none of the framing.
+    A difference that is small enough to be the estimated response head does not count as framing.
     """
     return bytes * sent // written if 0 <= sent < written - HEAD_DOUBT else bytes
 
 
-class Watched(NamedTuple):
-    """A response whose connection matters."""
+class WatchedConnection(NamedTuple):
+    """The connection of an open or draining response."""
 
     cookie: int
     #: The server's own port.
     port: int
     started_ns: int
-    #: The connection's position when the response is done; ``None`` where only the connection's end tells.
+    #: The connection's position at the end of the response; ``None`` while that is unknown.
     position: int | None
 
 
 @dataclass(slots=True, eq=False)
 class Drain:
-    """A response that waits for its final count; all that it decides is decided."""
+    """A response that waits for its final byte count. Every other decision about it is made."""
 
     writer: str
     number: int
-    #: :data:`GONE` where nothing more will be told of it.
+    #: :data:`GONE_COOKIE` if its connection is closed for certain.
     cookie: int
     port: int
     #: The connection's positions before and after the body, and the body bytes between them.
@@ -78,68 +79,68 @@ class Drain:
     position: int
     sent: int
     started_ns: int
-    #: When the server was done with it.
+    #: When the server ended it, in ms since the epoch.
     ended_ms: int
-    #: Per response: of its report.
+    #: Per response: the time, ``skip`` and player of its report.
     time_ms: int = 0
     skip: int | None = None
     player: Player = (None, None, None)
-    #: Per stream: start of the segment that gets its bytes; ``None`` where that is told.
-    segment_ns: int | None = None
+    #: Per stream: start of the run that gets its bytes; ``None`` if that was reported.
+    run_ns: int | None = None
 
     @classmethod
     def of(cls, writer: str, transfer: Transfer) -> Drain | None:
-        """What waits after *transfer*; ``None`` where its count is final."""
+        """The draining response of *transfer*; ``None`` if its count is final already."""
         opening, connection = transfer.opening, transfer.opening.connection
         if connection is None or transfer.position is None:
             return None
-        place = (connection.cookie, connection.port, connection.position, transfer.position)
-        return cls(writer, opening.number, *place, transfer.sent, opening.started_ns, transfer.ended_ms)
+        values = (connection.cookie, connection.port, connection.position, transfer.position)
+        return cls(writer, opening.number, *values, transfer.sent, opening.started_ns, transfer.ended_ms)
 
     @property
     def id(self) -> Id:
-        """Of its response."""
+        """Writer and number of its response."""
         return self.writer, self.number
 
     @property
-    def watched(self) -> Watched:
-        """What is to be known of its connection."""
-        return Watched(self.cookie, self.port, self.started_ns, self.position)
+    def watched(self) -> WatchedConnection:
+        """Its connection, as :class:`Drains` watches it."""
+        return WatchedConnection(self.cookie, self.port, self.started_ns, self.position)
 
-    def hold(self, report: Report) -> None:
-        """Its *report* waits for the count."""
+    def keep_report(self, report: Report) -> None:
+        """Keep *report* until the count is final."""
         self.time_ms, self.skip = report.time_ms, report.skip
         self.player = (report.player_type, report.player_version, report.player_resolution)
 
     def count(self, acked: int | None) -> int:
-        """Its body bytes that the client's kernel took; ``None``: the kernel can't tell any more."""
+        """Its acknowledged body bytes; with *acked* ``None``, which means unknown, all that was sent."""
         return self.sent if acked is None else final_count(self.sent, self.base, self.position, acked)
 
 
 class Drains:
-    """Which connections matter: those of open responses and of those that drain, for *wait_s* seconds each.
+    """The connections of open and of draining responses. A response drains for at most *wait_s* seconds.
 
-    Another thread may look into :attr:`cookies`.
+    Another thread may read :attr:`cookies`.
     """
 
     def __init__(self, wait_s: float) -> None:
         self._wait_ms = int(wait_s * 1000)
         #: Cookie -> the responses on that connection.
         self.cookies: dict[int, tuple[Id, ...]] = {}
-        #: Local ports of all connections that there were.
+        #: Local ports of all connections since the start.
         self.ports: set[int] = set()
-        #: The latest that the kernel told of a connection that lives: cookie -> acknowledged bytes.
-        self.last: dict[int, int] = {}
+        #: Cookie of an open connection -> acknowledged bytes, by the latest dump.
+        self.last_acked: dict[int, int] = {}
         self._new: list[int] = []
-        self._watched: dict[Id, Watched] = {}
+        self._watched: dict[Id, WatchedConnection] = {}
         #: Responses that drain, since when in ms since the epoch; the oldest first.
         self._since: dict[Id, int] = {}
 
     def __len__(self) -> int:
         return len(self._since)
 
-    def watch(self, id: Id, watched: Watched) -> None:
-        """A response is open or drains; a port that can't be is no connection's."""
+    def watch(self, id: Id, watched: WatchedConnection) -> None:
+        """Watch the connection of a response that opens or drains; an impossible port is ignored."""
         if not 0 < watched.port < 1 << 16:
             return
         self.ports.add(watched.port)
@@ -150,24 +151,24 @@ class Drains:
         self.cookies[watched.cookie] = (*(others or ()), id)
 
     def take_new(self) -> list[int]:
-        """Connections that became known since the last call."""
+        """The new connections since the previous call."""
         new, self._new = self._new, []
         return [cookie for cookie in new if cookie in self.cookies]
 
-    def knows(self, id: Id) -> bool:
-        """Whether its connection is known."""
+    def is_watched(self, id: Id) -> bool:
+        """Whether the connection of *id* is watched."""
         return id in self._watched
 
     def wait(self, id: Id, since_ms: int) -> None:
-        """It drains."""
+        """Let *id* drain."""
         self._since[id] = since_ms
 
     def since_ms(self, id: Id) -> int:
-        """Since when it drains, in ms since the epoch."""
+        """Since when *id* drains, in ms since the epoch."""
         return self._since[id]
 
     def forget(self, id: Id) -> None:
-        """It is over."""
+        """Remove *id*, which is over."""
         self._since.pop(id, None)
         watched = self._watched.pop(id, None)
         if watched is None:
@@ -177,27 +178,27 @@ class Drains:
             self.cookies[watched.cookie] = others
         else:
             del self.cookies[watched.cookie]
-            self.last.pop(watched.cookie, None)
+            self.last_acked.pop(watched.cookie, None)
 
-    def on(self, cookie: int) -> tuple[Id, ...]:
-        """The responses on that connection."""
+    def responses_on(self, cookie: int) -> tuple[Id, ...]:
+        """The responses on the connection *cookie*."""
         return self.cookies.get(cookie, ())
 
-    def last_of(self, id: Id) -> int | None:
-        """The acknowledged bytes of its connection, as they were known last."""
+    def last_acked_of(self, id: Id) -> int | None:
+        """The latest known number of acknowledged bytes of the connection of *id*."""
         watched = self._watched.get(id)
-        return None if watched is None else self.last.get(watched.cookie)
+        return None if watched is None else self.last_acked.get(watched.cookie)
 
     def ids(self) -> list[Id]:
-        """All that drain."""
+        """All draining responses."""
         return list(self._since)
 
-    def draining(self) -> list[Watched]:
-        """The same with their connections, but for those that are gone."""
+    def draining(self) -> list[WatchedConnection]:
+        """The connections of the draining responses, without the closed ones."""
         return [watched for id in self._since if (watched := self._watched.get(id))]
 
     def overdue(self, now_ms: int, clock_fell_ms: int) -> list[Id]:
-        """Those that drained long enough; what began at a time that has not come yet is of a clock that was set back."""
+        """Responses that drained for too long. A start in the future was taken before the clock was set back."""
         ids = []
         for id, since_ms in list(self._since.items()):
             if since_ms - now_ms > clock_fell_ms:
@@ -210,5 +211,5 @@ class Drains:
         return ids
 
     def restore(self, since: Iterable[tuple[Id, int]]) -> None:
-        """What drained before, in any order."""
+        """Load the responses that drained before, in any order."""
         self._since = dict(sorted(since, key=lambda item: item[1]))

@@ -1,8 +1,8 @@
-"""The time that has passed for sure: nothing is given up, and nothing tried again, because somebody set a clock.
+"""A clock for ages and retries that does not jump: setting the wall clock drops no report and causes no early retry.
 
-The wall clock may be wrong for a while, above all at boot. So ages and retries are measured by a clock of our own,
-which goes on while this machine runs (CLOCK_MONOTONIC) and is kept in the outbox. It stands still while the machine
-is off or suspended: nothing there says how long that was but the wall clock.
+The wall clock may be wrong for a while, above all at boot. This clock counts while the machine runs (CLOCK_MONOTONIC)
+and is stored in the outbox. It stops while the machine is off or suspended, since only the wall clock could measure
+that time.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 
-#: Name of the note that keeps it.
+#: Name of the note in the outbox.
 ELAPSED = "elapsed"
 
 
 class Elapsed:
-    """Milliseconds in which a machine ran, counted on from *notes* (:meth:`~.outbox.SQLiteOutbox.notes`).
+    """Milliseconds in which the machine ran, continued from *notes* (:meth:`~.outbox.SQLiteOutbox.notes`).
 
-    *boot* is the kernel's name for this boot, within which *monotonic*, a clock in seconds, goes on.
+    *boot* is the kernel's id of this boot; *monotonic* is a clock in seconds, which continues within a boot.
     """
 
     def __init__(self, notes: Mapping[str, str], boot: str, monotonic: Callable[[], float]) -> None:
@@ -27,11 +27,11 @@ class Elapsed:
         self._before_ms = _passed_ms(notes.get(ELAPSED, ""), boot, self._began)
 
     def now_ms(self) -> int:
-        """The time now; never less than before."""
+        """The current time in ms; it never decreases."""
         return self._before_ms + int((self._monotonic() - self._began) * 1000)
 
     def note(self) -> dict[str, str]:
-        """What the next relay needs to count on."""
+        """The note from which the next relay continues."""
         return {ELAPSED: json.dumps([self.now_ms(), self._boot, self._monotonic()])}
 
 

@@ -1,23 +1,23 @@
-"""Which plays were given out to a proxy: per writer the highest number, since writers number their responses in order."""
+"""The play ids that writers issued to a proxy. Writers number their responses in order, so the highest is enough."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-#: Writers that are kept; the one that gave out nothing for longest makes room.
+#: Most writers in memory; beyond this, the one that issued no id for longest is dropped.
 MOST_WRITERS = 1000
 
 
-class GivenOut:
-    """The ids that writers named to the proxy, in a few bytes per writer however many they are."""
+class IssuedIds:
+    """The issued play ids: the highest number of each writer."""
 
     def __init__(self) -> None:
-        #: The latest to give one out last.
+        #: Writer -> highest number; the writer that issued the latest id is last.
         self._highest: dict[str, int] = {}
         self._changed: set[str] = set()
 
     def note(self, writer: str, number: int) -> None:
-        """*writer* gave out *number*."""
+        """*writer* issued *number*."""
         self._highest[writer] = max(number, self._highest.pop(writer, 0))
         self._changed.add(writer)
         if len(self._highest) > MOST_WRITERS:
@@ -26,18 +26,18 @@ class GivenOut:
             self._changed.add(oldest)
 
     def knows(self, writer: str) -> bool:
-        """Whether *writer* gave out any."""
+        """Whether *writer* issued any id."""
         return writer in self._highest
 
     def has(self, writer: str, number: int) -> bool:
-        """Whether *number* of *writer* was given out."""
+        """Whether *writer* issued *number*."""
         return number <= self._highest.get(writer, -1)
 
     def changed(self) -> list[tuple[str, int | None]]:
-        """Writers and their numbers that changed since the last call, ``None`` for one that is forgotten."""
+        """Writers and their numbers that changed since the last call; ``None`` if a writer was dropped."""
         changed, self._changed = self._changed, set()
         return [(writer, self._highest.get(writer)) for writer in changed]
 
     def restore(self, rows: Iterable[tuple[str, int]]) -> None:
-        """Take in what :meth:`changed` gave before."""
+        """Load the *rows* that :meth:`changed` returned before."""
         self._highest.update(rows)

@@ -1,6 +1,6 @@
-"""How each API is, as the relay tells it to commands and pages: one note per host in the outbox.
+"""The health of each API, which the relay writes to the outbox for commands and pages: one note per host.
 
-Pure. A note is kept where the state, its reason or, once a second, the time of the last answer changes.
+Pure. A note is written when the state, its reason or (once a second) the time of the last answer changes.
 """
 
 from __future__ import annotations
@@ -9,39 +9,39 @@ import json
 from collections.abc import Mapping
 from typing import NamedTuple
 
-#: The API answers; it does not, or says "not now"; it takes nothing from this server.
+#: The API answers; it does not answer or is busy; it accepts nothing from this server.
 WELL, FAILING, PAUSED = "well", "failing", "paused"
-#: Name of the note that says how many counted responses are under way.
+#: Name of the note with the number of open counted responses.
 OPEN_RESPONSES = "open_responses"
-#: Names of the notes on plays that wait for their line in the proxy's log: how many, since when the oldest does, and
-#: when the latest line ended; times are ms since the epoch.
+#: Names of the notes on plays that wait for their line in the proxy's log: their number, since when the oldest waits,
+#: and the time of the latest line; times are ms since the epoch.
 AWAITED, AWAITED_SINCE, LAST_LINE = "awaited", "awaited_since_ms", "proxy_line_ms"
-#: Names of the notes on what clients' kernels acknowledged: how many responses drain, why the kernel can't be asked
-#: (empty where it can), and how many live writers are in another network namespace.
+#: Names of the notes on acknowledged bytes: number of draining responses, why the kernel can't be asked (empty if it
+#: can), and number of live writers in another network namespace.
 DRAINING, ACKED, ELSEWHERE = "draining", "kernel_problem", "writers_elsewhere"
-#: Reasons that are settings: what the server handed over counts, or the proxy's log.
+#: Settings that are the reason: the server's count is used, or the proxy's log.
 OFF, BY_PROXY = "T23_ACKED=0", "T23_PROXY_LOG"
 
 _PREFIX = "api:"
-#: Milliseconds for which a later answer is not worth a note.
+#: A later answer is noted at most once in this many milliseconds.
 _SOON_MS = 1000
 
 
 class Health(NamedTuple):
-    """How one API is."""
+    """The health of one API."""
 
     #: :data:`WELL`, :data:`FAILING` or :data:`PAUSED`.
     state: str
-    #: Why, where it is not well; with its remedy where there is one.
+    #: Why it is not well, with a remedy if there is one.
     reason: str
     #: Since when, in ms since the epoch.
     since_ms: int
-    #: When it last judged a report, in ms since the epoch; 0 for never.
+    #: When it last answered about a report, in ms since the epoch; 0 for never.
     answered_ms: int
 
 
 def next_health(before: Health | None, state: str, reason: str, answered_ms: int, now_ms: int) -> Health:
-    """What is told after *before*, which stays as it is where nothing worth telling happened."""
+    """The health after *before*; *before* itself if no relevant change happened."""
     if before is None or before.state != state:
         former_ms = before.answered_ms if before else 0
         return Health(state, "" if state == WELL else reason, now_ms, max(answered_ms, former_ms))
@@ -55,13 +55,13 @@ def next_health(before: Health | None, state: str, reason: str, answered_ms: int
 
 
 def as_notes(health: Mapping[str, Health], before: Mapping[str, Health]) -> dict[str, str]:
-    """The notes that tell *health* where they told *before*."""
+    """The notes that change from *before* to *health*."""
     changed = {host: each for host, each in health.items() if each != before.get(host)}
     return {_PREFIX + host: json.dumps(each) for host, each in changed.items()}
 
 
 def healths(notes: Mapping[str, str]) -> dict[str, Health]:
-    """Host -> how its API is, of the notes that can be read."""
+    """Host -> health of its API; notes that can't be read are skipped."""
     found = {}
     for name, text in notes.items():
         if name.startswith(_PREFIX) and (health := _read(text)):

@@ -1,7 +1,6 @@
-"""What happened when: figures per minute of two days, and what was watched per hour.
+"""The history for the operator's pages: figures per minute for two days, and plays and bytes per video and hour.
 
-Pure. The outbox adds to the figures in the transactions that they tell of, so that they agree with its counters,
-and reads them for the operator's pages.
+Pure. The outbox adds to the figures in the same transaction as the events, so that they agree with its counters.
 """
 
 from __future__ import annotations
@@ -15,44 +14,44 @@ from .health import WELL, Health
 from .report import Report
 
 MINUTE_MS = 60_000
-#: What is shown: minutes of a step, and how many steps.
+#: The shown periods: minutes of a step, and number of steps.
 HOUR, DAY = (1, 60), (15, 96)
 HOUR_MS = 60 * MINUTE_MS
-#: Minutes that are kept: a day to look at, and the one before for a rule that compares.
+#: Minutes that are kept: the shown day, and the day before for an alert rule that compares.
 KEPT_MINUTES = 2 * 24 * 60
-#: Videos that are kept of an hour: those with the most bytes and those with the most plays, so many of each.
+#: Videos that are kept per hour: this many with the most bytes, and this many with the most plays.
 MOST_VIDEOS = 500
-#: Refusals that are looked at, the newest first.
+#: Latest refusals that are read.
 MOST_REFUSED = 200
 #: Changes of an API's state that are kept.
 MOST_TROUBLES = 30
 
-# Names of figures. Those of one minute add up, but for the gauges, of which the highest counts.
+# Names of figures. Values of one minute are added; of the gauges the highest is kept.
 CAPTURED, SENT, DEAD, BYTES, PLAYS = "captured", "sent", "dead", "bytes", "plays"
 OPEN, WAITING, OLDEST = "open", "waiting", "oldest_seconds"
 GAUGES = (OPEN, WAITING, OLDEST)
-#: Before a reason, an answer, and a number of seconds.
+#: Prefixes of names that end with a reason, an answer, or a number of seconds.
 LOST, ANSWER, TOOK = "lost:", "answer:", "took:"
-#: Sum of what delivery took, in ms.
+#: Sum of the delivery times, in ms.
 TOOK_MS = "took_ms"
 
-#: What became of a try: the API took the report, would not take this one, takes none from this server, said "not
-#: now"; its answer did not come; the report was not sent.
+#: Outcomes of a try: the API accepted the report, refused it, accepts none from this server, is busy; no answer came;
+#: the report was not sent.
 ANSWERS = ("accepted", "refused", "denied", "busy", "no_answer", "unreachable")
 #: Upper bounds of the time from a report's making to its acceptance, in seconds; a last one has no bound.
 BOUNDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 1800, 3600, 21600, 86400)
 UNBOUNDED = f"{TOOK}inf"
-#: Name of the note that holds the latest troubles.
+#: Name of the note with the latest troubles.
 TROUBLES = "troubles"
 
 
-class Watched(NamedTuple):
-    """What was watched of a video."""
+class VideoFigures(NamedTuple):
+    """Plays and bytes of one video."""
 
     host: str
     photo_id: str
     plays: int
-    #: Bytes that were handed over.
+    #: Reported bytes.
     bytes: int
 
 
@@ -60,15 +59,15 @@ class Trouble(NamedTuple):
     """An API's state changed."""
 
     at_ms: int
-    #: ``""`` where there is one site.
+    #: ``""`` if all reports go to one site.
     host: str
     #: As in :class:`~t23_middleware.relay.health.Health`.
     state: str
     reason: str
 
 
-class Fatality(NamedTuple):
-    """A report was refused for good; nothing of its viewer."""
+class Refusal(NamedTuple):
+    """A report was refused for good; without its session."""
 
     at_ms: int
     host: str
@@ -84,14 +83,14 @@ class Series(NamedTuple):
     first: int
     #: Minutes of a step.
     step: int
-    #: Name -> a value per step; of a gauge, ``None`` where no relay ran.
+    #: Name -> a value per step; for a gauge, ``None`` for a step in which no relay ran.
     values: Mapping[str, Sequence[int | None]]
 
     def __len__(self) -> int:
         return max(map(len, self.values.values()), default=0)
 
     def of(self, name: str) -> list[int | None]:
-        """The values of *name*, whether it happened or not."""
+        """The values of *name*; zeros (for a gauge ``None``) if there are none."""
         found = self.values.get(name)
         return list(found) if found is not None else [None if name in GAUGES else 0] * len(self)
 
@@ -101,24 +100,24 @@ class Series(NamedTuple):
 
 
 class History(NamedTuple):
-    """What the operator's pages tell beside the figures of now."""
+    """What the operator's pages show besides the current figures."""
 
     hour: Series
     day: Series
     #: Name -> sum since the outbox was made.
     totals: Mapping[str, int]
     #: The videos of the last day with the most bytes, and with the most plays.
-    by_bytes: Sequence[Watched]
-    by_plays: Sequence[Watched]
+    by_bytes: Sequence[VideoFigures]
+    by_plays: Sequence[VideoFigures]
     #: The latest refusals, the newest first.
-    refused: Sequence[Fatality]
+    refused: Sequence[Refusal]
 
 
-# What is added.
+# Written by the outbox.
 
 
 def of_reports(reports: Iterable[Report]) -> Counter[tuple[int, str]]:
-    """(Minute, name) -> what to add for new reports; they count in the minute that they tell of."""
+    """(Minute, name) -> what to add for new reports, by the minute of each report's time."""
     happened: Counter[tuple[int, str]] = Counter()
     for report in reports:
         minute = report.time_ms // MINUTE_MS
@@ -128,7 +127,7 @@ def of_reports(reports: Iterable[Report]) -> Counter[tuple[int, str]]:
     return happened
 
 
-def watched(reports: Iterable[Report]) -> list[tuple[int, Watched]]:
+def video_figures(reports: Iterable[Report]) -> list[tuple[int, VideoFigures]]:
     """(Hour, what to add to the video's figures) for new reports."""
     plays: Counter[tuple[int, str, str]] = Counter()
     sent: Counter[tuple[int, str, str]] = Counter()
@@ -136,11 +135,11 @@ def watched(reports: Iterable[Report]) -> list[tuple[int, Watched]]:
         key = report.time_ms // HOUR_MS, report.host, report.photo_id
         plays[key] += report.skip == 0
         sent[key] += report.sent
-    return [(key[0], Watched(*key[1:], plays[key], sent[key])) for key in sent]
+    return [(key[0], VideoFigures(*key[1:], plays[key], sent[key])) for key in sent]
 
 
 def of_tries(tries: Iterable[tuple[str, int | None]]) -> Counter[str]:
-    """Name -> what to add for tries: what was answered, and the ms that an accepted report took."""
+    """Name -> what to add for *tries*: pairs of an outcome and the ms that an accepted report took."""
     happened: Counter[str] = Counter()
     for answer, took_ms in tries:
         if answer:
@@ -152,21 +151,21 @@ def of_tries(tries: Iterable[tuple[str, int | None]]) -> Counter[str]:
 
 
 def bucket(took_ms: int) -> str:
-    """Name of the figure that counts reports that took so long."""
+    """Name of the figure for reports that took *took_ms*."""
     bound = next((bound for bound in BOUNDS if took_ms <= bound * 1000), None)
     return UNBOUNDED if bound is None else f"{TOOK}{bound:g}"
 
 
-# What is told.
+# Read for the pages.
 
 
 def first_minute(now_ms: int, step: int, count: int) -> int:
-    """The minute at which *count* steps begin that end with the one under way."""
+    """First minute of *count* steps, the last of which is the current one."""
     return (now_ms // MINUTE_MS // step - count + 1) * step
 
 
 def nothing(now_ms: int) -> History:
-    """The history where none was kept yet."""
+    """An empty history."""
     hour, day = (in_steps([], first_minute(now_ms, *span), *span) for span in (HOUR, DAY))
     return History(hour, day, {}, [], [], [])
 
@@ -182,7 +181,7 @@ def in_steps(rows: Iterable[tuple[int, str, int]], first: int, step: int, count:
 
 
 def quantile(counts: Mapping[str, int], share: float) -> float | None:
-    """Seconds within which *share* of the reports were delivered, by straight lines between the bounds."""
+    """Seconds within which *share* of the reports were delivered, interpolated linearly between the bounds."""
     in_buckets = [counts.get(f"{TOOK}{bound:g}", 0) for bound in BOUNDS]
     wanted = share * (sum(in_buckets) + counts.get(UNBOUNDED, 0))
     if not wanted:
@@ -192,7 +191,7 @@ def quantile(counts: Mapping[str, int], share: float) -> float | None:
         if number and below + number >= wanted:
             return lower + (bound - lower) * (wanted - below) / number
         below, lower = below + number, float(bound)
-    return lower  # longer than that is all that is known
+    return lower  # the last bucket has no upper bound
 
 
 def quantiles(series: Series, share: float) -> list[float | None]:
@@ -205,7 +204,7 @@ def quantiles(series: Series, share: float) -> list[float | None]:
 def grown_troubles(
     former: Sequence[Trouble], before: Mapping[str, Health], now: Mapping[str, Health]
 ) -> list[Trouble]:
-    """*former* and the changes from *before* to *now*; that a new API is well is none."""
+    """*former* and the changes from *before* to *now*; a new API that is well is not a change."""
     changes = [
         Trouble(health.since_ms, host, health.state, health.reason)
         for host, health in now.items()
@@ -215,12 +214,12 @@ def grown_troubles(
 
 
 def troubles_note(troubles: Sequence[Trouble], former: Sequence[Trouble]) -> dict[str, str]:
-    """The note that tells *troubles*; nothing where they are still the *former* ones."""
+    """The note with *troubles*; empty if they equal the *former* ones."""
     return {} if list(troubles) == list(former) else {TROUBLES: json.dumps(troubles)}
 
 
 def troubles_of(notes: Mapping[str, str]) -> list[Trouble]:
-    """The troubles that were noted, the oldest first; what can't be read is left out."""
+    """The noted troubles, the oldest first; entries that can't be read are skipped."""
     try:
         rows = json.loads(notes.get(TROUBLES, "[]"))
         found = [Trouble(*row) for row in rows]

@@ -1,8 +1,8 @@
-"""Asks the kernel about the connections that matter, and writes what it tells into the relay's own journal.
+"""Asks the kernel about the watched connections, and writes its answers to the relay's own journal.
 
-The end of a connection is heard in the listener's thread and written at once, so that a relay that is killed loses
-none. What was never heard (the relay was not there, or the kernel dropped it) is asked by dump, as is the progress
-of what drains; that costs a twentieth of a core at most, however many connections there are.
+The listener's thread receives the end of a connection and writes it at once, so that a killed relay loses none. Ends
+that were missed (the relay did not run, or the kernel dropped the event) and the progress of draining responses are
+read by dumps. Dumps use at most a twentieth of a core, however many connections there are.
 """
 
 from __future__ import annotations
@@ -19,55 +19,56 @@ from ..state import StateFolder, network_namespace
 from ..transfer import Acknowledged, encode
 from ..version import VERSION
 from .crash import crash_point
-from .drains import Drains, Watched
+from .drains import Drains, WatchedConnection
 from .health import BY_PROXY, OFF
-from .journals import RELAY
+from .journals import RELAY_PREFIX
 from .sock_diag import Listener, Row, dump
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two dumps at least, and the part of the time that they may take.
-ASK_EVERY = 0.2
+#: Least seconds between two dumps, and the share of the time that they may use.
+DUMP_EVERY = 0.2
 SHARE = 0.05
-#: Ends are kept for so many seconds, and so many of them: the open line may not be read yet.
+#: How long ends are kept, in seconds, and how many: the response's open line may not be read yet.
 KEEP_ENDS = 60.0
 MOST_ENDS = 20_000
-#: Dumps that miss a connection before it is given up: its end may be heard after the first.
+#: A connection counts as closed after this many dumps without it: its end event may come after the first.
 ROUNDS = 2
-#: Seconds for which a server may hold a socket whose client is gone; after that its end was missed.
-HELD_MOST = 20.0
+#: Seconds for which a server may keep a socket whose client has closed; after that its end event was missed.
+LONGEST_HELD = 20.0
 _NEVER_NS = 1 << 62
 MS = 1_000_000
 
 
 class _End(NamedTuple):
-    """A connection that is gone."""
+    """The end of a connection."""
 
     at_ns: int
     acked: int | None
 
 
 @dataclass
-class _Seen:
-    """What dumps told of a connection."""
+class _DumpState:
+    """What dumps showed of a connection."""
 
-    #: When the last did that had it; 0 for never.
+    #: Time of the latest dump that had it; 0 for none.
     at_ns: int = 0
-    #: How many had it not since, and since when.
+    #: Number of dumps without it since, and the time of the first of them.
     missed: int = 0
     missed_since_ns: int = 0
-    is_given_up: bool = False
-    #: All that was written into it, as was told last.
+    end_written: bool = False
+    #: Bytes written into it, by the latest dump.
     position: int | None = None
-    #: The highest acknowledged count that was written down.
+    #: The highest acknowledged count in the journal.
     written: int = -1
 
 
 class Kernel:
-    """What the kernel tells of connections, for one relay on *folder*.
+    """The kernel's view of connections, for one relay on *folder*.
 
-    Call :meth:`begin` before journals are read, then :meth:`ask` at each look; :meth:`stop` at the end. Nothing here
-    raises: where the kernel tells nothing, :attr:`problem` says why, and responses end with the server's count.
+    Call :meth:`begin` before journals are read, then :meth:`poll` at each poll of the journals, and :meth:`stop` at the
+    end. Nothing here raises: if the kernel can't be asked, :attr:`problem` has the reason, and responses end with the
+    server's count.
     """
 
     def __init__(self, settings: Settings, folder: StateFolder) -> None:
@@ -76,70 +77,70 @@ class Kernel:
         self._listener: Listener | None = None
         self._drains = Drains(0.0)
         self._changing = threading.Lock()
-        #: Cookie -> how it ended; the oldest first. Which of them matter, an open line may tell later.
+        #: Cookie -> its end; the oldest first. An open line that is read later may need it.
         self._ends: dict[int, _End] = {}
-        self._heard_since_ns = 0
-        #: Port -> since when its connections are heard; others since :attr:`_heard_since_ns`.
+        self._listening_since_ns = 0
+        #: Port -> since when its connections' ends are received; other ports since :attr:`_listening_since_ns`.
         self._ports: dict[int, int] = {}
-        #: Cookie -> what dumps told of it.
-        self._seen: dict[int, _Seen] = {}
+        #: Cookie -> what dumps showed of it.
+        self._seen: dict[int, _DumpState] = {}
         self._next_dump = 0.0
         self._dump_fails = False
-        #: Why the kernel can't be asked; empty where it can.
+        #: Why the kernel can't be asked; empty if it can.
         self.problem = BY_PROXY if settings.proxy_log else "" if settings.acked else OFF
         self._wanted = not self.problem
-        #: The network namespace that can be asked about; ``None`` for none.
+        #: The network namespace whose connections can be asked about; ``None`` for none.
         self.network: int | None = None
 
     @property
     def writer_name(self) -> str:
-        """Of the journal that this writes; ``""`` where none is written."""
+        """The writer's name in the journal that this writes; ``""`` without a journal."""
         return "" if self._listener is None else self._writer.name
 
     def begin(self, drains: Drains) -> None:
-        """Listen, and look after *drains* from now on."""
+        """Listen, and watch *drains* from now on."""
         self._drains = drains
         self._seen.clear()
         if self._listener is None and self._wanted:
             self._listen()
 
     def _listen(self) -> None:
-        self._writer = JournalWriter(self._folder, VERSION, self._digest, prefix=RELAY)
-        self._heard_since_ns, self._ports = time.monotonic_ns(), {}
+        self._writer = JournalWriter(self._folder, VERSION, self._digest, prefix=RELAY_PREFIX)
+        self._listening_since_ns, self._ports = time.monotonic_ns(), {}
         try:
             dump([1])
-            self._listener = Listener(self._heard, self._missed)
+            self._listener = Listener(self._on_destroyed, self._on_missed)
         except OSError as error:
-            self._say_problem(error)
+            self._log_problem(error)
         else:
             self.problem = ""
             self.network = network_namespace()
 
-    def _say_problem(self, error: OSError) -> None:
+    def _log_problem(self, error: OSError) -> None:
         new, self.problem = not self.problem, str(error.strerror or error)
         if new:
             log.warning(
-                "the kernel does not tell what clients acknowledged (%s): responses are reported with what the server"
+                "the kernel does not show what clients acknowledged (%s): responses are reported with what the server"
                 " handed over. A systemd unit needs AF_NETLINK in RestrictAddressFamilies=; T23_ACKED=0 ends this line",
                 self.problem,
                 extra={"t23_event": "kernel_silent", "t23_reason": self.problem},
             )
 
     def stop(self) -> None:
-        """Listen no longer."""
+        """Stop listening."""
         if self._listener is not None:
             self._listener.stop()
             self._listener = self.network = None
             self._writer.close()
 
-    # What is asked; in the relay's own thread.
+    # Dumps, in the relay's own thread.
 
-    def ask(self, *, now: bool = False) -> None:
-        """Look after what drains: by a dump where one is due, or *now*."""
+    def poll(self, *, now: bool = False) -> None:
+        """Write new ends and, if a dump is due or with *now*, the progress of draining responses."""
         if self._listener is None:
             return
         self._writer.flush()
-        self._let_through(self._listener)
+        self._filter_ports(self._listener)
         with self._changing:
             ends = {cookie: self._ends.get(cookie) for cookie in self._drains.take_new()}
         for cookie, end in ends.items():
@@ -149,16 +150,16 @@ class Kernel:
             began = time.perf_counter()
             self._dump()
             took = time.perf_counter() - began
-            self._next_dump = time.monotonic() + max(ASK_EVERY, took / SHARE)
+            self._next_dump = time.monotonic() + max(DUMP_EVERY, took / SHARE)
 
-    def _let_through(self, listener: Listener) -> None:
-        """Hear of the apps' ports alone. Before the first is known, all are heard."""
+    def _filter_ports(self, listener: Listener) -> None:
+        """Receive only events of the apps' ports. Until the first port is known, all are received."""
         new = self._drains.ports - self._ports.keys()
         if not new:
             return
-        since_ns = self._heard_since_ns
+        since_ns = self._listening_since_ns
         try:
-            listener.let_through(self._drains.ports | self._ports.keys())
+            listener.filter_ports(self._drains.ports | self._ports.keys())
             if self._ports:
                 since_ns = time.monotonic_ns()
         except OSError as error:
@@ -171,7 +172,7 @@ class Kernel:
         self._ports |= dict.fromkeys(new, since_ns)
 
     def _dump(self) -> None:
-        draining: dict[int, list[Watched]] = {}
+        draining: dict[int, list[WatchedConnection]] = {}
         for watched in self._drains.draining():
             draining.setdefault(watched.cookie, []).append(watched)
         at_ns = time.monotonic_ns()
@@ -183,14 +184,14 @@ class Kernel:
             self._dump_fails = True
             return
         self._dump_fails = False
-        self._seen = {cookie: self._seen.get(cookie) or _Seen() for cookie in draining}
+        self._seen = {cookie: self._seen.get(cookie) or _DumpState() for cookie in draining}
         for cookie, responses in draining.items():
             if cookie in rows:
                 self._found(rows[cookie], responses, at_ns)
             else:
                 self._not_found(cookie, responses)
 
-    def _found(self, row: Row, responses: list[Watched], at_ns: int) -> None:
+    def _found(self, row: Row, responses: list[WatchedConnection], at_ns: int) -> None:
         seen, positions = (
             self._seen[row.cookie],
             [each.position for each in responses if each.position is not None],
@@ -202,35 +203,35 @@ class Kernel:
             acked = max(seen.position or 0, *positions, 0)
         else:
             return
-        self._drains.last[row.cookie] = acked
+        self._drains.last_acked[row.cookie] = acked
         if any(seen.written < position <= acked for position in positions):
             seen.written = acked
             self._write(row.cookie, acked, at_ns, gone=0)
 
-    def _not_found(self, cookie: int, responses: list[Watched]) -> None:
-        """Its end was missed, or its socket is closed but for the server, which will close it: then that is heard."""
+    def _not_found(self, cookie: int, responses: list[WatchedConnection]) -> None:
+        """Its end was missed, or the server has not closed its socket yet; then an event follows."""
         seen, now_ns = self._seen[cookie], time.monotonic_ns()
-        since_ns = self._ports.get(responses[0].port, self._heard_since_ns)
+        since_ns = self._ports.get(responses[0].port, self._listening_since_ns)
         would_hear = seen.at_ns > since_ns or min(each.started_ns for each in responses) > since_ns
         seen.missed += 1
         if seen.missed == 1:
             seen.missed_since_ns = now_ns
-        waited = now_ns - seen.missed_since_ns >= (HELD_MOST * 1e9 if would_hear else 0)
-        if seen.missed >= ROUNDS and waited and not seen.is_given_up:
-            seen.is_given_up = True
+        waited = now_ns - seen.missed_since_ns >= (LONGEST_HELD * 1e9 if would_hear else 0)
+        if seen.missed >= ROUNDS and waited and not seen.end_written:
+            seen.end_written = True
             self._write(cookie, None, now_ns, gone=1)
 
-    # What is heard; in the listener's thread.
+    # Events, in the listener's thread.
 
-    def _heard(self, row: Row) -> None:
+    def _on_destroyed(self, row: Row) -> None:
         end = _End(time.monotonic_ns(), None if row.info is None else row.info.acked)
         with self._changing:
-            self._keep(row.cookie, end)
+            self._keep_end(row.cookie, end)
             known = row.cookie in self._drains.cookies
         if known:
             self._write(row.cookie, end.acked, end.at_ns, gone=1)
 
-    def _keep(self, cookie: int, end: _End) -> None:
+    def _keep_end(self, cookie: int, end: _End) -> None:
         self._ends[cookie] = end
         while self._ends:
             oldest = next(iter(self._ends))
@@ -238,10 +239,10 @@ class Kernel:
                 break
             del self._ends[oldest]
 
-    def _missed(self) -> None:
+    def _on_missed(self) -> None:
         with self._changing:
-            self._heard_since_ns = time.monotonic_ns()
-            self._ports = dict.fromkeys(self._ports, self._heard_since_ns)
+            self._listening_since_ns = time.monotonic_ns()
+            self._ports = dict.fromkeys(self._ports, self._listening_since_ns)
 
     def _write(self, cookie: int, acked: int | None, at_ns: int, *, gone: int) -> None:
         at_ms = time.time_ns() // MS

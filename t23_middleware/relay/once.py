@@ -1,4 +1,4 @@
-"""A relay's one run by hand: what waits gets a try, whatever breaker and pause say, and then the run is over."""
+"""One run of a relay by hand: it tries each waiting report, also if its breaker is open or paused, and then ends."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..settings import Settings
 from ..state import StateFolder
 from .intake import LATE_NS
 from .outbox import Stats
-from .process import POLL, TRY_STORE_AGAIN, Relay
+from .process import POLL, STORE_RETRY, Relay
 
-#: Seconds without any movement after which what is left is left: its next try is not soon.
+#: Seconds without progress after which the run ends: the next retry of the remaining reports is not soon.
 QUIET = 3.0
-#: Seconds between two looks at the figures.
-TELL_EVERY = 0.25
+#: Seconds between two updates of the shown progress.
+SHOW_EVERY = 0.25
 
 
-class Progress(NamedTuple):
-    """How far the run is, in reports."""
+class RunProgress(NamedTuple):
+    """The progress of the run, in reports."""
 
     waiting: int
     sent: int
@@ -27,63 +27,65 @@ class Progress(NamedTuple):
     lost: int
 
 
-class Ending(NamedTuple):
-    """How the run ended."""
+class RunResult(NamedTuple):
+    """The result of the run."""
 
-    progress: Progress
-    #: Why something is left, in one sentence; empty where nothing is.
+    progress: RunProgress
+    #: Why reports are left, in one sentence; empty if none are.
     why: str
 
 
 class RelayOnce(Relay):
-    """Delivers what waits on *folder* by *deadline* (``time.monotonic()``), and tells how far it is.
+    """Delivers the waiting reports of *folder* by *deadline* (``time.monotonic()``). Calls *show* with the progress.
 
-    Raises :class:`~t23_middleware.relay.process.AnotherRelay` where another relay works on it.
+    Raises :class:`~t23_middleware.relay.process.AnotherRelay` if another relay works on it.
     """
 
     def __init__(
-        self, settings: Settings, folder: StateFolder, *, deadline: float, tell: Callable[[Progress], None]
+        self, settings: Settings, folder: StateFolder, *, deadline: float, show: Callable[[RunProgress], None]
     ) -> None:
         super().__init__(settings, folder, automatic=False)
         self._deadline = deadline
-        self._tell = tell
-        self._told = 0.0
+        self._show = show
+        self._shown_at = 0.0
         self._first: Stats | None = None
-        self._took_all = False
+        self._ingested_all = False
         self._why = ""
 
-    def run_once(self) -> Ending:
-        """Work until nothing is left, the API refuses, or the deadline."""
+    def run_once(self) -> RunResult:
+        """Work until nothing is left, the API accepts nothing, or the deadline is reached."""
         self.run()
-        return Ending(self._progress, "" if self._took_all and not self._progress.waiting else self._why)
+        return RunResult(
+            self._progress, "" if self._ingested_all and not self._progress.waiting else self._why
+        )
 
     def _work_while_needed(self) -> None:
         self._begin()
         self._first = self._first or self._outbox.stats()
-        self._take_in_all()
+        self._ingest_all()
         self._outbox.make_due()
         self._deliver()
-        # An answer that does not come in time is the next relay's: the report may have arrived, and is sent again.
+        # A report without an answer by then may have arrived; the next relay sends it again.
         self._delivery.stop(max(min(self._settings.exit_seconds, self._left()), 0.0))
-        self._say_progress()
+        self._show_progress()
         self._end()
 
     def _left(self) -> float:
         return self._deadline - time.monotonic()
 
-    def _take_in_all(self) -> None:
-        """All that the journals held when this run began, and what dead writers left open."""
+    def _ingest_all(self) -> None:
+        """Read all lines that were in the journals when this run began, and end what dead writers left open."""
         begun_ns = time.monotonic_ns()
         while not self._ending and self._left() > self._settings.exit_seconds:
             read_to_ns = time.monotonic_ns() - LATE_NS
-            pause = self._take_in()
-            self._took_all = pause == POLL and read_to_ns >= begun_ns
-            if self._took_all or pause == TRY_STORE_AGAIN:
+            pause = self._ingest()
+            self._ingested_all = pause == POLL and read_to_ns >= begun_ns
+            if self._ingested_all or pause == STORE_RETRY:
                 break
             time.sleep(pause)
-        self._intake.look_for_the_dead()
-        self._take_in()
-        self._took_all = self._took_all and not self._store_fails
+        self._intake.check_writers_now()
+        self._ingest()
+        self._ingested_all = self._ingested_all and not self._store_fails
         self._conclude(streams=not self._intake.has_live_writer())
 
     def _deliver(self) -> None:
@@ -91,17 +93,17 @@ class RelayOnce(Relay):
         while True:
             if self._delivery.step() or self._delivery.in_flight:
                 moved = time.monotonic()
-            self._tell_sometimes()
+            self._show_sometimes()
             if self._is_over(moved):
                 return
             self._delivery.wait(0.02)
 
     def _is_over(self, moved: float) -> bool:
-        """Whether to go no further; says why."""
+        """Whether the run is over. Sets the reason."""
         if self._ending:
-            self._why = "it was told to stop"
+            self._why = "it was stopped"
         elif self._left() <= self._settings.exit_seconds:
-            self._why = "the time is up; run it again, or let the relay go on"
+            self._why = "the time is up; run it again, or let the relay continue"
         elif self._delivery.in_flight:
             return False
         elif self._delivery.store_fails or self._store_fails:
@@ -109,25 +111,25 @@ class RelayOnce(Relay):
         elif refusals := self._refusals():
             self._why = "; ".join(refusals)
         elif self._outbox.hosts():
-            self._why = f"{self._delivery.last_failure.rstrip('.') or 'not due yet'}; tried again later"
+            self._why = f"{self._delivery.last_failure.rstrip('.') or 'not due yet'}; it is retried later"
             return time.monotonic() - moved > QUIET
         return True
 
     def _refusals(self) -> list[str]:
-        """Why each API with reports takes none; nothing where one of them still may."""
+        """Why each API with waiting reports accepts none; empty if one of them may accept some."""
         breakers = dict(self._delivery.breakers())
         waiting = [breakers.get(host) for host in self._outbox.hosts()]
         found = [breaker.paused or breaker.failure for breaker in waiting if breaker and breaker.is_open]
         return list(dict.fromkeys(found)) if len(found) == len(waiting) else []
 
-    def _tell_sometimes(self) -> None:
-        if time.monotonic() - self._told >= TELL_EVERY:
-            self._say_progress()
-            self._told = time.monotonic()
+    def _show_sometimes(self) -> None:
+        if time.monotonic() - self._shown_at >= SHOW_EVERY:
+            self._show_progress()
+            self._shown_at = time.monotonic()
 
-    def _say_progress(self) -> None:
+    def _show_progress(self) -> None:
         first, now = self._first or self._outbox.stats(), self._outbox.stats()
-        self._progress = Progress(
+        self._progress = RunProgress(
             now.waiting, now.sent - first.sent, now.dead - first.dead, now.lost - first.lost
         )
-        self._tell(self._progress)
+        self._show(self._progress)

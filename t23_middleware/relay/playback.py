@@ -1,8 +1,9 @@
-"""Transfers of one session and video in, reports out: the only place that decides ``skip``.
+"""Turns transfers into reports. This is the only place that decides ``skip``.
 
-A pure, ordered state machine: no clock, no I/O. Facts come in the order of their time, on one axis in ns; what
-comes later than that is judged as it comes and counted ``late``. When the caller lets time pass changes nothing in
-what is told. The state is handed out as text, for the transaction that takes the facts in.
+A pure, ordered state machine without a clock and without I/O. Facts come in the order of their time, in ns of
+CLOCK_MONOTONIC; a fact that comes late is judged when it comes and counted as ``late``. How often the caller calls
+:meth:`Playback.advance` does not change the reports. The state is returned as text, so that the caller can store it in
+the same transaction as the facts' offsets.
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from ..transfer import APP, OFFLOADED, Opening, Progress, Transfer, decode, encode
-from .axis import NO_AXIS, Axis
+from .axis import NO_CLOCK, BootClock
 from .drains import Drain
-from .given_out import GivenOut
-from .playback_draining import BEFORE_ALL_NS, DrainingPlayback
+from .given_out import IssuedIds
+from .playback_draining import BEFORE_ALL_TIME_NS, DrainingPlayback
 from .proxy_line import ProxyLine
 from .report import Report
 from .segments import player_of
-from .viewer import CLOCK_FELL_NS, Key, Viewer, key_of
-from .viewing import MOST_OPEN, PROBE, Response, Viewing, is_probe
+from .viewer import CLOCK_SET_BACK_NS, Key, SessionState, key_of
+from .viewing import MOST_OPEN, PROBE, OpenResponse, Viewing, is_probe
 
-#: A viewing is dropped after this time without a request or an open response: longer than a pause worth joining.
-FORGET_NS = 30 * 60 * 1_000_000_000
-#: A response is given up after this time: no viewing lasts as long, but its close line may have been lost.
-OPEN_MOST_NS = 24 * 3600 * 1_000_000_000
-#: Sessions at a video that are kept, at 1 to 2 KB each; the one that was silent longest makes room.
-MOST_VIEWERS = 200_000
-#: How far the proxy's clock may be off before the app's is believed instead, in ms. Apache tells whole seconds.
+#: A viewing is dropped after this time without a request or an open response. A longer pause starts a new viewing.
+DROP_VIEWING_NS = 30 * 60 * 1_000_000_000
+#: A response is dropped after this time: no viewing lasts as long, and its close line may be lost.
+LONGEST_OPEN_NS = 24 * 3600 * 1_000_000_000
+#: Most session states in memory, at 1 to 2 KB each; beyond this, the one without a fact for longest is dropped.
+MOST_SESSIONS = 200_000
+#: The proxy's clock is ignored if it differs from the app's by more than this, in ms. Apache logs whole seconds.
 CLOCK_OFF_MS = 2000
 
 #: Writer and number of a response.
@@ -36,14 +37,15 @@ _Id = tuple[str, int]
 class Playback(DrainingPlayback):
     """Turns openings and transfers into reports.
 
-    *per* is ``"response"``: each counted response is a report as it closes, or ``"stream"``: one report per
-    viewing and one per scrub. *idle_s* is the time in seconds without a request or an open response after which
-    a stream counts as concluded; in ``"stream"`` a viewing that handed over less than *min_bytes* bytes makes no
-    report (``None``: the smaller of 512 KiB and an eighth of the file).
+    With *per* ``"response"``, each counted response is a report when it closes. With ``"stream"``, a viewing is one
+    report, plus one per scrub. *idle_s* is the time in seconds without a request or an open response after which a
+    stream is concluded. With ``"stream"``, a viewing that handed over less than *min_bytes* bytes makes no report
+    (``None``: the smaller of 512 KiB and an eighth of the file).
 
-    A response that a proxy counts stays open until the line of the proxy's log, for *proxy_wait_s* seconds after the
-    app is done with it; *counts_type* tells which content types of that log are media. One that the client's kernel
-    has not all of makes its report when that has it or is gone, *drain_wait_s* seconds after its end at the latest.
+    A response that a proxy counts stays open until its line in the proxy's log, for at most *proxy_wait_s* seconds
+    after the app ended it; *counts_type* decides which content types of that log are media. A response that the
+    client's kernel has not acknowledged in full makes its report when it has, when the connection is closed, or
+    *drain_wait_s* seconds after its end.
     """
 
     def __init__(
@@ -63,219 +65,220 @@ class Playback(DrainingPlayback):
         self._open: dict[_Id, Key] = {}
         self._proxy_wait_ms = int(proxy_wait_s * 1000)
         self._counts_type = counts_type
-        #: Those that the app is done with and the proxy is not; since when, in ms since the epoch.
-        self._awaited: dict[_Id, int] = {}
-        #: The ids that proxies may tell of.
-        self.given_out = GivenOut()
-        # Named events in self.counts: ``late``, ``repeated``, ``below_minimum``,
-        # ``interrupted``, ``interrupted_unknown``, ``ignored_empty``, ``ignored_probe``, ``responses_given_up``,
-        # ``viewings_dropped``, ``state_unreadable``; of what drains ``unknown_end``, ``drain_wait_over``; of what a
-        # proxy counts ``unconfirmed``, ``no_proxy_line`` (plays that are lost), ``proxy_cached``,
-        # ``proxy_not_played``, ``proxy_clock_differs``.
+        #: Responses that the app ended and that wait for the proxy's line -> since when, in ms since the epoch.
+        self._awaiting_line: dict[_Id, int] = {}
+        #: The play ids that were issued to proxies.
+        self.issued_ids = IssuedIds()
+        # Events in self.counts: ``late``, ``repeated``, ``below_minimum``, ``interrupted``, ``interrupted_unknown``,
+        # ``ignored_empty``, ``ignored_probe``, ``responses_given_up``, ``viewings_dropped``, ``state_unreadable``; for
+        # draining responses ``unknown_end``, ``drain_wait_over``; for responses that a proxy counts ``unconfirmed``,
+        # ``no_proxy_line`` (plays that are lost), ``proxy_cached``, ``proxy_not_played``, ``proxy_clock_differs``.
 
     # Facts.
 
     def opened(self, writer: str, opening: Opening) -> list[Report]:
         """A counted response started."""
-        self._pass(opening.started_ns)
+        self._advance_clock(opening.started_ns)
         if opening.counted_by != APP:
-            self.given_out.note(writer, opening.number)
-        return [] if is_probe(opening) else self._admit(writer, opening)
+            self.issued_ids.note(writer, opening.number)
+        return [] if is_probe(opening) else self._open_response(writer, opening)
 
     def closed(self, writer: str, transfer: Transfer) -> list[Report]:
-        """A counted response is over, whether its start was seen or not."""
-        self._pass(transfer.ended_ns)
+        """A counted response ended; its start may be unknown here."""
+        self._advance_clock(transfer.ended_ns)
         opening = transfer.opening
         if opening.counted_by == OFFLOADED or (opening.counted_by != APP and transfer.sent > 0):
-            return self._done_by_app(writer, transfer)
+            return self._app_finished(writer, transfer)
         key = key_of(opening.play)
         if self._open.get((writer, opening.number)) != key:
-            return self._closed_unseen(writer, transfer)
-        viewer, reports = self._viewer(key, transfer.ended_ns)
-        return reports + self._close(viewer, writer, transfer)
+            return self._close_unopened(writer, transfer)
+        session, reports = self._session_at(key, transfer.ended_ns)
+        return reports + self._close(session, writer, transfer)
 
     def progressed(self, writer: str, progress: Progress) -> None:
-        """An open response has handed over so much."""
-        viewer, found = self._find(writer, progress.opening.number)
-        if viewer is not None and found is not None:
-            found[1].known = encode(progress).decode().rstrip()
-            self._changed[viewer.key] = None
+        """An open response made progress."""
+        session, found = self._find(writer, progress.opening.number)
+        if session is not None and found is not None:
+            found[1].last_line = encode(progress).decode().rstrip()
+            self._changed[session.key] = None
 
-    def lost(self, writer: str, number: int, at_ns: int, at_ms: int) -> list[Report]:
-        """The writer of an open response died: it ends with its connection, or with what is known of it."""
-        viewer, found = self._find(writer, number)
-        if viewer is None or found is None:
+    def writer_died(self, writer: str, number: int, at_ns: int, at_ms: int) -> list[Report]:
+        """The writer of an open response died: end it with its connection, or with its latest known count."""
+        session, found = self._find(writer, number)
+        if session is None or found is None:
             return []
         if found[1].counted_by != APP:
-            return self._await_line(viewer, *found, at_ms)
-        return self._orphan(viewer, *found, at_ns, at_ms)
+            return self._await_line(session, *found, at_ms)
+        return self._add_orphan(session, *found, at_ns, at_ms)
 
     def logged(self, line: ProxyLine, at_ns: int) -> list[Report] | None:
-        """A proxy's log says what it sent; ``None`` where no response is open that has the line's id."""
-        viewer, found = self._find(*line.writer_and_number)
-        if viewer is None or found is None or found[1].counted_by == APP:
+        """A proxy logged what it sent. Returns ``None`` if no open response has the line's id."""
+        session, found = self._find(*line.writer_and_number)
+        if session is None or found is None or found[1].counted_by == APP:
             return None
-        self._pass(at_ns)
+        self._advance_clock(at_ns)
         response = found[1]
-        if response.awaited_since_ms is not None:
-            return self._decide(viewer, *found, line, at_ns)
-        if response.line is not None:
+        if response.awaiting_line_since_ms is not None:
+            return self._end_by_line(session, *found, line, at_ns)
+        if response.proxy_line is not None:
             self.counts["proxy_cached"] += 1
             return []
-        # The app's own count is less where framing was added to the body, and an app that lost its client says it at
-        # the next chunk.
-        response.line = line.to_text()
-        self._changed[viewer.key] = None
+        # Wait for the app's own count too: it is smaller if framing was added to the body, and an app whose client
+        # disconnected ends the response at its next chunk.
+        response.proxy_line = line.to_text()
+        self._changed[session.key] = None
         return []
 
     def advance(self, now_ns: int, now_ms: int) -> list[Report]:
-        """Time passed: streams that are idle conclude, old viewings are dropped, and a proxy's line may be overdue."""
-        if self._clock_ns - now_ns > CLOCK_FELL_NS:
+        """Time passed: conclude idle streams, drop old viewings, and end responses whose proxy line is overdue."""
+        if self._clock_ns - now_ns > CLOCK_SET_BACK_NS:
             self._clock_ns = now_ns
         self._clock_ns = max(self._clock_ns, now_ns)
-        reports = self._give_up_lines(now_ms) + self._end_overdue(now_ms)
-        for viewer in self._viewers.fall_idle(now_ns, min(self._idle_ns, FORGET_NS)):
-            reports += self._age(viewer, now_ns)
-        for viewer in self._viewers.silent(now_ns, FORGET_NS):
-            reports += self._age(viewer, now_ns)
+        reports = self._end_overdue_lines(now_ms) + self._end_overdue_drains(now_ms)
+        for session in self._sessions.fall_idle(now_ns, min(self._idle_ns, DROP_VIEWING_NS)):
+            reports += self._apply_time(session, now_ns)
+        for session in self._sessions.silent(now_ns, DROP_VIEWING_NS):
+            reports += self._apply_time(session, now_ns)
         return reports
 
     def conclude(self, now_ms: int) -> list[Report]:
-        """The relay shuts down: every stream that can be told is told."""
+        """The relay stops: report every stream that can be reported."""
         reports = self.end_draining()
-        for viewer in self._viewers:
-            for viewing in viewer.viewings:
-                reports += self._tell(viewer, viewing, over=True)
+        for session in self._sessions:
+            for viewing in session.viewings:
+                reports += self._report_runs(session, viewing, over=True)
         return reports
 
     # State.
 
-    def changed(self, axis: Axis = NO_AXIS) -> Iterator[tuple[Key, str | None]]:
-        """The viewings that changed since the last call: their key and state, ``None`` for those dropped.
+    def changed(self, clock: BootClock = NO_CLOCK) -> Iterator[tuple[Key, str | None]]:
+        """Key and state of the sessions that changed since the last call; the state is ``None`` if one was dropped.
 
-        *axis* is that of the facts' times.
+        *clock* is the boot that the facts' times belong to.
         """
         changed, self._changed = self._changed, {}
         for key in changed:
-            viewer = self._viewers.get(key)
-            yield key, None if viewer is None else viewer.dump(axis)
+            session = self._sessions.get(key)
+            yield key, None if session is None else session.dump(clock)
 
-    def restore(self, rows: Iterable[tuple[Key, str]], axis: Axis = NO_AXIS, now_ns: int = 0) -> None:
-        """Take in what :meth:`changed` gave before; a row that can't be read is left out and counted.
+    def restore(self, rows: Iterable[tuple[Key, str]], clock: BootClock = NO_CLOCK, now_ns: int = 0) -> None:
+        """Load the *rows* that :meth:`changed` returned before; a row that can't be read is skipped and counted.
 
-        *axis* is that of the facts to come; what another boot left is placed on it by the wall clock.
+        *clock* is the boot of the facts to come. Times of another boot are converted by the wall clock.
         """
-        viewers = []
+        sessions = []
         for key, text in rows:
             try:
-                viewer = Viewer.load(key, text)
-                _check(viewer)
+                session = SessionState.load(key, text)
+                _check_lines(session)
             except (ValueError, TypeError, RecursionError):
                 self.counts["state_unreadable"] += 1
                 continue
-            viewer.move_to(axis, now_ns)
-            viewers.append(viewer)
-        for viewer in sorted(viewers, key=lambda viewer: viewer.last_ns):
-            self._viewers.touch(viewer)
-            for viewing in viewer.viewings:
-                self._open.update({(each.writer, each.number): viewer.key for each in viewing.open})
-        self._restore_awaited()
+            session.rebase(clock, now_ns)
+            sessions.append(session)
+        for session in sorted(sessions, key=lambda session: session.last_ns):
+            self._sessions.touch(session)
+            for viewing in session.viewings:
+                self._open.update({(each.writer, each.number): session.key for each in viewing.open})
+        self._restore_awaiting_line()
         self._restore_draining()
 
-    def _restore_awaited(self) -> None:
+    def _restore_awaiting_line(self) -> None:
         open_now = [found for id in self._open if (found := self._find(*id)[1]) is not None]
         since = {
-            (each.writer, each.number): each.awaited_since_ms
+            (each.writer, each.number): each.awaiting_line_since_ms
             for _, each in open_now
-            if each.awaited_since_ms is not None
+            if each.awaiting_line_since_ms is not None
         }
-        self._awaited = dict(sorted(since.items(), key=lambda item: item[1]))
+        self._awaiting_line = dict(sorted(since.items(), key=lambda item: item[1]))
 
     def open_responses(self) -> Iterable[_Id]:
-        """Writer and number of what the app has open now."""
-        return self._open.keys() - self._awaited.keys() - set(self.drains.ids())
+        """Writer and number of the responses that the app has open."""
+        return self._open.keys() - self._awaiting_line.keys() - set(self.drains.ids())
 
     @property
     def latest_ns(self) -> int:
-        """Time of the latest fact of all that are kept; before any time where there is none."""
-        return max((viewer.last_ns for viewer in self._viewers), default=BEFORE_ALL_NS)
+        """Time of the latest fact of all sessions, or ``BEFORE_ALL_TIME_NS`` without one."""
+        return max((session.last_ns for session in self._sessions), default=BEFORE_ALL_TIME_NS)
 
     @property
-    def awaited(self) -> int:
-        """Responses that only the proxy's line is missing of."""
-        return len(self._awaited)
+    def awaiting_line(self) -> int:
+        """Number of responses that wait for the proxy's line."""
+        return len(self._awaiting_line)
 
     @property
-    def awaited_since_ms(self) -> int | None:
-        """Since when the oldest of them is, in ms since the epoch."""
-        return next(iter(self._awaited.values()), None)
+    def awaiting_line_since_ms(self) -> int | None:
+        """Since when the oldest of them waits, in ms since the epoch."""
+        return next(iter(self._awaiting_line.values()), None)
 
-    def at_open(self, writer: str, number: int) -> tuple[Viewing, Response] | None:
-        """The open response of that name, and the viewing that it belongs to."""
+    def find_open(self, writer: str, number: int) -> tuple[Viewing, OpenResponse] | None:
+        """The open response with this writer and number, and its viewing."""
         return self._find(writer, number)[1]
 
-    # A response's way through.
+    # Open and close.
 
-    def _find(self, writer: str, number: int) -> tuple[Viewer | None, tuple[Viewing, Response] | None]:
+    def _find(
+        self, writer: str, number: int
+    ) -> tuple[SessionState | None, tuple[Viewing, OpenResponse] | None]:
         key = self._open.get((writer, number))
-        viewer = None if key is None else self._viewers.get(key)
-        return viewer, None if viewer is None else viewer.find(writer, number)
+        session = None if key is None else self._sessions.get(key)
+        return session, None if session is None else session.find(writer, number)
 
-    def _pass(self, time_ns: int) -> None:
+    def _advance_clock(self, time_ns: int) -> None:
         if time_ns < self._clock_ns:
             self.counts["late"] += 1
         self._clock_ns = max(self._clock_ns, time_ns)
 
-    def _viewer(self, key: Key, at_ns: int) -> tuple[Viewer, list[Report]]:
-        """The viewer of *key*, and what the time up to *at_ns* made of it."""
-        viewer = self._viewers.get(key)
-        reports = [] if viewer is None else self._age(viewer, at_ns)
-        if viewer is None:
+    def _session_at(self, key: Key, at_ns: int) -> tuple[SessionState, list[Report]]:
+        """The session of *key*, new if necessary, and the reports that are due by *at_ns*."""
+        session = self._sessions.get(key)
+        reports = [] if session is None else self._apply_time(session, at_ns)
+        if session is None:
             reports += self._make_room()
-            viewer = Viewer(key, at_ns)
-        viewer.last_ns = max(viewer.last_ns, at_ns)
-        self._viewers.touch(viewer)
-        return viewer, reports
+            session = SessionState(key, at_ns)
+        session.last_ns = max(session.last_ns, at_ns)
+        self._sessions.touch(session)
+        return session, reports
 
-    def _admit(self, writer: str, opening: Opening) -> list[Report]:
-        viewer, reports = self._viewer(key_of(opening.play), opening.started_ns)
-        if (writer, opening.number) in self._open or viewer.has_ended(writer, opening.number):
+    def _open_response(self, writer: str, opening: Opening) -> list[Report]:
+        session, reports = self._session_at(key_of(opening.play), opening.started_ns)
+        if (writer, opening.number) in self._open or session.has_ended(writer, opening.number):
             self.counts["repeated"] += 1
             return reports
-        reports += self._place(viewer, writer, opening)
-        return reports + self._settle(viewer)
+        reports += self._add_open(session, writer, opening)
+        return reports + self._finish_fact(session)
 
-    def _place(self, viewer: Viewer, writer: str, opening: Opening) -> list[Report]:
-        response = Response.of(writer, opening)
+    def _add_open(self, session: SessionState, writer: str, opening: Opening) -> list[Report]:
+        response = OpenResponse.of(writer, opening)
         if opening.counted_by != APP:
-            response.known = encode(opening).decode().rstrip()
+            response.last_line = encode(opening).decode().rstrip()
         else:
             self._watch(response, opening)
-        viewing = viewer.place(response, opening.play.skip)
-        self._open[writer, opening.number] = viewer.key
+        viewing = session.add(response, opening.play.skip)
+        self._open[writer, opening.number] = session.key
         if len(viewing.open) <= MOST_OPEN:
             return []
         oldest = viewing.open[0]
-        if oldest.awaited_since_ms is not None:
-            return self._give_up_line(viewer, viewing, oldest)
-        if oldest.draining_since_ms is not None:
-            return self._give_up_orphan(viewer, viewing, oldest)
-        self._give_up(viewing, oldest, opening.started_ns)
+        if oldest.awaiting_line_since_ms is not None:
+            return self._end_without_line(session, viewing, oldest)
+        if oldest.orphaned_since_ms is not None:
+            return self._end_orphan(session, viewing, oldest)
+        self._drop_open(viewing, oldest, opening.started_ns)
         return []
 
-    def _closed_unseen(self, writer: str, transfer: Transfer) -> list[Report]:
-        if self._is_nothing(transfer):
+    def _close_unopened(self, writer: str, transfer: Transfer) -> list[Report]:
+        if self._is_not_played(transfer):
             return []
         opening = transfer.opening
-        viewer, reports = self._viewer(key_of(opening.play), opening.started_ns)
-        if viewer.has_ended(writer, opening.number):
+        session, reports = self._session_at(key_of(opening.play), opening.started_ns)
+        if session.has_ended(writer, opening.number):
             self.counts["repeated"] += 1
             return reports
-        reports += self._place(viewer, writer, opening)
-        return reports + self._close(viewer, writer, transfer)
+        reports += self._add_open(session, writer, opening)
+        return reports + self._close(session, writer, transfer)
 
-    def _is_nothing(self, transfer: Transfer) -> bool:
-        """Whether nobody played it."""
+    def _is_not_played(self, transfer: Transfer) -> bool:
+        """Whether it is empty or a probe, and so not played."""
         if transfer.sent <= 0:
             self.counts["ignored_empty"] += 1
             return True
@@ -284,269 +287,275 @@ class Playback(DrainingPlayback):
             return True
         return False
 
-    def _close(self, viewer: Viewer, writer: str, transfer: Transfer) -> list[Report]:
+    def _close(self, session: SessionState, writer: str, transfer: Transfer) -> list[Report]:
         number = transfer.opening.number
-        found = viewer.find(writer, number)
+        found = session.find(writer, number)
         self._forget_id((writer, number))
         if found is None:
             return []
-        if self._is_nothing(transfer):
-            viewer.take_back(*found, transfer.ended_ns)
-            return self._settle(viewer)
-        viewer.remember(writer, number)
-        return self._count(viewer, *found, transfer) + self._settle(viewer)
+        if self._is_not_played(transfer):
+            session.drop_unplayed(*found, transfer.ended_ns)
+            return self._finish_fact(session)
+        session.note_ended(writer, number)
+        return self._count_closed(session, *found, transfer) + self._finish_fact(session)
 
-    def _count(
-        self, viewer: Viewer, viewing: Viewing, response: Response, transfer: Transfer
+    def _count_closed(
+        self, session: SessionState, viewing: Viewing, response: OpenResponse, transfer: Transfer
     ) -> list[Report]:
-        first = viewing.is_first(response)
-        scrub = viewing.end(response, transfer)
+        first = viewing.is_first_response(response)
+        scrub = viewing.close(response, transfer)
         drain = Drain.of(response.writer, transfer)
         if self._per_stream:
-            known = transfer if drain is None else transfer._replace(sent=0)
-            segment = viewing.assign(response, known, scrub=scrub)
+            counted = transfer if drain is None else transfer._replace(sent=0)
+            run = viewing.assign_bytes(response, counted, scrub=scrub)
             if drain is None:
                 return []
-            drain.segment_ns = None if segment is None else segment.started_ns
-            return self._drain(viewer, viewing, response, drain)
-        said = transfer.opening.play.skip
-        skip = said if said in (0, 1) else int(not first)
-        viewing.claimed = viewing.claimed or first or skip == 0
-        report = viewer.report(transfer.ended_ms, transfer.sent, skip, player_of(transfer.opening.play))
+            drain.run_ns = None if run is None else run.started_ns
+            return self._drain(session, viewing, response, drain)
+        app_skip = transfer.opening.play.skip
+        skip = app_skip if app_skip in (0, 1) else int(not first)
+        viewing.play_reported = viewing.play_reported or first or skip == 0
+        report = session.report(transfer.ended_ms, transfer.sent, skip, player_of(transfer.opening.play))
         if drain is None:
             return [report]
-        drain.hold(report)
-        return self._drain(viewer, viewing, response, drain)
+        drain.keep_report(report)
+        return self._drain(session, viewing, response, drain)
 
-    def _lose(self, viewing: Viewing, response: Response, at_ns: int) -> None:
-        self._forget_response(response)
-        # Per response its report is the one with skip=0, and there is none; a stream's report is told without it.
-        if not self._per_stream and viewing.is_first(response):
-            viewing.claimed = True
-        viewing.lose(response, at_ns)
+    def _close_uncounted(self, viewing: Viewing, response: OpenResponse, at_ns: int) -> None:
+        self._forget_open(response)
+        # Per response, its report would have had skip=0, and is never made. A stream is reported without it.
+        if not self._per_stream and viewing.is_first_response(response):
+            viewing.play_reported = True
+        viewing.close_uncounted(response, at_ns)
 
-    def _give_up(self, viewing: Viewing, response: Response, at_ns: int) -> None:
-        self._lose(viewing, response, at_ns)
+    def _drop_open(self, viewing: Viewing, response: OpenResponse, at_ns: int) -> None:
+        self._close_uncounted(viewing, response, at_ns)
         self.counts["responses_given_up"] += 1
 
-    def _lose_unknown(self, viewer: Viewer, viewing: Viewing, response: Response, at_ns: int) -> list[Report]:
-        self._lose(viewing, response, at_ns)
-        return self._settle(viewer)
+    def _end_uncounted(
+        self, session: SessionState, viewing: Viewing, response: OpenResponse, at_ns: int
+    ) -> list[Report]:
+        self._close_uncounted(viewing, response, at_ns)
+        return self._finish_fact(session)
 
-    def _forget_response(self, response: Response) -> None:
+    def _forget_open(self, response: OpenResponse) -> None:
         self._forget_id((response.writer, response.number))
 
     def _forget_id(self, id: _Id) -> None:
         self._open.pop(id, None)
-        self._awaited.pop(id, None)
+        self._awaiting_line.pop(id, None)
         self.drains.forget(id)
 
-    # What a proxy counts.
+    # Responses that a proxy counts.
 
-    def _done_by_app(self, writer: str, transfer: Transfer) -> list[Report]:
-        """The app is done with a response that the proxy goes on to send, whether its start was seen or not."""
+    def _app_finished(self, writer: str, transfer: Transfer) -> list[Report]:
+        """The app ended a response that the proxy still sends; its start may be unknown here."""
         opening, reports = transfer.opening, []
         if self._open.get((writer, opening.number)) != key_of(opening.play):
             if is_probe(opening):
                 self.counts["ignored_probe"] += 1
                 return []
-            self.given_out.note(writer, opening.number)
-            reports = self._admit(writer, opening)
-        viewer, found = self._find(writer, opening.number)
-        if viewer is None or found is None:
+            self.issued_ids.note(writer, opening.number)
+            reports = self._open_response(writer, opening)
+        session, found = self._find(writer, opening.number)
+        if session is None or found is None:
             return reports
-        found[1].known = encode(transfer).decode().rstrip()
-        return reports + self._await_line(viewer, *found, transfer.ended_ms)
+        found[1].last_line = encode(transfer).decode().rstrip()
+        return reports + self._await_line(session, *found, transfer.ended_ms)
 
     def _await_line(
-        self, viewer: Viewer, viewing: Viewing, response: Response, since_ms: int
+        self, session: SessionState, viewing: Viewing, response: OpenResponse, since_ms: int
     ) -> list[Report]:
-        """Nothing more comes from the app: decide by the proxy's line, or wait for it."""
-        if response.line is not None:
-            line = ProxyLine.from_text(response.line)
+        """The app sends no more of *response*: end it by the proxy's line, or wait for that."""
+        if response.proxy_line is not None:
+            line = ProxyLine.from_text(response.proxy_line)
             ago_ns = max(since_ms - line.ended_ms, 0) * 1_000_000
-            return self._decide(viewer, viewing, response, line, self._clock_ns - ago_ns)
-        if response.awaited_since_ms is None:
-            response.awaited_since_ms = since_ms
-            self._awaited[response.writer, response.number] = since_ms
-            self._changed[viewer.key] = None
+            return self._end_by_line(session, viewing, response, line, self._clock_ns - ago_ns)
+        if response.awaiting_line_since_ms is None:
+            response.awaiting_line_since_ms = since_ms
+            self._awaiting_line[response.writer, response.number] = since_ms
+            self._changed[session.key] = None
         return []
 
-    def _decide(
-        self, viewer: Viewer, viewing: Viewing, response: Response, line: ProxyLine, at_ns: int
+    def _end_by_line(
+        self, session: SessionState, viewing: Viewing, response: OpenResponse, line: ProxyLine, at_ns: int
     ) -> list[Report]:
-        """*response* ends as the proxy's *line* tells."""
-        known = _known(response)
-        opening = known if isinstance(known, Opening) else known.opening
+        """End *response* with the count and the time in the proxy's *line*."""
+        last = _last_event(response)
+        opening = last if isinstance(last, Opening) else last.opening
         if response.counted_by == OFFLOADED:
             wanted = opening.part.first if line.status == 200 else None
             opening = opening._replace(
                 status=line.status, part=line.part, length=line.length, asked_first=wanted
             )
-            response.learn(opening)
-        ended_ns, ended_ms = self._end_of(opening, line, at_ns)
+            response.set_part(opening)
+        ended_ns, ended_ms = self._end_time(opening, line, at_ns)
         sent = line.body
-        if isinstance(known, Transfer) and response.counted_by != OFFLOADED:
-            sent = min(sent, known.sent)
+        if isinstance(last, Transfer) and response.counted_by != OFFLOADED:
+            sent = min(sent, last.sent)
         if not line.is_ok or (response.counted_by == OFFLOADED and not self._counts_type(line.content_type)):
             self.counts["proxy_not_played"] += 1
-            return self._take_back(viewer, viewing, response, ended_ns)
-        viewer, reports = self._viewer(viewer.key, ended_ns)
-        return reports + self._close(viewer, response.writer, Transfer(opening, ended_ns, ended_ms, sent))
+            return self._drop_unplayed(session, viewing, response, ended_ns)
+        session, reports = self._session_at(session.key, ended_ns)
+        return reports + self._close(session, response.writer, Transfer(opening, ended_ns, ended_ms, sent))
 
-    def _take_back(self, viewer: Viewer, viewing: Viewing, response: Response, ended_ns: int) -> list[Report]:
-        self._forget_response(response)
-        viewer.take_back(viewing, response, ended_ns)
-        return self._settle(viewer)
+    def _drop_unplayed(
+        self, session: SessionState, viewing: Viewing, response: OpenResponse, ended_ns: int
+    ) -> list[Report]:
+        self._forget_open(response)
+        session.drop_unplayed(viewing, response, ended_ns)
+        return self._finish_fact(session)
 
-    def _end_of(self, opening: Opening, line: ProxyLine, at_ns: int) -> tuple[int, int]:
-        """When it ended, on the axis and in ms since the epoch: by the proxy's clock, unless that differs from ours."""
+    def _end_time(self, opening: Opening, line: ProxyLine, at_ns: int) -> tuple[int, int]:
+        """Its end in monotonic ns and in ms since the epoch: by the proxy's clock, unless that differs from ours."""
         took_ms = round(line.seconds * 1000)
         before_ms = opening.started_ms - line.ended_ms
         after_ms = line.ended_ms - took_ms - opening.started_ms
         if max(before_ms, after_ms) > CLOCK_OFF_MS:
             self.counts["proxy_clock_differs"] += 1
             return opening.started_ns + took_ms * 1_000_000, opening.started_ms + took_ms
-        if 0 < opening.started_ns - at_ns < CLOCK_FELL_NS:
+        if 0 < opening.started_ns - at_ns < CLOCK_SET_BACK_NS:
             return opening.started_ns, max(line.ended_ms, opening.started_ms)
         return at_ns, line.ended_ms
 
-    def _give_up_lines(self, now_ms: int) -> list[Report]:
-        """The oldest first; what was awaited from a time that has not come yet is from before the clock was set back."""
+    def _end_overdue_lines(self, now_ms: int) -> list[Report]:
+        """End what waited too long, the oldest first. A start in the future was taken before the clock was set back."""
         reports: list[Report] = []
-        while self._awaited:
-            id, since_ms = next(iter(self._awaited.items()))
-            if since_ms - now_ms > CLOCK_FELL_NS // 1_000_000:
-                del self._awaited[id]
-                self._awaited[id] = now_ms
+        while self._awaiting_line:
+            id, since_ms = next(iter(self._awaiting_line.items()))
+            if since_ms - now_ms > CLOCK_SET_BACK_NS // 1_000_000:
+                del self._awaiting_line[id]
+                self._awaiting_line[id] = now_ms
             elif now_ms - since_ms < self._proxy_wait_ms:
                 break
             else:
-                viewer, found = self._find(*id)
-                del self._awaited[id]
-                reports += [] if viewer is None or found is None else self._give_up_line(viewer, *found)
+                session, found = self._find(*id)
+                del self._awaiting_line[id]
+                reports += [] if session is None or found is None else self._end_without_line(session, *found)
         return reports
 
-    def _give_up_line(self, viewer: Viewer, viewing: Viewing, response: Response) -> list[Report]:
-        """No line came: the app's count has to do, if it has one."""
-        known = _known(response)
+    def _end_without_line(
+        self, session: SessionState, viewing: Viewing, response: OpenResponse
+    ) -> list[Report]:
+        """No line came: end *response* with the app's count, if there is one."""
+        last = _last_event(response)
         if response.counted_by == OFFLOADED:
             self.counts["no_proxy_line"] += 1
-            return self._lose_unknown(viewer, viewing, response, viewing.last_ns)
-        if isinstance(known, Opening):
+            return self._end_uncounted(session, viewing, response, viewing.last_ns)
+        if isinstance(last, Opening):
             self.counts["interrupted_unknown"] += 1
-            return self._lose_unknown(viewer, viewing, response, viewing.last_ns)
+            return self._end_uncounted(session, viewing, response, viewing.last_ns)
         self.counts["unconfirmed"] += 1
-        if isinstance(known, Progress):
+        if isinstance(last, Progress):
             self.counts["interrupted"] += 1
-            known = Transfer(known.opening, known.at_ns, known.at_ms, known.sent)
-        return self._close(viewer, response.writer, known)
+            last = Transfer(last.opening, last.at_ns, last.at_ms, last.sent)
+        return self._close(session, response.writer, last)
 
     # After each fact.
 
-    def _settle(self, viewer: Viewer) -> list[Report]:
-        """After a fact of *viewer*: tell what is over, and note that it changed."""
+    def _finish_fact(self, session: SessionState) -> list[Report]:
+        """After a fact of *session*: report the runs that are concluded, and mark it as changed."""
         reports: list[Report] = []
-        for viewing in viewer.viewings:
-            current = viewer.viewings[-1]
+        for viewing in session.viewings:
+            current = session.viewings[-1]
             former = viewing is not current and current.sent > 0
-            reports += self._tell(viewer, viewing, over=former or viewing.is_complete)
+            reports += self._report_runs(session, viewing, over=former or viewing.is_complete)
             if former and not viewing.is_busy:
-                reports += self._drop(viewer, viewing)
-        self._changed[viewer.key] = None
-        if not viewer.viewings:
-            self._forget(viewer)
+                reports += self._drop_viewing(session, viewing)
+        self._changed[session.key] = None
+        if not session.viewings:
+            self._remove_session(session)
         return reports
 
-    # What is told per stream.
+    # Reports per stream.
 
-    def _tell(self, viewer: Viewer, viewing: Viewing, *, over: bool) -> Iterator[Report]:
-        segments = viewing.segments
-        if segments is None or not viewing.is_enough(self._min_bytes):
+    def _report_runs(self, session: SessionState, viewing: Viewing, *, over: bool) -> Iterator[Report]:
+        runs = viewing.runs
+        if runs is None or not viewing.has_enough(self._min_bytes):
             return
-        for segment in list(segments.concluded(viewing.oldest_open_ns, over=over)):
-            skip = segment.skip if viewing.begun and not viewing.claimed else 1
-            viewing.claimed = viewing.claimed or skip == 0
-            self._changed[viewer.key] = None
-            ended_ms, sent = segment.ended_ms, segments.take(segment)
-            if sent > 0:  # else all of it drained to nothing
-                yield viewer.report(ended_ms, sent, skip, segment.player)
+        for run in list(runs.concluded(viewing.oldest_open_ns, over=over)):
+            skip = run.skip if viewing.beginning_counted and not viewing.play_reported else 1
+            viewing.play_reported = viewing.play_reported or skip == 0
+            self._changed[session.key] = None
+            ended_ms, sent = run.ended_ms, runs.take_unreported(run)
+            if sent > 0:  # else the client acknowledged nothing of it
+                yield session.report(ended_ms, sent, skip, run.player)
 
-    def _tell_late(self, viewer: Viewer, viewing: Viewing) -> Iterator[Report]:
-        """The viewing ends: what came after its segment was told rides on nothing any more."""
-        segments = viewing.segments
-        if segments is not None and segments.late:
+    def _report_late(self, session: SessionState, viewing: Viewing) -> Iterator[Report]:
+        """The viewing ends: report the bytes that came after their run was reported."""
+        runs = viewing.runs
+        if runs is not None and runs.late:
             self.counts["late"] += 1
-            segment = segments.all[-1]
-            yield viewer.report(segment.ended_ms, segments.take(segment), 1, segment.player)
+            run = runs.all[-1]
+            yield session.report(run.ended_ms, runs.take_unreported(run), 1, run.player)
 
-    # What time does.
+    # Time.
 
-    def _age(self, viewer: Viewer, now_ns: int) -> list[Report]:
-        """What happened to *viewer* by *now_ns*."""
+    def _apply_time(self, session: SessionState, now_ns: int) -> list[Report]:
+        """Drop and report what is due in *session* by *now_ns*."""
         reports: list[Report] = []
-        for viewing in viewer.viewings:
-            for response in [each for each in viewing.open if _is_forgotten(each, now_ns)]:
-                self._give_up(viewing, response, response.started_ns + OPEN_MOST_NS)
-                self._changed[viewer.key] = None
+        for viewing in session.viewings:
+            for response in [each for each in viewing.open if _is_expired(each, now_ns)]:
+                self._drop_open(viewing, response, response.started_ns + LONGEST_OPEN_NS)
+                self._changed[session.key] = None
             if not viewing.is_busy and now_ns - viewing.quiet_since_ns >= self._idle_ns:
-                reports += self._tell(viewer, viewing, over=True)
-            if not viewing.open and now_ns - viewing.last_ns >= FORGET_NS:
-                reports += self._drop(viewer, viewing)
-        if not viewer.viewings:
-            self._forget(viewer)
+                reports += self._report_runs(session, viewing, over=True)
+            if not viewing.open and now_ns - viewing.last_ns >= DROP_VIEWING_NS:
+                reports += self._drop_viewing(session, viewing)
+        if not session.viewings:
+            self._remove_session(session)
         return reports
 
-    def _drop(self, viewer: Viewer, viewing: Viewing) -> list[Report]:
-        reports = self._end_drains_of(viewer, viewing)
+    def _drop_viewing(self, session: SessionState, viewing: Viewing) -> list[Report]:
+        reports = self._end_drains_of(session, viewing)
         for response in viewing.open:
-            self._forget_response(response)
+            self._forget_open(response)
         viewing.open = ()
-        viewer.remove(viewing)
-        reports += [*self._tell(viewer, viewing, over=True), *self._tell_late(viewer, viewing)]
-        if viewing.segments is not None and viewing.segments.untold:
+        session.remove(viewing)
+        reports += [*self._report_runs(session, viewing, over=True), *self._report_late(session, viewing)]
+        if viewing.runs is not None and viewing.runs.unreported:
             self.counts["below_minimum"] += 1
         return reports
 
-    def _forget(self, viewer: Viewer) -> None:
-        self._viewers.remove(viewer)
-        self._changed[viewer.key] = None
+    def _remove_session(self, session: SessionState) -> None:
+        self._sessions.remove(session)
+        self._changed[session.key] = None
 
     def _make_room(self) -> list[Report]:
-        if len(self._viewers) < MOST_VIEWERS:
+        if len(self._sessions) < MOST_SESSIONS:
             return []
-        viewer = self._viewers.oldest()
-        self.counts["viewings_dropped"] += len(viewer.viewings)
+        session = self._sessions.oldest()
+        self.counts["viewings_dropped"] += len(session.viewings)
         reports: list[Report] = []
-        for viewing in viewer.viewings:
-            for response in [each for each in viewing.open if each.awaited_since_ms is not None]:
-                reports += self._give_up_line(viewer, viewing, response)
-            for response in [each for each in viewing.open if each.draining_since_ms is not None]:
-                reports += self._give_up_orphan(viewer, viewing, response)
-        reports += [report for viewing in viewer.viewings for report in self._drop(viewer, viewing)]
-        self._forget(viewer)
+        for viewing in session.viewings:
+            for response in [each for each in viewing.open if each.awaiting_line_since_ms is not None]:
+                reports += self._end_without_line(session, viewing, response)
+            for response in [each for each in viewing.open if each.orphaned_since_ms is not None]:
+                reports += self._end_orphan(session, viewing, response)
+        reports += [report for viewing in session.viewings for report in self._drop_viewing(session, viewing)]
+        self._remove_session(session)
         return reports
 
 
-def _known(response: Response) -> Opening | Progress | Transfer:
-    """The latest that is known of *response*; raises ValueError where that is not its line."""
-    known = decode((response.known or "").encode())
-    if not isinstance(known, (Opening, Progress, Transfer)):
+def _last_event(response: OpenResponse) -> Opening | Progress | Transfer:
+    """The event in the latest journal line of *response*. Raises ValueError if that is another line."""
+    last = decode((response.last_line or "").encode())
+    if not isinstance(last, (Opening, Progress, Transfer)):
         raise ValueError("not the line of a response")
-    return known
+    return last
 
 
-def _check(viewer: Viewer) -> None:
-    """Raises ValueError where a line in the state of *viewer* can't be read."""
-    for response in [each for viewing in viewer.viewings for each in viewing.open]:
-        if response.counted_by != APP or response.known is not None:
-            _known(response)
-        if response.line is not None:
-            ProxyLine.from_text(response.line)
+def _check_lines(session: SessionState) -> None:
+    """Raises ValueError if a line in the state of *session* can't be read."""
+    for response in [each for viewing in session.viewings for each in viewing.open]:
+        if response.counted_by != APP or response.last_line is not None:
+            _last_event(response)
+        if response.proxy_line is not None:
+            ProxyLine.from_text(response.proxy_line)
 
 
-def _is_forgotten(response: Response, now_ns: int) -> bool:
-    """Whether nobody will close it any more; what waits for a proxy has a bound of its own."""
-    if response.awaited_since_ms is not None or response.draining_since_ms is not None:
+def _is_expired(response: OpenResponse, now_ns: int) -> bool:
+    """Whether its close line must be lost. A response that waits for a proxy or a kernel has a limit of its own."""
+    if response.awaiting_line_since_ms is not None or response.orphaned_since_ms is not None:
         return False
-    return now_ns - response.started_ns > OPEN_MOST_NS
+    return now_ns - response.started_ns > LONGEST_OPEN_NS

@@ -1,4 +1,4 @@
-"""Where the proxy's log is when it was rotated: its siblings by their names, and wherever it was moved to by a descriptor."""
+"""Finds the files of a rotated proxy log: siblings by their names, and moved files by an open descriptor."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-#: Rotated siblings that are followed, however old; and files that are kept open once others took their name.
+#: Number of rotated siblings that are followed, and of renamed files that are kept open.
 NEWEST = 2
-#: The most that are gone back to after a long absence: four days of hourly ones.
+#: Most rotated files that are read after a long absence: four days of hourly ones.
 FURTHEST = 100
-#: Seconds without a change after which a file that was removed is closed, so that the disk gets its room back.
+#: Seconds without a change after which a removed file is closed, so that its disk space becomes free.
 REMOVED_FOR = 60.0
 
 
@@ -30,25 +30,25 @@ class _KeptFile(NamedTuple):
     inode: int
 
 
-class Kept:
-    """The file that lies at a path, and the ones before it, each open: they are read on under any name, in any folder.
+class KeptFiles:
+    """Keeps the file at a path and its predecessors open, so that they can be read under any name, in any folder.
 
-    *clock* gives seconds.
+    *clock* returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         #: The newest first.
         self._files: list[_KeptFile] = []
-        #: Descriptor -> size, and when it was seen to change.
+        #: Descriptor -> size, and when the size changed last.
         self._grown: dict[int, tuple[int, float]] = {}
 
     def __del__(self) -> None:
         for file in self._files:
             os.close(file.descriptor)
 
-    def look(self, path: Path) -> dict[Path, os.stat_result]:
-        """Keep the file at *path*. The former ones, newest first, by a path that :meth:`open` knows."""
+    def refresh(self, path: Path) -> dict[Path, os.stat_result]:
+        """Keep the file at *path* open. Returns the former files, newest first, by a path for :meth:`open`."""
         now = self._keep(path)
         former = {}
         for file in [each for each in self._files if each != now]:
@@ -60,12 +60,12 @@ class Kept:
         return former
 
     def open(self, path: Path) -> int | None:
-        """A new descriptor of the kept file that :meth:`look` gave as *path*; ``None`` where it is none of these."""
+        """A new descriptor of the kept file that :meth:`refresh` returned as *path*; ``None`` for another path."""
         found = [file.descriptor for file in self._files if _path_of(file) == path]
         return os.dup(found[0]) if found else None
 
     def _keep(self, path: Path) -> _KeptFile | None:
-        """The kept file that lies at *path* now, opened where it is a new one."""
+        """The kept file that is at *path* now; a new one is opened."""
         try:
             there = path.stat()
             if not stat.S_ISREG(there.st_mode):
@@ -75,7 +75,7 @@ class Kept:
                     return file
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
-            return None  # whoever reads the log says what is wrong with it
+            return None  # the reader of the log reports the problem
         there = os.fstat(descriptor)
         self._files.insert(0, file := _KeptFile(descriptor, there.st_dev, there.st_ino))
         for old in self._files[1 + NEWEST :]:
@@ -83,7 +83,7 @@ class Kept:
         return file
 
     def _is_over(self, file: _KeptFile, there: os.stat_result) -> bool:
-        """Whether nobody writes to *file* any more, and nobody else has it."""
+        """Whether *file* was removed and is no longer written."""
         size, since = self._grown.get(file.descriptor, (-1, 0.0))
         if size != there.st_size:
             since = self._clock()
@@ -101,11 +101,14 @@ def _path_of(file: _KeptFile) -> Path:
 
 
 class Siblings:
-    """The rotated files of a log, uncompressed: named in the ways of logrotate (``.1``, ``-20261124``, another ``dateformat``,
-    with ``extension`` in front of the log's own ending, in an ``olddir`` below the log's folder) and rotatelogs."""
+    """The uncompressed rotated files of a log, by the names that logrotate and rotatelogs use.
+
+    logrotate's names: ``.1``, ``-20261124``, another ``dateformat``, with ``extension`` before the log's own suffix,
+    and in an ``olddir`` in the log's folder.
+    """
 
     def __init__(self, log: Path) -> None:
-        # A link's file is rotated where it lies.
+        # If *log* is a link, its target is rotated, in the target's folder.
         real = Path(os.path.realpath(log))
         self._log = log
         self._folder = real.parent
@@ -117,29 +120,29 @@ class Siblings:
         self._date = re.compile(f"{name}{date}|{stem}{date}{ending}")
         self._listed: int | None = None
         self._newest: list[Path] = []
-        #: Inode of the newest file, the log or a sibling, that is known: there reading goes on.
+        #: Inode of the newest file (the log or a sibling) with a known position: reading continues there.
         self.last: int | None = None
-        #: Why they can't be seen.
+        #: Why the siblings can't be listed.
         self.problem: str | None = None
 
-    def newest(self, places: Sequence[_HasInode]) -> list[Path]:
-        """Newest first. The folder is read only when something was made, renamed or removed in it, or to catch up."""
+    def newest(self, positions: Sequence[_HasInode]) -> list[Path]:
+        """The siblings, newest first. The folder is listed only if its entries changed, or to catch up."""
         try:
             changed = self._folder.stat().st_mtime_ns
             if changed != self._listed or len(self._newest) > NEWEST:
-                # Two changes within one tick of the kernel's clock leave the same time.
+                # Two changes within one tick of the kernel's clock have the same time.
                 self._listed = changed if time.time_ns() - changed > 1_000_000_000 else None
-                self._newest, self.last, self.problem = *self._choose(places), None
+                self._newest, self.last, self.problem = *self._choose(positions), None
         except PermissionError:
             self._newest, self.last, self.problem = [self._first], None, closed_folder(self._folder)
         except OSError:
             self._newest, self.last, self.problem = [], None, None
         return self._newest
 
-    def strangers(self) -> list[Path]:
-        """Files that may be the log's by their names, there or in a folder below, whose names none of these ways gives.
+    def similar_files(self) -> list[Path]:
+        """Files with similar names that are not recognised as rotated, in the log's folder or a folder in it.
 
-        The latest changed first; none where the folder can't be read.
+        The latest changed first; none if the folder can't be listed.
         """
         found = []
         try:
@@ -155,20 +158,23 @@ class Siblings:
         return name == self._log.name or any(way.fullmatch(name) for way in (self._number, self._date))
 
     def all(self) -> list[Path]:
-        """The files by these ways of naming, the log first, there or in a folder below; none where that can't be read."""
+        """The log, then its rotated files in its folder or a folder in it; none if that can't be listed."""
         try:
             return [self._log, *self._sorted([self._folder, *_folders_in(self._folder)])]
         except OSError:
             return []
 
     def forget(self) -> None:
-        """Look for names anew, whatever the folder's time says."""
+        """List the folder again at the next call, even if its time is unchanged."""
         self._listed = None
 
-    def _choose(self, places: Sequence[_HasInode]) -> tuple[list[Path], int | None]:
-        """The newest two; where neither the log nor they are known, all since the last one that is. And its inode."""
+    def _choose(self, positions: Sequence[_HasInode]) -> tuple[list[Path], int | None]:
+        """The files to read, and the inode of the newest known one.
+
+        These are the newest two or, if neither they nor the log are known, all files since the newest known one.
+        """
         paths = self._sorted([self._folder])
-        known = {place.inode for place in places}
+        known = {position.inode for position in positions}
         if not known:
             return paths[:NEWEST], None
         if last := self._last_known(paths, known):
@@ -183,7 +189,7 @@ class Siblings:
         return None
 
     def _sorted(self, folders: Iterable[Path]) -> list[Path]:
-        """By their names, since a ``sed -i`` changes their times; where the naming was changed, the newer way first."""
+        """Sorted by name, since ``sed -i`` changes times; if the naming scheme was changed, the newer scheme first."""
         numbers, dates = [], []
         for folder in folders:
             for name in _names_in(folder):
@@ -198,7 +204,7 @@ class Siblings:
         return ways[0] + ways[1]
 
 
-#: A date whose text sorts as its time does; or seconds since the epoch.
+#: A date whose text sorts like its time, or seconds since the epoch.
 _YEAR_FIRST = re.compile(r"(?:19|20)\d\d|1\d{9}(?!\d)")
 
 
@@ -207,7 +213,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    """Those that can be listed."""
+    """The folders in *folder* that can be listed."""
     with os.scandir(folder) as entries:
         paths = [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
     return [path for path in paths if os.access(path, os.R_OK | os.X_OK)]
@@ -229,7 +235,7 @@ def _inode(path: Path) -> int | None:
 
 def closed_folder(folder: Path) -> str:
     return (
-        f"{folder} can't be listed by {user()}, so plays are missed whenever the log in it is rotated: allow it "
+        f"{folder} can't be listed by {user()}, so plays are missed when the log in it is rotated: allow it "
         f"(`setfacl -m u:{user()}:rx {folder}`), or let the proxy write the log to another folder"
     )
 

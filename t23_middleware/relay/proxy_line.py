@@ -1,4 +1,4 @@
-"""One line of the log in which nginx or Apache says what it sent of a play, and the configuration that writes it."""
+"""One line of the log in which nginx or Apache writes what it sent of a play, and the configuration for that log."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from werkzeug.http import parse_content_range_header
 
 from ..transfer import Part, parse_play_id
 
-#: What goes into a file of nginx's ``conf.d/``, with the path of the log for ``{path}``. Where X-Accel-Redirect leads
-#: to a store behind ``proxy_pass``, ``$upstream_http_…`` is the store's when the line is written. So ``$t23play`` is
-#: evaluated before the store is asked: ``limit_req`` does that, and limits nothing, since each id comes once.
+#: The lines for a file in nginx's ``conf.d/``, with the path of the log for ``{path}``. If X-Accel-Redirect leads to a
+#: store behind ``proxy_pass``, ``$upstream_http_…`` has the store's headers when the line is written. So ``$t23play``
+#: must be evaluated before the request to the store: ``limit_req`` does that, and limits nothing, since each id comes once.
 NGINX_LINES = r"""
 map $upstream_http_x_t23_play $t23play { default $upstream_http_x_t23_play; } map $upstream_http_x_t23_play $t23named { volatile; "" ""; default $t23play; } map $upstream_http_x_t23_play $t23cache { "" ""; default $upstream_cache_status; }
 log_format t23 escape=json '{"t23":1,"play":"$t23play","end":$msec,"seconds":$request_time,"status":$status,"body":$body_bytes_sent,'
@@ -20,8 +20,8 @@ access_log {path} t23 if=$t23play;
 limit_req_zone $t23named zone=t23:1m rate=1000r/s; limit_req zone=t23; proxy_hide_header X-T23-Play; uwsgi_hide_header X-T23-Play;
 """.lstrip()
 
-#: The same for Apache (2.4.19), with mod_headers. GlobalLog, for a virtual host that has a log of its own leaves out the
-#: server's CustomLog. Its ``%B`` is what it meant to send, so a cut response needs ``%O`` as well.
+#: The same for Apache (2.4.19), with mod_headers. GlobalLog, since a virtual host with a log of its own does not use
+#: the server's CustomLog. ``%B`` is the size that Apache meant to send, so a cut-off response needs ``%O`` too.
 APACHE_LINES = r"""
 Header note X-T23-Play t23play
 Header unset X-T23-Play
@@ -29,38 +29,38 @@ LogFormat "{\"t23\":1,\"play\":\"%{t23play}n\",\"end\":%{end:sec}t.%{end:msec_fr
 GlobalLog {path} t23 "expr=-n note('t23play')"
 """.lstrip()
 
-#: Longest line that is believed, in bytes; ours have about 200.
+#: Longest line that is accepted, in bytes; ours have about 200.
 LONGEST_LINE = 8192
-#: No file is longer, in bytes, and SQLite keeps no number that is much larger.
+#: No file is longer, in bytes, and SQLite can't store much larger numbers.
 LARGEST = 1 << 62
-#: Seconds since the epoch that no clock reaches in our time.
+#: Seconds since the epoch; a later time is not valid.
 LATEST = 1e11
 
 UNKNOWN = Part(None, None, None)
 
-#: What ``$upstream_cache_status`` says where the app was not asked, or its 304 let the cache answer.
+#: Values of ``$upstream_cache_status`` if the cache answered, with or without asking the app.
 _FROM_CACHE = frozenset(("HIT", "STALE", "UPDATING", "REVALIDATED"))
-#: :attr:`ProxyLine.cache` of a line of nginx without that field.
+#: :attr:`ProxyLine.cache` of a line by nginx without that field.
 CACHE_NOT_TOLD = "?"
 
 
 class ProxyLine(NamedTuple):
-    """A response that the proxy finished, as its log tells it."""
+    """A response that the proxy ended, by its log."""
 
     #: ``<writer>.<number>``, see :func:`~t23_middleware.transfer.parse_play_id`.
     play: str
-    #: Wall clock of the proxy in ms since the epoch.
+    #: Its end by the proxy's clock, in ms since the epoch.
     ended_ms: int
-    #: How long the request took.
+    #: Duration of the request, in seconds.
     seconds: float
     status: int
-    #: Body bytes that the next hop's kernel accepted; the framing of a chunked body is among them.
+    #: Body bytes that the next hop's kernel accepted, including the framing of a chunked body.
     body: int
     #: Whether the client got all of it.
     complete: bool
     content_type: str
     part: Part
-    #: Content-Length in bytes, where the response had one.
+    #: Content-Length in bytes, if the response had one.
     length: int | None
     #: ``HIT``, ``MISS``... of nginx's ``proxy_cache``; ``""`` without one; :data:`CACHE_NOT_TOLD`.
     cache: str
@@ -83,19 +83,19 @@ class ProxyLine(NamedTuple):
 
     @property
     def writer_and_number(self) -> tuple[str, int]:
-        """Whose response it tells of."""
+        """Writer and number of its response."""
         parsed = parse_play_id(self.play)
-        assert parsed is not None  # what is none makes no line
+        assert parsed is not None  # checked when the line was parsed
         return parsed
 
     @property
     def is_ok(self) -> bool:
-        """Whether the client got the file or a part of it: nothing else is a play."""
+        """Whether the client got the file or a part of it; nothing else is a play."""
         return self.status in (200, 206)
 
     @property
     def is_cached(self) -> bool:
-        """Whether the proxy's cache answered: the line tells of another client than the app's own."""
+        """Whether the proxy's cache answered: then its client is not the one of the app's response."""
         return self.cache in _FROM_CACHE
 
 
@@ -104,7 +104,7 @@ _KINDS_WITHOUT_LENGTH = [*_KINDS[:8], type(None), str]
 
 
 def parse_line(text: str) -> ProxyLine | str:
-    """The line in *text* (without its newline), or the counter of what is wrong with it; ``""`` for an empty one."""
+    """The line in *text* (without its newline), or the name of the counter for its fault; ``""`` for an empty one."""
     if '"t23"' not in text:
         return "proxy_foreign" if text else ""
     try:
@@ -146,21 +146,26 @@ def _body(fields: dict[str, Any]) -> tuple[int, bool]:
 
 
 def _part(status: int, length: int | None, content_range: str) -> Part:
-    """The part of the file that the response carried, as far as its headers say (RFC 9110, section 14.4)."""
+    """The part of the file in the response, by its headers (RFC 9110, section 14.4)."""
     if status != 206:
         return Part(0, None if length is None else length - 1, length)
-    said = parse_content_range_header(content_range)
-    if said is None or (said.units or "").lower() != "bytes" or said.start is None or said.stop is None:
+    parsed = parse_content_range_header(content_range)
+    if (
+        parsed is None
+        or (parsed.units or "").lower() != "bytes"
+        or parsed.start is None
+        or parsed.stop is None
+    ):
         return UNKNOWN
     return (
         UNKNOWN
-        if max(said.stop, said.length or 0) > LARGEST
-        else Part(said.start, said.stop - 1, said.length)
+        if max(parsed.stop, parsed.length or 0) > LARGEST
+        else Part(parsed.start, parsed.stop - 1, parsed.length)
     )
 
 
 def whole(value: Any) -> int:
-    """*value*, if it is a whole number of a size that can be; a JSON ``true`` is an ``int`` to Python only."""
+    """*value*, if it is a whole number of a possible size; ``isinstance`` would accept a JSON ``true`` too."""
     if type(value) is not int or not 0 <= value <= LARGEST:
         raise ValueError
     return value
@@ -175,7 +180,7 @@ def _time(value: Any) -> float:
 def _text(value: Any) -> str:
     if type(value) is not str:
         raise ValueError
-    return "" if value == "-" else value  # Apache's word for nothing
+    return "" if value == "-" else value  # Apache writes "-" for an empty value
 
 
 def _length(value: Any) -> int | None:

@@ -1,7 +1,8 @@
-"""Follows the log in which nginx (or Apache) says what it sent of each play: whole lines, each once.
+"""Follows the log in which nginx (or Apache) writes what it sent of each play: whole lines, each once.
 
-A place in a file is where it lies, its first bytes, and an offset; the caller keeps the places in the transaction
-that takes the lines. So a log may be renamed, copied and truncated, or removed, and the relay may end at any time.
+A position consists of a file's device and inode, its first bytes, and an offset. The caller stores the positions in the
+same transaction as the lines. So a log may be renamed, copied and truncated, or removed, and the relay may end at any
+time.
 """
 
 from __future__ import annotations
@@ -17,61 +18,61 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .proxy_files import Kept, Siblings, user
+from .proxy_files import KeptFiles, Siblings, user
 from .proxy_line import LONGEST_LINE, ProxyLine, parse_line, whole
 
-#: Bytes that are taken from the log at a look: a backlog is taken in pieces, each its own transaction.
+#: Bytes that are read from the log per poll: a backlog is read in pieces, each in its own transaction.
 PIECE = 1 << 20
-#: First bytes that a file is known by: so many that a line's play, time and size are among them, for a proxy that
-#: answers from its cache begins the next log with the same play.
+#: First bytes by which a file is recognised. Enough to include a line's play, time and size, since a proxy that answers
+#: from its cache may begin the next log with the same play.
 HEAD = 128
-#: Places that are kept: a file in the middle of its renaming is nowhere to be found.
-PLACES_KEPT = 16
-#: Seconds that the log may be away between its renaming and the proxy's opening of the next one.
-GRACE = 5.0
-#: Lines without one of ours after which the log is called another format.
+#: Positions that are kept, since a file is not found in the middle of a rename.
+POSITIONS_KEPT = 16
+#: Seconds that the log may be missing, between its rename and the proxy's creation of the next one.
+ROTATION_GRACE = 5.0
+#: After this many lines without one of ours, the log counts as having another format.
 ODD_LINES = 1000
 
 
-class Place(NamedTuple):
-    """Up to where one file is taken in."""
+class LogPosition(NamedTuple):
+    """The position up to which one file is stored."""
 
     device: int
     inode: int
-    #: Its first bytes, as far as they are taken in; at most :data:`HEAD`.
+    #: Its first bytes up to the offset, at most :data:`HEAD`.
     head: bytes
     #: In bytes.
     offset: int
 
     def to_text(self) -> str:
-        """The place as JSON, for a store."""
+        """The position as JSON, for a store."""
         return json.dumps([self.device, self.inode, self.head.hex(), self.offset])
 
     @classmethod
-    def from_text(cls, text: str) -> Place:
-        """The place that :meth:`to_text` wrote; raises :class:`ValueError` for anything else."""
+    def from_text(cls, text: str) -> LogPosition:
+        """The position that :meth:`to_text` wrote; raises :class:`ValueError` for anything else."""
         try:
             device, inode, head, offset = json.loads(text)
             return cls(whole(device), whole(inode), bytes.fromhex(head), whole(offset))
         except (TypeError, RecursionError) as error:
-            raise ValueError(f"not a place: {text!r}") from error
+            raise ValueError(f"not a position: {text!r}") from error
 
 
 class LogReading(NamedTuple):
-    """What one look brought."""
+    """The result of one read."""
 
     lines: list[ProxyLine]
-    #: All places, to be kept in the place of those that were kept before.
-    places: list[Place]
-    #: ``proxy_bad``: lines that have our mark and are broken; ``proxy_foreign``: lines without it.
+    #: All positions, which replace the stored ones.
+    positions: list[LogPosition]
+    #: ``proxy_bad``: broken lines with our mark; ``proxy_foreign``: lines without it.
     counts: Counter[str]
     #: Whether a backlog is left that can be read at once.
     more: bool
-    #: Whether :attr:`places` are others than before; lines and counts come only with that.
+    #: Whether :attr:`positions` changed; without a change there are no lines and counts.
     changed: bool
-    #: Where nothing of these files is known yet, places to keep until :attr:`places` can be: who only knows then that
-    #: it began goes on there, however often the log is rotated before.
-    begun: list[Place] | None = None
+    #: If no position of these files is known yet: positions to store until :attr:`positions` can be stored. The next
+    #: relay then continues there, however often the log is rotated before.
+    first_positions: list[LogPosition] | None = None
 
 
 #: Device, inode, size and time of the last change: while they stay, there is nothing to read.
@@ -79,7 +80,7 @@ _Signature = tuple[int, int, int, int]
 
 
 class _File(NamedTuple):
-    """A file that is open for one look."""
+    """A file that is open for one read."""
 
     descriptor: int
     signature: _Signature
@@ -90,7 +91,7 @@ class _File(NamedTuple):
         return self.signature[2]
 
 
-class _Piece(NamedTuple):
+class _LogPiece(NamedTuple):
     """Lines of one file, where they end, and whether *more* are there to be read at once."""
 
     lines: list[str]
@@ -99,31 +100,31 @@ class _Piece(NamedTuple):
 
 
 class ProxyLog:
-    """Follows the log at *path* and its newest rotated siblings; *places* are those of the last reading taken.
+    """Follows the log at *path* and its newest rotated siblings; *positions* are those of the last stored reading.
 
-    Never raises for what is wrong with the file: :attr:`problem` tells it. *clock* gives seconds.
+    Never raises for a fault of the file: :attr:`problem` describes it. *clock* returns seconds.
     """
 
     def __init__(
-        self, path: Path, places: Sequence[Place], clock: Callable[[], float] = time.monotonic
+        self, path: Path, positions: Sequence[LogPosition], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._path = path
         self._siblings = Siblings(self._path)
-        self._kept = Kept(clock)
-        self._places = list(places)
+        self._kept_files = KeptFiles(clock)
+        self._positions = list(positions)
         self._clock = clock
         self._seen_at = float("-inf")
-        self._troubles: list[str] = []
-        #: What lies there was read to its end.
+        self._problems: list[str] = []
+        #: Signatures of the files that were read to their end.
         self._finished: set[_Signature] = set()
         self._reading: tuple[LogReading, set[_Signature]] | None = None
         self._found: Counter[str] = Counter()
 
     @property
     def problem(self) -> str | None:
-        """What keeps plays from being read, as of the last :meth:`read`: a sentence with its remedy."""
-        if self._troubles:
-            return self._troubles[0]
+        """Why the log can't be read, as of the latest :meth:`read`: a sentence with the remedy; ``None`` if it can."""
+        if self._problems:
+            return self._problems[0]
         odd = self._found["proxy_foreign"] + self._found["proxy_bad"]
         if self._found["lines"] or not odd or not (self._found["at_end"] or odd >= ODD_LINES):
             return None
@@ -134,13 +135,13 @@ class ProxyLog:
         )
 
     def read(self, limit_bytes: int = PIECE) -> LogReading:
-        """The next whole lines, the oldest file's first; about *limit_bytes* of the log at most.
+        """The next whole lines, about *limit_bytes* at most; those of the oldest file come first.
 
-        Without :meth:`taken` in between, the same again.
+        Without :meth:`committed` in between, it returns the same lines again.
         """
-        self._troubles = []
-        nothing = LogReading([], self._places, Counter(), more=False, changed=False)
-        found = self._look()
+        self._problems = []
+        nothing = LogReading([], self._positions, Counter(), more=False, changed=False)
+        found = self._find_files()
         if self._finished.issuperset(found.values()):
             return nothing
         with self._opened(found) as files:
@@ -149,41 +150,41 @@ class ProxyLog:
                 return nothing
             return self._read(files, limit_bytes)
 
-    def taken(self, reading: LogReading) -> None:
-        """The caller's store has *reading*: go on behind it."""
-        self._places = reading.places
+    def committed(self, reading: LogReading) -> None:
+        """The caller has stored *reading*: continue after it."""
+        self._positions = reading.positions
         if self._reading is not None and self._reading[0] is reading:
             self._finished = self._reading[1]
 
     def offset(self) -> int:
-        """Up to where the file at the path itself is taken, in bytes."""
+        """The offset up to which the file at the path itself is stored, in bytes."""
         with self._opened([self._path]) as files:
-            return _known_offset(files[0], self._places) if files else 0
+            return _known_offset(files[0], self._positions) if files else 0
 
-    def _look(self) -> dict[Path, _Signature]:
-        """The regular files there are, newest first."""
+    def _find_files(self) -> dict[Path, _Signature]:
+        """The log and its siblings that are regular files, newest first."""
         found = {}
-        kept = self._kept.look(self._path)
-        siblings = self._siblings.newest(self._places)
+        kept = self._kept_files.refresh(self._path)
+        siblings = self._siblings.newest(self._positions)
         for path in (self._path, *siblings):
             try:
                 there = path.stat()
             except FileNotFoundError:
                 continue
             except OSError as error:
-                self._troubles.append(_refused(path, error))
+                self._problems.append(_refused(path, error))
                 continue
             if stat.S_ISREG(there.st_mode):
                 found[path] = _signature(there)
             elif path == self._path:
-                self._troubles.append(_no_file(path, there.st_mode))
-        self._notice(found)
-        return self._with_kept(found, kept)
+                self._problems.append(_no_file(path, there.st_mode))
+        self._check_presence(found)
+        return self._with_kept_files(found, kept)
 
-    def _with_kept(
+    def _with_kept_files(
         self, found: dict[Path, _Signature], kept: dict[Path, os.stat_result]
     ) -> dict[Path, _Signature]:
-        """*found* with the files that have a name there no more, newest first: they came before it, after others."""
+        """*found* with the kept files whose name is gone: they are older than the log and newer than other files."""
         named = {signature[:2] for signature in found.values()}
         nameless = {
             path: _signature(there) for path, there in kept.items() if _signature(there)[:2] not in named
@@ -191,30 +192,32 @@ class ProxyLog:
         log = {path: found[path] for path in (self._path,) if path in found}
         return {**log, **nameless, **found}
 
-    def _notice(self, found: dict[Path, _Signature]) -> None:
-        """Whether the log itself is there, and its folder can be seen."""
+    def _check_presence(self, found: dict[Path, _Signature]) -> None:
+        """Note a problem if the log itself is missing, or its folder can't be listed."""
         if self._path in found:
             self._seen_at = self._clock()
-        elif not self._troubles and self._clock() - self._seen_at > GRACE:
-            self._troubles.append(
+        elif not self._problems and self._clock() - self._seen_at > ROTATION_GRACE:
+            self._problems.append(
                 f"{self._path} does not exist: add the lines in docs/nginx.md to the proxy's configuration and "
                 "reload it, or correct T23_PROXY_LOG"
             )
         if self._siblings.problem:
-            self._troubles.append(self._siblings.problem)
+            self._problems.append(self._siblings.problem)
 
     def _was_rotated_meanwhile(self, files: list[_File]) -> bool:
-        """Whether the file that is to be read on has another name than it had when names were looked for: it would be
-        passed over now, and for good. The next look finds it."""
+        """Whether the file to continue with was renamed since names were listed.
+
+        It would be missed now, and for good; the next read finds it.
+        """
         last = self._siblings.last
-        return last is not None and not self._troubles and all(file.signature[1] != last for file in files)
+        return last is not None and not self._problems and all(file.signature[1] != last for file in files)
 
     @contextmanager
     def _opened(self, paths: Iterable[Path]) -> Iterator[list[_File]]:
-        """The files, oldest first.
+        """The open files, oldest first.
 
-        They are opened newest first: a rotation in between then shows one file twice, which is read once, while the
-        other way round it would hide one behind its successor.
+        They are opened newest first: if a rotation happens in between, one file is then opened twice, and read once. In
+        the other order, one file would be missed.
         """
         files: list[_File] = []
         try:
@@ -228,53 +231,55 @@ class ProxyLog:
                 os.close(file.descriptor)
 
     def _open(self, path: Path) -> _File | None:
-        """The file at *path*, if it is one; never waits for a FIFO's writer that took its place."""
+        """The regular file at *path*, if any. It never waits, even if a FIFO has replaced the file."""
         try:
-            descriptor = self._kept.open(path)
+            descriptor = self._kept_files.open(path)
             if descriptor is None:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._troubles.append(_refused(path, error))
+            self._problems.append(_refused(path, error))
             return None
         try:
             there = os.fstat(descriptor)
             if stat.S_ISREG(there.st_mode):
                 return _File(descriptor, _signature(there), os.pread(descriptor, HEAD, 0))
         except OSError as error:
-            self._troubles.append(_refused(path, error))
+            self._problems.append(_refused(path, error))
         os.close(descriptor)
         return None
 
     def _read(self, files: list[_File], limit: int) -> LogReading:
         lines: list[str] = []
-        places, finished, more = self._places, set(), False
+        positions, finished, more = self._positions, set(), False
         heads = Counter(file.head for file in files)
         for file in files:
-            known = _known_offset(file, places)
-            cut = known > file.size and heads[file.head] == 1  # else a copy that is still being made
+            known = _known_offset(file, positions)
+            cut = known > file.size and heads[file.head] == 1  # else it may be an unfinished copy
             try:
                 piece = _next_piece(file, file.size if cut else known, max(limit, LONGEST_LINE + 2))
             except OSError as error:
-                self._troubles.append(_refused(self._path, error))
+                self._problems.append(_refused(self._path, error))
                 continue
             lines += piece.lines
             limit -= max(piece.end - known, 0)
             if piece.end != known:
-                places = _with(places, file, piece.end)
+                positions = _with_position(positions, file, piece.end)
             if more := piece.more:
                 break
             finished.add(file.signature)
-        reading = self._parsed(lines, places, more)
-        if reading.changed and not any(_is_of(place, file) for place in self._places for file in files):
-            reading = reading._replace(begun=_with(self._places, files[0], 0))
+        reading = self._parsed(lines, positions, more)
+        if reading.changed and not any(
+            _is_of(position, file) for position in self._positions for file in files
+        ):
+            reading = reading._replace(first_positions=_with_position(self._positions, files[0], 0))
         self._reading = reading, finished
         if not reading.changed:
             self._finished = finished
         return reading
 
-    def _parsed(self, texts: list[str], places: list[Place], more: bool) -> LogReading:
+    def _parsed(self, texts: list[str], positions: list[LogPosition], more: bool) -> LogReading:
         lines: list[ProxyLine] = []
         counts: Counter[str] = Counter()
         for text in texts:
@@ -286,43 +291,46 @@ class ProxyLog:
         self._found.update(counts)
         self._found["lines"] += len(lines)
         self._found["at_end"] = not more
-        return LogReading(lines, places, counts, more, changed=places is not self._places)
+        return LogReading(lines, positions, counts, more, changed=positions is not self._positions)
 
 
-def _known_offset(file: _File, places: Sequence[Place]) -> int:
-    """Up to where *file*, or the one that it is a copy of, is taken in."""
-    return next((place.offset for place in places if _is_of(place, file)), 0)
+def _known_offset(file: _File, positions: Sequence[LogPosition]) -> int:
+    """The offset up to which *file*, or the file that it is a copy of, is stored."""
+    return next((position.offset for position in positions if _is_of(position, file)), 0)
 
 
-def _is_of(place: Place, file: _File) -> bool:
-    """Whether *place* is in *file*. Enough first bytes say so alone: a copy has another inode, a disk may get another
-    number at a boot; an inode alone says nothing, for the next file made may have it."""
-    if len(place.head) == HEAD:
-        return place.head == file.head
-    return (place.device, place.inode) == file.signature[:2] and file.head.startswith(place.head)
+def _is_of(position: LogPosition, file: _File) -> bool:
+    """Whether *position* is in *file*. Enough first bytes decide alone.
+
+    A copy has another inode, and a disk may have another number after a boot. An inode alone proves nothing, since a
+    new file may get it again.
+    """
+    if len(position.head) == HEAD:
+        return position.head == file.head
+    return (position.device, position.inode) == file.signature[:2] and file.head.startswith(position.head)
 
 
-def _with(places: list[Place], file: _File, offset: int) -> list[Place]:
-    """*places* with that of *file* at *offset*; those of files that are not to be found stay for a while."""
+def _with_position(positions: list[LogPosition], file: _File, offset: int) -> list[LogPosition]:
+    """*positions* with *file* at *offset*; positions of files that were not found are kept for a while."""
     device, inode = file.signature[:2]
-    others = [place for place in places if not _is_of(place, file)]
-    return [*others, Place(device, inode, file.head[:offset], offset)][-PLACES_KEPT:]
+    others = [position for position in positions if not _is_of(position, file)]
+    return [*others, LogPosition(device, inode, file.head[:offset], offset)][-POSITIONS_KEPT:]
 
 
-def _next_piece(file: _File, start: int, limit: int) -> _Piece:
-    """Whole lines of *file* from *start*; what has no newline yet waits, unless no line of ours is so long."""
+def _next_piece(file: _File, start: int, limit: int) -> _LogPiece:
+    """Whole lines of *file* from *start*. A line without a newline waits, unless it is too long to be one of ours."""
     size = min(file.size - start, limit)
     if size <= 0:
-        return _Piece([], start, more=False)
+        return _LogPiece([], start, more=False)
     before = 1 if start else 0
     data = os.pread(file.descriptor, size + before, start - before)
-    # Behind no newline lies the rest of a line that was too long, or lost its beginning.
+    # If no newline is before *start*, it begins with the rest of a line that was too long or lost its beginning.
     first = data.find(b"\n") + 1 or len(data) if before and data[:1] != b"\n" else before
     end = max(data.rfind(b"\n") + 1, first)
     if len(data) - end > LONGEST_LINE:
         end = len(data)
     lines = data[first:end].decode("utf-8", "replace").removesuffix("\n").split("\n")
-    return _Piece(lines, start - before + end, more=0 < len(data) - before < file.size - start)
+    return _LogPiece(lines, start - before + end, more=0 < len(data) - before < file.size - start)
 
 
 def _signature(there: os.stat_result) -> _Signature:
@@ -330,9 +338,9 @@ def _signature(there: os.stat_result) -> _Signature:
 
 
 def _refused(path: Path, error: OSError) -> str:
-    """What to do about a file that can't be read."""
+    """The message for a file that can't be read, with the remedy."""
     if not isinstance(error, PermissionError):
-        return f"{path} can't be read ({error.strerror}): correct T23_PROXY_LOG, or mend the file"
+        return f"{path} can't be read ({error.strerror}): correct T23_PROXY_LOG, or fix the file"
     name = user()
     try:
         there = path.stat()
@@ -345,7 +353,7 @@ def _refused(path: Path, error: OSError) -> str:
     remedy = (
         f"add that user to the group that may (`usermod -aG {group} {name}`) and restart the app and the relay"
         if there.st_mode & stat.S_IRGRP and there.st_gid != 0
-        else "let logrotate make it with `create 0640` and a group that both belong to, and change this one likewise"
+        else "let logrotate make it with `create 0640` and a group that both belong to, and change this file in the same way"
     )
     return f"{path} can't be read by {name}: {remedy}"
 

@@ -1,4 +1,4 @@
-"""The plays that wait for their line in the proxy's log, as the outbox keeps them; and what a look at the log tells."""
+"""Diagnosis for ``check``: the stored plays that wait for their line in the proxy's log, and the log's last lines."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 from ..transfer import OFFLOADED, Opening, Part, Progress, Transfer, decode, play_id
 from .proxy_line import ProxyLine, parse_line
-from .viewer import Key, Viewer
+from .viewer import Key, SessionState
 
-#: Plays that are looked at: enough to say what is wrong.
+#: Most plays that are read: enough for a diagnosis.
 MOST_LOOKED_AT = 1000
-#: Bytes of a log's end that are looked at, some thousand lines.
+#: Bytes that are read at the end of a log: some thousand lines.
 TAIL = 1 << 20
 
 
 class WaitingPlay(NamedTuple):
-    """A response that only the proxy's line is missing of."""
+    """A response that waits for the proxy's line."""
 
-    #: As the line names it.
+    #: Its play id, which the line contains.
     play: str
     #: Whether the app left the file to the proxy.
     offloaded: bool
@@ -34,24 +34,24 @@ class WaitingPlay(NamedTuple):
 
 
 def waiting_plays(rows: Iterable[tuple[Key, str]]) -> list[WaitingPlay]:
-    """Those in the viewings that the outbox keeps; *rows* that can't be read are passed over."""
+    """The waiting plays in the stored session states *rows*; rows that can't be read are skipped."""
     return [*islice(_waiting(rows), MOST_LOOKED_AT)]
 
 
 def _waiting(rows: Iterable[tuple[Key, str]]) -> Iterator[WaitingPlay]:
     for key, text in rows:
         try:
-            viewer = Viewer.load(key, text)
+            session = SessionState.load(key, text)
         except (ValueError, TypeError, RecursionError):
             continue
-        for each in [response for viewing in viewer.viewings for response in viewing.open]:
-            opening = _opening(each.known)
-            if each.awaited_since_ms is not None and opening is not None:
+        for each in [response for viewing in session.viewings for response in viewing.open]:
+            opening = _opening(each.last_line)
+            if each.awaiting_line_since_ms is not None and opening is not None:
                 yield WaitingPlay(
                     play_id(each.writer, each.number),
                     each.counted_by == OFFLOADED,
                     opening.started_ms,
-                    each.awaited_since_ms,
+                    each.awaiting_line_since_ms,
                     opening.part,
                     opening.length,
                 )
@@ -68,13 +68,13 @@ def _opening(known: str | None) -> Opening | None:
 
 
 def last_lines(path: Path) -> list[ProxyLine]:
-    """The lines of ours in the last :data:`TAIL` bytes of the file at *path*; none of what can't be read."""
+    """Our lines in the last :data:`TAIL` bytes of the file at *path*; none if it can't be read."""
     lines = (parse_line(text) for text in _tail(path).split("\n"))
     return [line for line in lines if isinstance(line, ProxyLine)]
 
 
 def _tail(path: Path) -> str:
-    """Never waits for a FIFO's writer."""
+    """The end of the file. It never waits, even for a FIFO."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""What a relay was started from: its own files, its libraries' and its interpreter's, which a deploy may take away."""
+"""The files that a relay was started from: its own, its libraries' and its interpreter's. A deploy may remove them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-#: Seconds between two looks.
-LOOK_EVERY = 1.0
-#: Packages whose files count.
+#: Seconds between two checks.
+CHECK_EVERY = 1.0
+#: Packages whose files are checked.
 _PACKAGES = ("t23_middleware", "requests", "urllib3", "certifi")
-#: Modules that the standard library and our libraries import only when they need them: for host names, and for the
-#: charsets of answers.
+#: Modules that the standard library and our libraries import late: for host names, and for the charsets of answers.
 _LATE = (
     "encodings.ascii",
     "encodings.idna",
@@ -29,26 +28,26 @@ _LATE = (
 
 
 class Release:
-    """The files of this process's code, as they are now; what is in an archive counts as the archive."""
+    """The files of this process's code, as they are now. For code in an archive, the archive's file."""
 
     def __init__(self) -> None:
         files = [getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES]
         stamps = {file: _stamp(file) for file in (*files, sys.executable) if file}
         self._stamps = {file: stamp for file, stamp in stamps.items() if stamp is not None}
-        self._look_at = 0.0
+        self._check_at = 0.0
         self._replaced = False
 
     def is_replaced(self) -> bool:
-        """Whether any of them is gone, or another one now; looks once a second."""
+        """Whether one of them was removed or replaced; checked once a second."""
         now = time.monotonic()
-        if not self._replaced and now >= self._look_at:
-            self._look_at = now + LOOK_EVERY
+        if not self._replaced and now >= self._check_at:
+            self._check_at = now + CHECK_EVERY
             self._replaced = any(_stamp(file) != stamp for file, stamp in self._stamps.items())
         return self._replaced
 
 
 def import_all() -> None:
-    """Import now what is needed later: by then the files may be gone."""
+    """Import all modules now, since a deploy may remove their files before they are needed."""
     for package in ("t23_middleware.relay", "t23_middleware.relay.outbox"):
         for module in pkgutil.iter_modules(sys.modules[package].__path__, f"{package}."):
             importlib.import_module(module.name)

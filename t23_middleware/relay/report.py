@@ -1,20 +1,20 @@
-"""A report: what the API is told about one transfer, and the form in which the wire carries it."""
+"""A report: what is sent to the API about one transfer, and its form fields."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: The beginning of 2024, in ms: a clock that says less was not set yet when it was asked.
+#: The beginning of 2024, in ms since the epoch. A time before it comes from a clock that was not set yet.
 CLOCK_SET_MS = 1_704_067_200_000
 
-#: The documentation heads the method's page with the first and names the second in its example.
+#: TwentyThree's documentation has the first as the heading of the method's page, and the second in its example.
 REPORT_PATHS = ("/api/analytics/report/play", "/api/analytics/report/download")
 
 
 class Report(NamedTuple):
-    """What is told about one transfer, ready to be sent."""
+    """One report, ready to be sent."""
 
-    #: Wall clock in ms since the epoch; unique per session and photo, the same in every retry.
+    #: Time in ms since the epoch; unique per session and photo, the same in every retry.
     time_ms: int
     #: Host that the report goes to; ``""`` where all reports go to one site.
     host: str
@@ -22,7 +22,7 @@ class Report(NamedTuple):
     photo_id: str
     #: Body bytes that the next hop's kernel accepted.
     sent: int
-    #: 0 for the transfer that starts a viewing, 1 for what belongs to one that has started.
+    #: 0 for the report that starts a viewing, 1 for later ones of the same viewing.
     skip: int
     player_type: str | None = None
     player_version: str | None = None
@@ -30,10 +30,10 @@ class Report(NamedTuple):
 
 
 def form(report: Report) -> dict[str, str]:
-    """The parameters of ``report/play``, as its documentation spells them; their names stand here alone.
+    """The parameters of ``report/play``, as its documentation spells them. Only this function has their names.
 
-    The page writes ``session_id`` in its prose and ``seesion_id`` in its table: both are sent. ``time`` keeps
-    an answer from coming out of the API's cache, unless the report is one that the API has had before.
+    The documentation has ``session_id`` in its text and ``seesion_id`` in its table, so both are sent. ``time`` makes
+    each request unique, so that the API answers from its cache only if it received the same report before.
     """
     player = {
         "user_player_type": report.player_type,

@@ -1,4 +1,4 @@
-"""The segments of a viewing: its first run, and the run after each scrub. Each is one report per stream."""
+"""The runs of a viewing: the first one, and one after each scrub. With one report per stream, each run is a report."""
 
 from __future__ import annotations
 
@@ -12,84 +12,84 @@ from ..transfer import Play, Transfer
 #: ``user_player_type``, ``_version`` and ``_resolution``.
 Player: TypeAlias = tuple[str | None, str | None, str | None]
 
-#: Segments that wait for a response that started before them; the oldest does not wait for more.
-MOST_SEGMENTS = 64
+#: Most runs that wait for a response that started before them. If there are more, the oldest is reported at once.
+MOST_RUNS = 64
 
 
 def player_of(play: Play) -> Player:
-    """What *play* says of the player."""
+    """The player's type, version and resolution in *play*."""
     return _shared((play.player_type, play.player_version, play.player_resolution))
 
 
 @lru_cache(maxsize=1024)
 def _shared(player: Player) -> Player:
-    """One object for all who say the same: it is kept per segment, and there are few players."""
+    """One object for equal values: each run keeps one, and there are few players."""
     return player
 
 
 @dataclass(slots=True, eq=False)
-class Segment:
-    """One run: it gets the bytes of all responses that belong to it."""
+class Run:
+    """A part of a viewing without a scrub. It adds up the bytes of all responses that belong to it."""
 
-    #: 0 for a viewing's first run, 1 for a scrub's.
+    #: 0 for a viewing's first run, 1 for a run after a scrub.
     skip: int
     started_ns: int
-    #: Of its first response.
+    #: The player of its first response.
     player: Player
-    #: Wall clock in ms, of its last response.
+    #: End of its last response, in ms since the epoch.
     ended_ms: int = 0
     sent: int = 0
-    told: bool = False
+    reported: bool = False
 
 
 @dataclass(slots=True, eq=False)
-class Segments:
-    """Those of one viewing, in the order of their start; what was told and is not the last is forgotten."""
+class Runs:
+    """The runs of one viewing, in the order of their start. A reported one is removed, unless it is the last."""
 
-    all: tuple[Segment, ...] = ()
-    #: Bytes whose segment was told before they came.
+    all: tuple[Run, ...] = ()
+    #: Bytes that came after their run was reported.
     late: int = 0
 
-    def open(self, skip: int, started_ns: int, transfer: Transfer) -> Segment:
-        """A new segment; its first response is *transfer*, whose bytes are not added yet."""
-        segment = Segment(skip, started_ns, player_of(transfer.opening.play))
-        self.all = tuple(sorted((*self.all, segment), key=lambda segment: segment.started_ns))
-        return segment
+    def open(self, skip: int, started_ns: int, transfer: Transfer) -> Run:
+        """Add a new run, whose first response is *transfer*; the bytes of *transfer* are not added here."""
+        run = Run(skip, started_ns, player_of(transfer.opening.play))
+        self.all = tuple(sorted((*self.all, run), key=lambda run: run.started_ns))
+        return run
 
-    def at(self, time_ns: int) -> Segment | None:
-        """The segment that was current then; ``None`` where it is forgotten."""
-        return next((segment for segment in reversed(self.all) if segment.started_ns <= time_ns), None)
+    def at(self, time_ns: int) -> Run | None:
+        """The run that was current at *time_ns*; ``None`` if it was removed."""
+        return next((run for run in reversed(self.all) if run.started_ns <= time_ns), None)
 
-    def add(self, segment: Segment | None, sent: int, ended_ms: int) -> None:
-        """Give *segment* the bytes of a response; they are late where it was told or forgotten."""
-        if segment is None or segment.told:
+    def add(self, run: Run | None, sent: int, ended_ms: int) -> None:
+        """Add a response's bytes to *run*; they are late if it was reported or removed."""
+        if run is None or run.reported:
             self.late += sent
         else:
-            segment.sent += sent
-            segment.ended_ms = max(segment.ended_ms, ended_ms)
+            run.sent += sent
+            run.ended_ms = max(run.ended_ms, ended_ms)
 
-    def concluded(self, oldest_open_ns: int | None, *, over: bool) -> Iterator[Segment]:
-        """Those to which nothing can be added, the last one only if the viewing is *over*.
+    def concluded(self, oldest_open_ns: int | None, *, over: bool) -> Iterator[Run]:
+        """The unreported runs that can't grow any more, the last run only if the viewing is *over*.
 
-        *oldest_open_ns* is the start of the oldest response that is open in the viewing.
+        *oldest_open_ns* is the start of the viewing's oldest open response.
         """
-        too_many = len(self.all) - MOST_SEGMENTS
-        for at, segment in enumerate(self.all):
+        too_many = len(self.all) - MOST_RUNS
+        for at, run in enumerate(self.all):
             is_last = at + 1 == len(self.all)
             ends_ns = None if is_last else self.all[at + 1].started_ns
             free = oldest_open_ns is None or (ends_ns is not None and ends_ns <= oldest_open_ns)
-            if not segment.told and ((free and (over or not is_last)) or at < too_many):
-                yield segment
+            if not run.reported and ((free and (over or not is_last)) or at < too_many):
+                yield run
 
-    def take(self, segment: Segment) -> int:
-        """The bytes to tell of *segment*, the late ones with it."""
-        sent = segment.sent + self.late
-        segment.told = True
-        segment.sent = self.late = 0
-        self.all = tuple(each for each in self.all if not each.told or each is self.all[-1])
+    def take_unreported(self, run: Run) -> int:
+        """Mark *run* as reported. Returns the bytes to report, which include the late ones."""
+        sent = run.sent + self.late
+        run.reported = True
+        run.sent = self.late = 0
+        self.all = tuple(each for each in self.all if not each.reported or each is self.all[-1])
         return sent
 
     @property
-    def untold(self) -> int:
-        """Bytes that nothing was told of."""
-        return self.late + sum(segment.sent for segment in self.all)
+    def unreported(self) -> int:
+        """Bytes that no report contains."""
+        return self.late + sum(run.sent for run in self.all)

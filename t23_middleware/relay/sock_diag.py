@@ -1,7 +1,7 @@
-"""What the kernel tells of TCP connections: netlink's SOCK_DIAG family, which ``ss`` uses too. Linux only.
+"""Reads TCP connections from the kernel by netlink's SOCK_DIAG family, which ``ss`` uses too. Linux only.
 
-Any user may ask, about the network namespace that the process is in. Structures: linux/netlink.h,
-linux/inet_diag.h, linux/sock_diag.h; each is read only as far as its own length says.
+Any user may ask about the network namespace of the process. Structures: linux/netlink.h, linux/inet_diag.h,
+linux/sock_diag.h; each is read only up to its own length.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ _SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
 _ERROR, _DONE, _OVERRUN = 2, 3, 4
 _REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _INTERRUPTED = 0x10  # NLM_F_DUMP_INTR
-#: Multicast groups of the sockets that are destroyed. A dual-stack listener's IPv4 clients come in the second.
+#: Multicast groups for destroyed sockets. IPv4 clients of a dual-stack listener are in the second.
 _DESTROYED = (1, 3)
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
 #: Bytes of a listener's receive buffer; the kernel's default holds 168 events.
 _RECEIVE_BUFFER = 8 << 20
-#: More ports than these are let through unfiltered: a jump of the filter reaches 255 instructions.
+#: With more ports nothing is filtered: a jump in the filter reaches only 255 instructions.
 _MOST_PORTS = 200
 
 _HEADER = struct.Struct("=IHHII")
-#: Of struct inet_diag_msg behind the header: state and cookie.
+#: State and cookie of struct inet_diag_msg, after the header.
 _ROW = struct.Struct("=xB2x40xII")
 _ROW_SIZE = 72
 _ATTRIBUTE = struct.Struct("=HH")
 _INFO = 2  # INET_DIAG_INFO
 _FIN_WAIT2, _TIME_WAIT = 5, 6
-#: All states in which bytes were or will be acknowledged: not listening, nor in the handshake.
+#: All states in which bytes are acknowledged: neither listening nor in the handshake.
 _STATES = sum(1 << state for state in (1, 4, 5, 6, 7, 8, 9, 11))
-#: What a kernel without IPv6 answers.
+#: Error numbers of a kernel without IPv6.
 _NO_IPV6 = (errno.ENOENT, errno.EINVAL, errno.EAFNOSUPPORT)
-#: Seconds that the kernel may take for a part of a dump.
+#: Longest time for a part of a dump, in seconds.
 _PATIENCE = 2.0
 
 
 class Row(NamedTuple):
-    """A connection that the kernel knows."""
+    """A connection in the kernel."""
 
     cookie: int
-    #: ``None`` where the kernel keeps no account of it, or gives one that is too short.
+    #: ``None`` if the kernel has no TCP_INFO for it, or one that is too short.
     info: TCPInfo | None
-    #: Whether all that was written was acknowledged, as is so where only the last of the closing handshake is left.
+    #: Whether everything was acknowledged, since only the end of the closing handshake is left.
     is_done: bool
 
 
 def dump(ports: Iterable[int]) -> dict[int, Row]:
-    """Cookie -> connection, of all whose local port is among *ports*. Raises :class:`OSError` where not all are told."""
+    """Cookie -> connection, for all with a local port in *ports*. Raises :class:`OSError` if the list is incomplete."""
     rows: dict[int, Row] = {}
     for port in ports:
         for family in (socket.AF_INET, socket.AF_INET6):
@@ -72,7 +72,7 @@ def dump(ports: Iterable[int]) -> dict[int, Row]:
 
 
 def _dump(port: int, family: int) -> Iterator[Row]:
-    with _netlink() as asking:  # one per question: what is left of a failed one is no answer to the next
+    with _netlink() as asking:  # new each time: the rest of a failed dump must not answer the next
         asking.settimeout(_PATIENCE)
         asking.send(_question(port, family))
         while True:
@@ -95,8 +95,8 @@ def _netlink() -> socket.socket:
 
 
 def _question(port: int, family: int) -> bytes:
-    """A dump of the TCP connections whose local port is at least and at most *port*, with their TCP_INFO."""
-    at_least = struct.pack("=BBHBBH", 2, 8, 20, 0, 0, port)  # where it is not: beyond the end, which is no
+    """The request for a dump of the TCP connections with the local port *port*, with their TCP_INFO."""
+    at_least = struct.pack("=BBHBBH", 2, 8, 20, 0, 0, port)  # if not, jump beyond the end, which means no
     at_most = struct.pack("=BBHBBH", 3, 8, 12, 0, 0, port)
     filter = _ATTRIBUTE.pack(4 + len(at_least + at_most), 1) + at_least + at_most
     request = struct.pack("=BBBxI48x", family, socket.IPPROTO_TCP, 1 << (_INFO - 1), _STATES) + filter
@@ -104,7 +104,7 @@ def _question(port: int, family: int) -> bytes:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Type, flags and body of each message in *data*; ends where one is not what it should be."""
+    """Type, flags and body of each message in *data*, up to the first that is not valid."""
     at = 0
     while at + 16 <= len(data):
         length, kind, flags, _, _ = _HEADER.unpack_from(data, at)
@@ -143,15 +143,15 @@ def _attribute(body: bytes, wanted: int) -> bytes | None:
 
 
 class Listener:
-    """Hears of each TCP socket that is destroyed, in a thread of its own.
+    """Receives an event for each TCP socket that is destroyed, in its own thread.
 
-    *heard* is called there with the socket's row, *missed* when the kernel had to drop some. Raises
-    :class:`OSError` where the kernel refuses; until :meth:`let_through` all ports are heard.
+    The thread calls *on_destroyed* with the socket's row, and *on_missed* when the kernel dropped events. Raises
+    :class:`OSError` if the kernel refuses. Until :meth:`filter_ports`, events of all ports are received.
     """
 
-    def __init__(self, heard: Callable[[Row], None], missed: Callable[[], None]) -> None:
-        self._heard = heard
-        self._missed = missed
+    def __init__(self, on_destroyed: Callable[[Row], None], on_missed: Callable[[], None]) -> None:
+        self._on_destroyed = on_destroyed
+        self._on_missed = on_missed
         self._socket = _netlink()
         try:
             _enlarge(self._socket)
@@ -170,15 +170,15 @@ class Listener:
             self._close()
             raise OSError(errno.EAGAIN, str(error)) from error
 
-    def let_through(self, ports: Iterable[int]) -> None:
-        """Hear from now on only of sockets with these local ports. Raises :class:`OSError`."""
+    def filter_ports(self, ports: Iterable[int]) -> None:
+        """From now on, receive only events of sockets with these local ports. Raises :class:`OSError`."""
         if program := _filter(sorted(ports)):
             code = array("B", program)
-            told = struct.pack("HP", len(program) // 8, code.buffer_info()[0])
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, told)
+            filter_program = struct.pack("HP", len(program) // 8, code.buffer_info()[0])
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filter_program)
 
     def stop(self) -> None:
-        """End the thread; what the kernel told before is heard first."""
+        """End the thread, after all events that the kernel has sent before."""
         os.write(self._wake_in, b"0")
         self._thread.join()
         self._close()
@@ -193,38 +193,38 @@ class Listener:
         waiting.register(self._socket, select.POLLIN)
         waiting.register(self._wake_out, select.POLLIN)
         while True:
-            is_over = any(descriptor == self._wake_out for descriptor, _ in waiting.poll())
-            self._hear_all()
-            if is_over:
+            stopping = any(descriptor == self._wake_out for descriptor, _ in waiting.poll())
+            self._read_all()
+            if stopping:
                 return
 
-    def _hear_all(self) -> None:
+    def _read_all(self) -> None:
         while True:
             try:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
                 return
             except OSError as error:
-                self._missed()
+                self._on_missed()
                 if error.errno != errno.ENOBUFS:
-                    time.sleep(_PATIENCE)  # it may come again at once
+                    time.sleep(_PATIENCE)  # the error may repeat at once
                 return
             for kind, _, body in _messages(data):
                 if kind == _SOCK_DIAG_BY_FAMILY and (row := _row(body)):
-                    self._heard(row)
+                    self._on_destroyed(row)
 
 
 def _enlarge(listening: socket.socket) -> None:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-    with contextlib.suppress(OSError):  # only root may have more than net.core.rmem_max
+    with contextlib.suppress(OSError):  # only root may exceed net.core.rmem_max
         listening.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
 
 
 def _filter(ports: list[int]) -> bytes:
-    """A classic BPF program: is the message's local port among *ports*? Nothing where they are too many."""
+    """A classic BPF program that accepts messages with a local port in *ports*; all messages if there are too many."""
     if len(ports) > _MOST_PORTS:
         return struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)
-    load = struct.pack("=HBBI", 0x28, 0, 0, 20)  # the half word behind the header and four bytes: idiag_sport
+    load = struct.pack("=HBBI", 0x28, 0, 0, 20)  # idiag_sport, the half word 4 bytes after the header
     jumps = [struct.pack("=HBBI", 0x15, len(ports) - number, 0, port) for number, port in enumerate(ports)]
     drop, take = struct.pack("=HBBI", 0x06, 0, 0, 0), struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)
     return load + b"".join(jumps) + drop + take

@@ -1,4 +1,4 @@
-"""State as compact JSON text, and back: dataclasses become the lists of their fields."""
+"""State as compact JSON text: a dataclass is written as the list of its fields, and read back."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_fie
 
 
 def loads(kind: type[T], text: str) -> T:
-    """The *kind* of dataclass that *text* was made from; raises ValueError or TypeError where it was not."""
-    value: T = _revived(kind, json.loads(text))
+    """The dataclass *kind* that was written as *text*. Raises ValueError or TypeError for any other text."""
+    value: T = _parsed(kind, json.loads(text))
     return value
 
 
-def move_times(state: Any, by_ns: int, latest_ns: int) -> None:
-    """Put each time in *state*, a field named ``…_ns``, *by_ns* further, but none behind *latest_ns*."""
+def shift_times(state: Any, by_ns: int, latest_ns: int) -> None:
+    """Add *by_ns* to each time in *state* (a field named ``…_ns``), up to *latest_ns*."""
     if isinstance(state, tuple):
         for each in state:
-            move_times(each, by_ns, latest_ns)
+            shift_times(each, by_ns, latest_ns)
     elif is_dataclass(state):
         for field in fields(state):
             value = getattr(state, field.name)
             if not field.name.endswith("_ns"):
-                move_times(value, by_ns, latest_ns)
+                shift_times(value, by_ns, latest_ns)
             elif value is not None:
                 setattr(state, field.name, min(value + by_ns, latest_ns))
 
 
-def _revived(kind: Any, value: Any) -> Any:
-    """*value* as the annotation *kind* has it: the database may hold what another version wrote, or nobody."""
+def _parsed(kind: Any, value: Any) -> Any:
+    """*value* as the annotation *kind* wants it. Checked, since another version or damage may have changed the text."""
     if isinstance(kind, type) and is_dataclass(kind):
-        # What a version before did not have is its default, if it has one.
+        # A field that an older version did not write gets its default, if it has one.
         kinds = _kinds(kind)
         return kind(*_each(kinds[: len(value)] if isinstance(value, list) else kinds, value))
     if isinstance(kind, UnionType):
-        return None if value is None else _revived(get_args(kind)[0], value)
+        return None if value is None else _parsed(get_args(kind)[0], value)
     if get_origin(kind) is tuple:
         kinds = get_args(kind)
         return tuple(_each(kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds, value))
@@ -57,7 +57,7 @@ def _revived(kind: Any, value: Any) -> Any:
 def _each(kinds: tuple[Any, ...], values: Any) -> list[Any]:
     if not isinstance(values, list):
         raise TypeError("not a list")
-    return [_revived(kind, value) for kind, value in zip(kinds, values, strict=True)]
+    return [_parsed(kind, value) for kind, value in zip(kinds, values, strict=True)]
 
 
 @cache

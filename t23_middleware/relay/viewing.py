@@ -1,8 +1,9 @@
-"""One viewing of a file, and what a response is to it: its start, what belongs to it, or a scrub.
+"""One viewing of a file. Decides for each response whether it starts the viewing, continues a run, or is a scrub.
 
-A viewing is many responses: players probe, read indexes, drop their buffers and ask again. What decides nothing is
-folded into the segment before it, so that doubt never makes a scrub. Times are ns on one axis, offsets and sizes
-are bytes. The measurements behind the constants: 420 scripted viewings with ten players, 3772 requests.
+A viewing has many responses: players probe, read indexes, drop their buffers and ask again. A response that is
+clearly neither a start nor a scrub is added to the current run, so an ambiguous one never counts as a scrub.
+Times are ns of CLOCK_MONOTONIC, offsets and sizes are bytes. The constants were measured: 420 scripted viewings with
+ten players, 3772 requests.
 """
 
 from __future__ import annotations
@@ -10,45 +11,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..transfer import APP, Opening, Part, Transfer, decode, encode
-from .axis import Axis, Step, placed_by_wall_clock, without_connection
-from .drains import GONE, Drain
-from .segments import Segment, Segments
+from .axis import BootClock, ResponseEvent, rebased_by_wall_clock, without_connection
+from .drains import GONE_COOKIE, Drain
+from .segments import Run, Runs
 
-#: A viewing starts at most this far into the file: the container's header is there, in every player that was
-#: measured, also where it goes on to play from the middle.
+#: A viewing starts at most this far into the file. Every measured player reads the container's header there, also
+#: one that then plays from the middle.
 BEGINNING = 256 << 10
-#: Ranges of at most so many bytes ask whether ranges work (Safari's ``bytes=0-1``) and play nothing.
+#: Ranges of at most this many bytes only test whether the server supports ranges (Safari's ``bytes=0-1``).
 PROBE = 2
-#: What plays hands over at least this much, or this share of a smaller file; what looks for an index does not.
-BIG = 512 << 10
-BIG_SHARE = 8
-#: What was cut off before this age was given up, however much the buffers had taken (up to 6 MB on a loopback).
-#: What is open at this age stands for what plays, since its bytes are not known yet.
+#: A response that plays hands over at least this many bytes, or this share of a smaller file. A response that only
+#: reads an index hands over less.
+PLAYABLE_BYTES = 512 << 10
+PLAYABLE_SHARE = 8
+#: A response that is cut off before this age did not play, however much the buffers took (up to 6 MB on a loopback).
+#: One that is still open at this age counts as playing, since its bytes are not known yet.
 BRIEF_NS = 1_500_000_000
-#: Overlap of two responses after which they are a parallel download: a player that seeks hangs up at once.
+#: Overlap of two responses after which they are a parallel download: a player that seeks disconnects at once.
 BESIDE_NS = 2_000_000_000
-#: Between a player's request and the end of the response that it replaces: 20 ms measured, networks add to it.
+#: Longest time between a player's request and the end of the response that it replaces: measured 20 ms, plus the
+#: network's delay.
 REPLACED_NS = 300_000_000
-#: The same where only a seek is as quick: a page that is reloaded asks 34 ms to 0.8 s after its video was closed.
+#: The same for a seek only: a page that is reloaded sends its request 34 ms to 0.8 s after its video was closed.
 AT_ONCE_NS = 30_000_000
-#: A player that starts in the middle (``#t=60``) takes less than so many times what plays before it goes there.
-STARTUP_BIG = 1.5
-#: How far ahead of what was counted a player may go on after a pause or reload: as much may lie in buffers.
+#: A player that starts in the middle (``#t=60``) first reads less than this many times ``playable_bytes``.
+STARTUP_FACTOR = 1.5
+#: How far ahead of the counted bytes a player may continue after a pause or reload: buffers may hold as much.
 BUFFERED = 4 << 20
-#: An index (moov, cues) lies in the last half of the file, reaches to its end, and is at most this share of it.
+#: An index (moov, cues) is in the last half of the file, reaches to its end, and is at most this share of it.
 INDEX_SHARE = 20
-#: A continuation starts this share of the file from an end of what was handed over, within these bounds: players
-#: ask again for what their buffer could not take.
+#: A continuation starts at most this share of the file away from the end of a span that was handed over, within
+#: these bounds: players request again what their buffer could not take.
 NEAR_SHARE = 64
 NEAR_LEAST = 64 << 10
 NEAR_MOST = 1 << 20
-#: Runs that are kept apart, and responses that are open at a time; more of them are no player's.
-MOST_RUNS = 64
+#: Most spans and most open responses that a viewing keeps; no player has more.
+MOST_SPANS = 64
 MOST_OPEN = 64
 
 
-def sane(part: Part) -> Part:
-    """*part* without what can't be: an end before its start, a file that ends before it."""
+def plausible(part: Part) -> Part:
+    """*part* without impossible values: an end before its start, a file size before its end."""
     first, last, total = part
     if first is not None and first < 0:
         first = None
@@ -60,14 +63,14 @@ def sane(part: Part) -> Part:
 
 
 def is_probe(opening: Opening) -> bool:
-    """Whether it is a range that plays nothing."""
-    size = sane(opening.part).size
+    """Whether the response is a range that is too small to play."""
+    size = plausible(opening.part).size
     return opening.status == 206 and size is not None and size <= PROBE
 
 
 @dataclass(slots=True, eq=False)
-class Response:
-    """A response that is open: its place in the file, and what its neighbours tell of it."""
+class OpenResponse:
+    """A response that has not ended: its part of the file, and how it relates to the responses beside it."""
 
     writer: str
     number: int
@@ -75,149 +78,151 @@ class Response:
     first: int | None
     #: The file's size.
     total: int | None
-    #: Reaches to the end of the file if nobody cuts it off.
-    to_end: bool
-    #: Bytes that it has if nobody cuts it off.
+    #: Whether it reaches the end of the file, unless it is cut off.
+    reaches_end: bool
+    #: Its bytes, unless it is cut off.
     expected: int | None
-    #: Started before the player had begun to play.
+    #: It started before the player began to play.
     in_startup: bool = False
-    #: Responses that ran beside it and were not cut off for it.
+    #: Number of responses that ran beside it and were not cut off because of it.
     neighbours: int = 0
-    #: Runs beside others, as in a download over several connections.
+    #: It runs beside others, as in a download over several connections.
     parallel: bool = False
-    #: Took the place of one that played and was cut off.
+    #: It replaced one that played and was cut off.
     replacing: bool = False
-    #: The latest that is known of it, as its journal's line: all that is left if its writer dies.
-    known: str | None = None
-    #: Who counts its bytes, see :class:`~t23_middleware.transfer.Opening`.
+    #: Its latest journal line, which is used if its writer dies.
+    last_line: str | None = None
+    #: Where its bytes are counted, see :class:`~t23_middleware.transfer.Opening`.
     counted_by: str = APP
-    #: Since when the app is done with it and the proxy's line is missing, in ms since the epoch.
-    awaited_since_ms: int | None = None
-    #: The proxy's line, where that came before the app was done.
-    line: str | None = None
-    #: Since when its writer is dead and its connection is not, in ms since the epoch.
-    draining_since_ms: int | None = None
-    #: Whether its connection is gone, and what the client's kernel had acknowledged of that, where it is known.
-    is_gone: bool = False
+    #: Since when it waits for the proxy's log line, because the app has ended it, in ms since the epoch.
+    awaiting_line_since_ms: int | None = None
+    #: The proxy's log line, if that came before the app ended the response.
+    proxy_line: str | None = None
+    #: Since when its writer is dead while its connection is still open, in ms since the epoch.
+    orphaned_since_ms: int | None = None
+    #: Whether its connection is closed, and how many bytes of it the client's kernel acknowledged, if known.
+    connection_gone: bool = False
     acked: int | None = None
-    #: As ``replacing``, but within :data:`AT_ONCE_NS`.
-    at_once: bool = False
-    #: For more than :data:`AT_ONCE_NS` before it nothing was open.
+    #: Like ``replacing``, but within :data:`AT_ONCE_NS`.
+    replacing_at_once: bool = False
+    #: No response was open for more than :data:`AT_ONCE_NS` before it.
     after_silence: bool = False
 
     @classmethod
-    def of(cls, writer: str, opening: Opening) -> Response:
-        """The response that *opening* tells of."""
+    def of(cls, writer: str, opening: Opening) -> OpenResponse:
+        """The response that *opening* describes."""
         counted_by = opening.counted_by
         response = cls(
             writer, opening.number, opening.started_ns, None, None, False, None, counted_by=counted_by
         )
-        response.learn(opening)
+        response.set_part(opening)
         return response
 
-    def learn(self, opening: Opening) -> None:
-        """Its place in the file is what *opening* says."""
-        self.first, last, self.total = sane(opening.part)
+    def set_part(self, opening: Opening) -> None:
+        """Take its part of the file from *opening*."""
+        self.first, last, self.total = plausible(opening.part)
         self.expected = opening.length
         if self.expected is None or self.expected < 0:
             end = self.total if last is None else last + 1
             self.expected = None if self.first is None or end is None else end - self.first
-        self.to_end = last is None or (self.total is not None and last + 1 >= self.total)
+        self.reaches_end = last is None or (self.total is not None and last + 1 >= self.total)
         if opening.asked_first:
-            self.first = max(opening.asked_first, 0)  # judged as if the app had answered the Range
+            self.first = max(opening.asked_first, 0)  # judged like an answer to the Range
 
-    def move_to(self, axis: Axis) -> None:
-        """Its line is of another boot: place what that tells by the wall clock."""
-        if self.known is not None:
-            what = decode(self.known.encode())
-            if isinstance(what, Step):
-                placed = placed_by_wall_clock(without_connection(what), axis[1])
-                self.known = encode(placed).decode().rstrip()
-        self.draining_since_ms = None
+    def rebase(self, clock: BootClock) -> None:
+        """Its line is from another boot: convert the line's times by the wall clock."""
+        if self.last_line is not None:
+            what = decode(self.last_line.encode())
+            if isinstance(what, ResponseEvent):
+                placed = rebased_by_wall_clock(without_connection(what), clock[1])
+                self.last_line = encode(placed).decode().rstrip()
+        self.orphaned_since_ms = None
 
     @property
-    def starts_over(self) -> bool:
-        """Whether it has all of the file although the request asked for another place than the start."""
+    def ignores_range(self) -> bool:
+        """Whether it has the whole file although the request asked for a range that does not start at 0."""
         return bool(self.first) and self.total is not None and self.expected == self.total
 
     @property
-    def may_begin(self) -> bool:
-        """Whether a viewing may start with it."""
+    def starts_at_beginning(self) -> bool:
+        """Whether a viewing may start with it, by its position in the file."""
         return self.first is not None and self.first <= BEGINNING
 
     def is_index(self, total: int | None, handed: int) -> bool:
         """Whether *handed* bytes of it look like the index of a file of *total* bytes."""
         if self.first is None or total is None or self.first * 2 < total:
             return False
-        return self.to_end and handed * INDEX_SHARE < total
+        return self.reaches_end and handed * INDEX_SHARE < total
 
     def is_whole(self, sent: int) -> bool:
-        """Whether *sent* bytes are all of it."""
+        """Whether *sent* bytes are the whole response."""
         return self.expected is None or sent >= self.expected
 
 
 @dataclass(slots=True, eq=False)
 class Viewing:
-    """From its first response until it is dropped or another one starts."""
+    """One session's viewing of a video, from its first response until it is dropped or another viewing starts."""
 
     started_ns: int
     #: The latest request or end.
     last_ns: int
-    #: Whether it started in the file's beginning; else it is the middle of something.
-    known: bool
-    #: Whether a response of the beginning was counted.
-    begun: bool = False
-    #: Whether what was handed over is not known for all of it.
-    in_doubt: bool = False
-    #: Whether its ``skip=0`` is given away.
-    claimed: bool = False
+    #: Whether it started at the beginning of the file; else its start was not seen.
+    starts_at_beginning: bool
+    #: Whether a response at the beginning of the file was counted.
+    beginning_counted: bool = False
+    #: Whether a response ended whose bytes are unknown.
+    has_unknown_bytes: bool = False
+    #: Whether its report with ``skip=0`` was made, or can't be made any more.
+    play_reported: bool = False
     #: Since when the player plays.
-    playing_ns: int | None = None
+    playing_since_ns: int | None = None
     #: When the last response that played was cut off.
     cut_ns: int | None = None
-    #: End of the latest response with which a seek began, where they have not led to a place yet.
+    #: End of the latest response that began a seek whose target is not known yet.
     seeking_ns: int | None = None
     #: The file's size.
     total: int | None = None
-    #: Bytes of all that was counted.
+    #: Bytes of all counted responses.
     sent: int = 0
-    #: Small whole responses laid end to end, as from a server that caps ranges: ``(first, end)``.
+    #: Span of adjacent small responses, as from a server that limits the size of ranges: ``(first, end)``.
     chain: tuple[int, int] | None = None
-    #: What was handed over to be played, as merged ``(first, end)``.
-    handed: tuple[tuple[int, int], ...] = ()
-    #: In the order of their start.
-    open: tuple[Response, ...] = ()
-    #: What is told per stream.
-    segments: Segments | None = None
-    #: Those that only the client's kernel is not done with; they decide nothing any more.
+    #: Merged spans that were handed over to be played: ``(first, end)``.
+    handed_over: tuple[tuple[int, int], ...] = ()
+    #: Its open responses, in the order of their start.
+    open: tuple[OpenResponse, ...] = ()
+    #: Its runs, each of which is one report per stream.
+    runs: Runs | None = None
+    #: Its responses that wait for the client's kernel to acknowledge them; they no longer affect any decision.
     draining: tuple[Drain, ...] = ()
-    #: When the last of them was.
+    #: When the last of them was acknowledged.
     drained_ns: int | None = None
-    #: Whether a response from byte 0 on came that ends before the file does.
-    has_piece: bool = False
+    #: Whether it has a response from byte 0 that ends before the file does.
+    has_first_piece: bool = False
 
-    # What a new response finds.
+    # When a response opens.
 
-    def joins_pieces(self, response: Response) -> bool:
-        """Whether *response*, from byte 0 on, is the first piece of a download that fetches its pieces in any order.
+    def is_first_piece(self, response: OpenResponse) -> bool:
+        """Whether *response*, from byte 0 on, is the first piece of a download that fetches pieces in any order.
 
-        Such a piece ends before the file does, and comes once. A player that starts again was handed it before.
+        Such a piece ends before the file does, and is requested once. A player that starts again received it before.
         """
-        told = self.segments is not None and any(segment.told for segment in self.segments.all)
-        if response.to_end or self.has_piece or (told and not self.known):
+        reported = self.runs is not None and any(run.reported for run in self.runs.all)
+        if response.reaches_end or self.has_first_piece or (reported and not self.starts_at_beginning):
             return False
         brief = response.started_ns - self.started_ns < BRIEF_NS
-        beside = any(not other.to_end for other in self.open)
-        return brief or beside or not any(first <= 0 for first, _ in self.handed)
+        beside = any(not other.reaches_end for other in self.open)
+        return brief or beside or not any(first <= 0 for first, _ in self.handed_over)
 
     def is_playing(self, at_ns: int) -> bool:
-        """Whether its startup is over: a response played, or has been open for so long that it does."""
-        if not self.known or (self.playing_ns is not None and at_ns >= self.playing_ns):
+        """Whether its startup is over: a response played, or has been open for so long that it counts as playing."""
+        if not self.starts_at_beginning or (
+            self.playing_since_ns is not None and at_ns >= self.playing_since_ns
+        ):
             return True
         return any(at_ns - other.started_ns >= BRIEF_NS and self._may_play(other) for other in self.open)
 
-    def admit(self, response: Response) -> None:
-        """*response* opens."""
+    def add(self, response: OpenResponse) -> None:
+        """Add *response*, which opens."""
         response.after_silence = not self.open and response.started_ns - self.last_ns > AT_ONCE_NS
         self.last_ns = max(self.last_ns, response.started_ns)
         self.total = response.total or self.total
@@ -225,123 +230,130 @@ class Viewing:
         response.in_startup = brief or not self.is_playing(response.started_ns)
         if self.cut_ns is not None:
             response.replacing = response.started_ns - self.cut_ns <= REPLACED_NS
-            response.at_once = response.started_ns - self.cut_ns <= AT_ONCE_NS
+            response.replacing_at_once = response.started_ns - self.cut_ns <= AT_ONCE_NS
         self.open = (*self.open, response)
-        if response.first == 0 and not response.to_end:
-            self.has_piece = response.in_startup = True
-            self._begin_after_all()
+        if response.first == 0 and not response.reaches_end:
+            self.has_first_piece = response.in_startup = True
+            self._mark_beginning()
 
-    def _begin_after_all(self) -> None:
-        """The piece at byte 0 came after others: it was the beginning of a download, not the middle of something."""
-        if not self.known and self.segments is not None and self.segments.all:
-            self.segments.all[0].skip = 0
-        self.known = True
+    def _mark_beginning(self) -> None:
+        """The piece at byte 0 came after others: the viewing is a download from the beginning of the file."""
+        if not self.starts_at_beginning and self.runs is not None and self.runs.all:
+            self.runs.all[0].skip = 0
+        self.starts_at_beginning = True
 
-    def is_first(self, response: Response) -> bool:
-        """Whether *response*, which is open, is the one that the viewing starts with."""
-        if self.claimed or not self.known or not response.may_begin:
+    def is_first_response(self, response: OpenResponse) -> bool:
+        """Whether *response*, which is open, starts the viewing."""
+        if self.play_reported or not self.starts_at_beginning or not response.starts_at_beginning:
             return False
-        return next(other for other in self.open if other.may_begin) is response
+        return next(other for other in self.open if other.starts_at_beginning) is response
 
     @property
-    def big(self) -> int:
-        """Bytes from which a response plays."""
-        return BIG if self.total is None else min(BIG, self.total // BIG_SHARE)
+    def playable_bytes(self) -> int:
+        """Bytes from which on a response counts as playing."""
+        return PLAYABLE_BYTES if self.total is None else min(PLAYABLE_BYTES, self.total // PLAYABLE_SHARE)
 
-    def _may_play(self, other: Response) -> bool:
-        handed = self.big if other.expected is None else other.expected
-        return handed >= self.big and not other.is_index(self.total, handed)
+    def _may_play(self, other: OpenResponse) -> bool:
+        handed = self.playable_bytes if other.expected is None else other.expected
+        return handed >= self.playable_bytes and not other.is_index(self.total, handed)
 
-    # What a response that ends was.
+    # When a response ends.
 
-    def end(self, response: Response, transfer: Transfer) -> bool:
-        """Count *response*, which leaves; whether it is a scrub."""
-        self.leave(response, transfer.ended_ns)
+    def close(self, response: OpenResponse, transfer: Transfer) -> bool:
+        """Remove *response* and count its bytes. Returns whether it is a scrub."""
+        self.remove_open(response, transfer.ended_ns)
         self.sent += transfer.sent
-        self.begun = self.begun or response.may_begin
-        self._tell_neighbours(response, transfer)
-        run = self._big_run(response, transfer)
-        if run is None:
-            return self._seeks_by_tail(response, transfer)
-        scrub = self._is_elsewhere(response, run[0]) and not self._completes_seek(response)
+        self.beginning_counted = self.beginning_counted or response.starts_at_beginning
+        self._mark_parallel(response, transfer)
+        span = self._playable_span(response, transfer)
+        if span is None:
+            return self._is_tail_seek(response, transfer)
+        scrub = self._is_elsewhere(response, span[0]) and not self._completes_seek(response)
         self.seeking_ns = None
-        self._hand_over(response, run, transfer)
+        self._add_handed_over(response, span, transfer)
         return scrub
 
-    def lose(self, response: Response, at_ns: int) -> None:
-        """*response* leaves, and nobody knows how much of it was handed over: it may have been all."""
-        self.leave(response, at_ns)
-        self.begun = self.begun or response.may_begin
-        self.in_doubt = True
+    def close_uncounted(self, response: OpenResponse, at_ns: int) -> None:
+        """Remove *response*, whose bytes are unknown: all of it may have been handed over."""
+        self.remove_open(response, at_ns)
+        self.beginning_counted = self.beginning_counted or response.starts_at_beginning
+        self.has_unknown_bytes = True
         if self._may_play(response) and at_ns - response.started_ns >= BRIEF_NS:
-            self._plays_since(response.started_ns + BRIEF_NS)
+            self._set_playing_since(response.started_ns + BRIEF_NS)
         if response.first is not None and response.expected:
             self._merge(response.first, response.first + response.expected)
 
-    def leave(self, response: Response, at_ns: int) -> None:
-        """*response* is open no longer."""
+    def remove_open(self, response: OpenResponse, at_ns: int) -> None:
+        """Remove *response* from the open ones."""
         self.open = tuple(other for other in self.open if other is not response)
         self.last_ns = max(self.last_ns, at_ns)
 
-    def _tell_neighbours(self, response: Response, transfer: Transfer) -> None:
-        """Two that run beside each other, and neither is cut off for the other, are a parallel download."""
+    def _mark_parallel(self, response: OpenResponse, transfer: Transfer) -> None:
+        """Responses that overlap without one being cut off because of the other are a parallel download."""
         for other in self.open:
             later = other if other.started_ns > response.started_ns else response
             beside_ns = transfer.ended_ns - later.started_ns
             whole = response.is_whole(transfer.sent)
             later.neighbours += (later is other and whole) or beside_ns > REPLACED_NS
             later.parallel = later.parallel or beside_ns > BESIDE_NS or later.neighbours >= 2
-            # Pieces of a download run beside each other for long; those of a player that asks one by one hardly overlap.
-            pieces = whole and not response.to_end and not other.to_end
+            # Pieces of a download overlap for long; a player that requests one piece after the other hardly overlaps.
+            pieces = whole and not response.reaches_end and not other.reaches_end
             if pieces and 2 * beside_ns >= transfer.ended_ns - response.started_ns:
                 response.parallel = other.parallel = True
 
-    def _big_run(self, response: Response, transfer: Transfer) -> tuple[int, int] | None:
-        """What was handed over up to the end of *response* without a gap, where that plays.
+    def _playable_span(self, response: OpenResponse, transfer: Transfer) -> tuple[int, int] | None:
+        """The span without a gap that ends with *response*, or ``None`` if it is too small to play.
 
-        A gap as small as a fragment's header is none: who reads a fragmented file hop by hop has that already.
+        A gap as small as a fragment's header is ignored: a player that reads a fragmented file fragment by fragment
+        has the header already.
         """
         if response.first is None:
             return None
         whole = response.is_whole(transfer.sent)
         end = response.first + transfer.sent
-        if transfer.sent >= self.big:
+        if transfer.sent >= self.playable_bytes:
             brief = transfer.ended_ns - response.started_ns < BRIEF_NS
             return None if brief and not whole else (response.first, end)
         if not whole:
             return None
         joins = self.chain is not None and 0 <= response.first - self.chain[1] <= NEAR_LEAST
         self.chain = (self.chain[0] if self.chain and joins else response.first, end)
-        return self.chain if end - self.chain[0] >= self.big else None
+        return self.chain if end - self.chain[0] >= self.playable_bytes else None
 
-    def _is_elsewhere(self, response: Response, start: int) -> bool:
-        """Whether a run from *start* is away from all that the player has."""
-        if response.in_startup or response.parallel or not (self.known or self.handed):
+    def _is_elsewhere(self, response: OpenResponse, start: int) -> bool:
+        """Whether a span from *start* is away from everything that was handed over to the player."""
+        if response.in_startup or response.parallel or not (self.starts_at_beginning or self.handed_over):
             return False
-        if self.known and sum(end - first for first, end in self.handed) < self.big * STARTUP_BIG:
+        if (
+            self.starts_at_beginning
+            and sum(end - first for first, end in self.handed_over) < self.playable_bytes * STARTUP_FACTOR
+        ):
             return False
-        ahead = self.near
+        ahead = self.reach
         if response.after_silence:
-            ahead = max(ahead, min((self.total or 0) // BIG_SHARE, BUFFERED))
-        if any(-self.near <= start - end <= ahead for _, end in self.handed):
+            ahead = max(ahead, min((self.total or 0) // PLAYABLE_SHARE, BUFFERED))
+        if any(-self.reach <= start - end <= ahead for _, end in self.handed_over):
             return False
-        inside = [first for first, end in self.handed if first <= start < end]
+        inside = [first for first, end in self.handed_over if first <= start < end]
         if not inside:
             return True
-        # A player that asks for what it was just handed did not have it, unless it looks at the header once more. A
-        # reload soon after goes on as deep inside as its buffers were full, but not where a run began.
-        from_first = response.replacing and start - inside[0] <= self.near
-        return not response.may_begin and (response.at_once or from_first or response.starts_over)
+        # A player that requests what it just received did not have it, unless it reads the header again. A reload
+        # soon after continues where its buffers ended, inside a span, but not where a span began.
+        from_first = response.replacing and start - inside[0] <= self.reach
+        return not response.starts_at_beginning and (
+            response.replacing_at_once or from_first or response.ignores_range
+        )
 
     @property
-    def near(self) -> int:
-        """How far from an end of what was handed over a continuation may start."""
+    def reach(self) -> int:
+        """How far from the end of a span that was handed over a continuation may start, in bytes."""
         return max(NEAR_LEAST, min((self.total or 0) // NEAR_SHARE, NEAR_MOST))
 
-    def _seeks_by_tail(self, response: Response, transfer: Transfer) -> bool:
-        """Whether a small *response* is how a seek begins: the tail of the file, in place of what was playing.
+    def _is_tail_seek(self, response: OpenResponse, transfer: Transfer) -> bool:
+        """Whether a small *response* begins a seek: it is the tail of the file and replaces the response that played.
 
-        It is the place that was sought, or the index, which leads to it; until it has, nothing else is a scrub.
+        The tail is the seek's target, or the index that the player needs to find it. Until the target is found,
+        nothing else is a scrub.
         """
         completes = self._completes_seek(response)
         tail = response.is_whole(transfer.sent) and response.is_index(self.total, transfer.sent)
@@ -355,116 +367,120 @@ class Viewing:
             self.seeking_ns = transfer.ended_ns
         return seeks
 
-    def _completes_seek(self, response: Response) -> bool:
+    def _completes_seek(self, response: OpenResponse) -> bool:
         return self.seeking_ns is not None and abs(response.started_ns - self.seeking_ns) <= BRIEF_NS
 
-    def _hand_over(self, response: Response, run: tuple[int, int], transfer: Transfer) -> None:
+    def _add_handed_over(self, response: OpenResponse, span: tuple[int, int], transfer: Transfer) -> None:
         if response.is_index(self.total, transfer.sent):
             return
-        self._plays_since(min(transfer.ended_ns, response.started_ns + BRIEF_NS))
-        self._merge(*run)
+        self._set_playing_since(min(transfer.ended_ns, response.started_ns + BRIEF_NS))
+        self._merge(*span)
         if not response.is_whole(transfer.sent):
             self.cut_ns = transfer.ended_ns
             for other in self.open:
                 other.replacing |= transfer.ended_ns - other.started_ns <= REPLACED_NS
-                other.at_once |= transfer.ended_ns - other.started_ns <= REPLACED_NS
+                other.replacing_at_once |= transfer.ended_ns - other.started_ns <= REPLACED_NS
 
-    def _plays_since(self, since_ns: int) -> None:
-        self.playing_ns = since_ns if self.playing_ns is None else min(since_ns, self.playing_ns)
+    def _set_playing_since(self, since_ns: int) -> None:
+        self.playing_since_ns = (
+            since_ns if self.playing_since_ns is None else min(since_ns, self.playing_since_ns)
+        )
 
     def _merge(self, first: int, end: int) -> None:
         apart = []
-        for run in self.handed:
-            if run[1] < first or run[0] > end:
-                apart.append(run)
+        for span in self.handed_over:
+            if span[1] < first or span[0] > end:
+                apart.append(span)
             else:
-                first, end = min(first, run[0]), max(end, run[1])
-        runs = sorted([*apart, (first, end)])
-        if len(runs) > MOST_RUNS:
-            _close_smallest_gap(runs)
-        self.handed = tuple(runs)
+                first, end = min(first, span[0]), max(end, span[1])
+        spans = sorted([*apart, (first, end)])
+        if len(spans) > MOST_SPANS:
+            _close_smallest_gap(spans)
+        self.handed_over = tuple(spans)
 
-    # What is told per stream.
+    # Reports per stream.
 
-    def assign(self, response: Response, transfer: Transfer, *, scrub: bool) -> Segment | None:
-        """Give the bytes of *response* to the segment that it opens or belongs to; the app's own word beats ours.
+    def assign_bytes(self, response: OpenResponse, transfer: Transfer, *, scrub: bool) -> Run | None:
+        """Add the bytes of *response* to the run that it opens or belongs to; the app's own ``skip`` has priority.
 
-        The segment, or ``None`` where it is told or forgotten.
+        Returns the run, or ``None`` if that was reported already.
         """
-        self.segments = self.segments or Segments()
-        said = transfer.opening.play.skip
-        if said == 0:
-            segment: Segment | None = self._first_segment(transfer)
+        self.runs = self.runs or Runs()
+        app_skip = transfer.opening.play.skip
+        if app_skip == 0:
+            run: Run | None = self._first_run(transfer)
         elif scrub:
-            segment = self.segments.open(1, response.started_ns, transfer)
+            run = self.runs.open(1, response.started_ns, transfer)
         else:
-            segment = (
-                self.segments.at(response.started_ns) if self.segments.all else self._first_segment(transfer)
-            )
-            if said == 1 and segment is not None and segment.skip == 0:
-                segment = self.segments.open(1, response.started_ns, transfer)
-        self.segments.add(segment, transfer.sent, transfer.ended_ms)
-        return None if segment is None or segment.told else segment
+            run = self.runs.at(response.started_ns) if self.runs.all else self._first_run(transfer)
+            if app_skip == 1 and run is not None and run.skip == 0:
+                run = self.runs.open(1, response.started_ns, transfer)
+        self.runs.add(run, transfer.sent, transfer.ended_ms)
+        return None if run is None or run.reported else run
 
     def add_drained(self, drain: Drain, count: int) -> None:
-        """Give the segment of *drain* its bytes, which are known now."""
-        self.segments = self.segments or Segments()
-        segment = None if drain.segment_ns is None else self.segments.at(drain.segment_ns)
-        self.segments.add(segment, count, drain.ended_ms)
+        """Add *count*, the final bytes of *drain*, to its run."""
+        self.runs = self.runs or Runs()
+        run = None if drain.run_ns is None else self.runs.at(drain.run_ns)
+        self.runs.add(run, count, drain.ended_ms)
 
-    def _first_segment(self, transfer: Transfer) -> Segment | None:
-        assert self.segments is not None
-        self.known = self.known or transfer.opening.play.skip == 0
-        self.begun = self.begun or transfer.opening.play.skip == 0
-        if not self.segments.all:
-            skip = 0 if self.known and transfer.opening.play.skip != 1 else 1
-            return self.segments.open(skip, self.started_ns, transfer)
-        return self.segments.at(self.started_ns)
+    def _first_run(self, transfer: Transfer) -> Run | None:
+        assert self.runs is not None
+        self.starts_at_beginning = self.starts_at_beginning or transfer.opening.play.skip == 0
+        self.beginning_counted = self.beginning_counted or transfer.opening.play.skip == 0
+        if not self.runs.all:
+            skip = 0 if self.starts_at_beginning and transfer.opening.play.skip != 1 else 1
+            return self.runs.open(skip, self.started_ns, transfer)
+        return self.runs.at(self.started_ns)
 
-    def is_enough(self, min_bytes: int | None) -> bool:
-        """Whether so much was handed over that it is told: *min_bytes*, or as much as plays.
+    def has_enough(self, min_bytes: int | None) -> bool:
+        """Whether it has enough bytes to be reported: *min_bytes*, or, for ``None``, enough to play.
 
-        The latter not where all of it was cut off at an age at which a response was given up: that was a preload
-        of the metadata, whatever a fast network had taken by then.
+        With ``None``, responses that were all cut off at an early age are not enough: they were a preload of the
+        metadata, however much a fast network took in that time.
         """
         if min_bytes is not None:
             return self.sent >= min_bytes
-        given_up = self.known and self.playing_ns is None and self.last_ns - self.started_ns < BRIEF_NS
+        abandoned = (
+            self.starts_at_beginning
+            and self.playing_since_ns is None
+            and self.last_ns - self.started_ns < BRIEF_NS
+        )
         whole = self.total is not None and self.sent >= self.total
-        return self.sent >= self.big and (whole or not given_up)
+        return self.sent >= self.playable_bytes and (whole or not abandoned)
 
     @property
     def is_complete(self) -> bool:
         """Whether the file was handed over from its start to its end."""
-        if self.total is None or self.open or self.in_doubt or len(self.handed) != 1:
+        if self.total is None or self.open or self.has_unknown_bytes or len(self.handed_over) != 1:
             return False
-        return self.handed[0][0] == 0 and self.handed[0][1] >= self.total
+        return self.handed_over[0][0] == 0 and self.handed_over[0][1] >= self.total
 
     @property
     def oldest_open_ns(self) -> int | None:
-        """Start of the oldest response that is open, or of the oldest segment whose bytes are not known yet."""
-        drains = [drain.segment_ns for drain in self.draining if drain.segment_ns is not None]
+        """Start of its oldest open response, or of the oldest run that waits for a final count."""
+        drains = [drain.run_ns for drain in self.draining if drain.run_ns is not None]
         return min([*drains, *(response.started_ns for response in self.open)], default=None)
 
     @property
     def is_busy(self) -> bool:
-        """Whether a response of it is open, or drains."""
+        """Whether one of its responses is open or waits for its final count."""
         return bool(self.open or self.draining)
 
     @property
     def quiet_since_ns(self) -> int:
-        """The latest request or end, or when a response had drained."""
+        """Time of its latest request, end or final count."""
         return self.last_ns if self.drained_ns is None else max(self.last_ns, self.drained_ns)
 
-    def move_to(self, axis: Axis) -> None:
-        """It is of another boot, whose connections are gone."""
+    def rebase(self, clock: BootClock) -> None:
+        """Convert it from another boot, whose connections are closed."""
         for response in self.open:
-            response.move_to(axis)
+            response.rebase(clock)
         for drain in self.draining:
-            drain.cookie = GONE
+            drain.cookie = GONE_COOKIE
 
 
-def _close_smallest_gap(runs: list[tuple[int, int]]) -> None:
-    gaps = [after[0] - before[1] for before, after in zip(runs, runs[1:], strict=False)]
+def _close_smallest_gap(spans: list[tuple[int, int]]) -> None:
+    gaps = [after[0] - before[1] for before, after in zip(spans, spans[1:], strict=False)]
     at = gaps.index(min(gaps))
-    runs[at : at + 2] = [(runs[at][0], runs[at + 1][1])]
+    spans[at : at + 2] = [(spans[at][0], spans[at + 1][1])]

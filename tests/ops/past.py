@@ -6,7 +6,7 @@ import math
 
 from t23_middleware.relay.health import FAILING, PAUSED, WELL, Health, as_notes
 from t23_middleware.relay.history import Trouble, troubles_note
-from t23_middleware.relay.outbox import Acked, Again, Dead, Ingest, Lost, Settlement, SQLiteOutbox
+from t23_middleware.relay.outbox import Acked, Dead, Ingest, Lost, Retry, Settlement, SQLiteOutbox
 from t23_middleware.relay.report import Report
 from t23_middleware.state import StateFolder
 
@@ -21,7 +21,7 @@ def fill(folder: StateFolder, now_ms: int, minutes: int = 60, markup: str = MARK
     folder.create()
     outbox = SQLiteOutbox(folder.outbox)
     try:
-        with outbox.together():
+        with outbox.atomic():
             for ago in range(minutes, -1, -1):
                 _minute(outbox, now_ms - ago * MINUTE, ago, markup)
             _notes(outbox, now_ms, markup)
@@ -45,7 +45,7 @@ def _minute(outbox: SQLiteOutbox, at_ms: int, ago: int, markup: str) -> None:
         took_ms = at_ms - entry.report.time_ms
         if 16 <= ago <= 20:
             settlements.append(
-                Again(entry.id, at_ms, 1, said=("busy", "no_answer", "unreachable")[number % 3])
+                Retry(entry.id, at_ms, 1, outcome=("busy", "no_answer", "unreachable")[number % 3])
             )
         elif number == 0 and ago % 10 == 0:
             settlements.append(Dead(entry.id, "no_such_photo", f"no_such_photo: {markup}", "refused"))
@@ -54,7 +54,7 @@ def _minute(outbox: SQLiteOutbox, at_ms: int, ago: int, markup: str) -> None:
         elif ago or number < 5:
             settlements.append(Acked(entry.id, took_ms, "accepted"))
         else:
-            settlements.append(Again(entry.id, at_ms + MINUTE, 0, said="denied"))
+            settlements.append(Retry(entry.id, at_ms + MINUTE, 0, outcome="denied"))
     outbox.settle(settlements, at_ms)
     outbox.begin_minute(at_ms, count // 2)
 

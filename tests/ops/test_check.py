@@ -79,7 +79,7 @@ def test_a_path_that_is_wrong_everywhere_is_told_without_another(site: Site):
     [
         ({"kind": "status", "status": 503}, "WRONG", "HTTP 503; reports wait until it answers"),
         ({"kind": "refuse"}, "WRONG", "gave no answer"),
-        ({"kind": "html"}, "WRONG", "but nothing that the API says"),
+        ({"kind": "html"}, "WRONG", "but not in the API's format"),
         (
             {"kind": "status", "status": 302, "location": "https://elsewhere.example/x"},
             "WRONG",

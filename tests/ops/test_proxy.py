@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.ops.status import read_status
-from t23_middleware.relay.outbox import GivenUp, Ingest, SQLiteOutbox
+from t23_middleware.relay.outbox import EarlyLoss, Ingest, SQLiteOutbox
 from t23_middleware.relay.proxy_line import NGINX_LINES
 from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder
@@ -216,7 +216,7 @@ def test_lost_offloaded_plays_are_told(site: Site, tmp_path: Path):
     log.write_text(says(7, 100, ago=1))
     site.folder.create()
     outbox = SQLiteOutbox(site.folder.outbox)
-    outbox.ingest(Ingest([], [], {}, {}, losses=[GivenUp("no_proxy_line", 3, 0)], at_ms=now_ms()))
+    outbox.ingest(Ingest([], [], {}, {}, losses=[EarlyLoss("no_proxy_line", 3, 0)], at_ms=now_ms()))
     outbox.close()
     assert "3 plays that nginx sent for the app were lost recently" in warned(site, log)
 

@@ -60,7 +60,7 @@ def test_a_report_that_would_be_tried_only_later_is_tried_now(site: Site):
     done = site.deliver()
     assert done.returncode == 1
     assert "1 report left: strange_weather" in done.stderr
-    assert "tried again later" in done.stderr
+    assert "retried later" in done.stderr
     site.api.heal()
     assert site.deliver().returncode == 0
 
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_it_with_what_is_left(site: Site):
         process.communicate()
         site.api.heal()
     assert process.returncode == 1
-    assert "2 reports left: it was told to stop" in errors
+    assert "2 reports left: it was stopped" in errors
 
 
 def test_on_a_terminal_a_bar_shows_how_far_it_is(site: Site):

@@ -1,4 +1,4 @@
-"""The bounds of what waits: what is beyond them goes, the oldest first, and is counted to the byte."""
+"""The limits of what waits: what is beyond them goes, the oldest first, and is counted to the byte."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from t23_middleware.relay.bounds import (
     MOST_DEAD,
     PIECE,
     RESERVE,
+    RETRY_FULL_EVERY,
     SMALL_PIECE,
     SMALL_RESERVE,
-    TRY_FULL_EVERY,
-    Bounds,
+    DiskSpace,
+    Limits,
     Reserve,
-    Space,
-    taken_as_lost,
+    take_losses,
 )
 from t23_middleware.relay.elapsed import Elapsed
 from t23_middleware.relay.outbox import (
     LONG_LOG,
     Acked,
-    Again,
     Dead,
     DeadLetters,
-    GivenUp,
+    EarlyLoss,
     Ingest,
     Loss,
     OutboxError,
     OutboxFull,
     OutboxView,
+    Retry,
     SQLiteOutbox,
     Stats,
     readers,
@@ -62,7 +62,7 @@ from .writers import MS, journal, transfer
 NOW = 1_764_000_000_000
 TODAY, TOMORROW = "2025-11-24", "2025-11-25"
 DAY_MS = 86_400_000
-PLENTY = Space(1 << 40, 1 << 41)
+PLENTY = DiskSpace(1 << 40, 1 << 41)
 
 
 def report(number: int, at_ms: int = NOW, sent: int = 100) -> Report:
@@ -71,24 +71,24 @@ def report(number: int, at_ms: int = NOW, sent: int = 100) -> Report:
 
 def batch(*reports: Report, **options: Any) -> Ingest:
     return Ingest(
-        **({"reports": reports, "viewings": [], "places": {}, "counts": {}, "at_ms": NOW} | options)
+        **({"reports": reports, "viewings": [], "offsets": {}, "counts": {}, "at_ms": NOW} | options)
     )
 
 
 class World:
-    """An outbox with its bounds, and the clock and the disk that they see."""
+    """An outbox with its limits, and the clock and the disk that they see."""
 
     def __init__(self, state: Path) -> None:
         self.folder = StateFolder(state)
         self.folder.create()
         self.reserve = Reserve(self.folder.reserve, self.folder.reserved)
-        self.outbox = SQLiteOutbox(self.folder.outbox, self.reserve.give_up)
+        self.outbox = SQLiteOutbox(self.folder.outbox, self.reserve.release)
         self.seconds = 1000.0
         self.now_ms = NOW
         self.disk = PLENTY
 
-    def bounds(self, max_age: float = 604_800, max_bytes: int = 1 << 28, **more: Any) -> Bounds:
-        return Bounds(
+    def limits(self, max_age: float = 604_800, max_bytes: int = 1 << 28, **more: Any) -> Limits:
+        return Limits(
             self.outbox,
             self.folder,
             self.reserve,
@@ -105,11 +105,11 @@ class World:
         self.now_ms += ms
         self.seconds += ms / 1000
 
-    def keep(self, bounds: Bounds, looks: int = 1) -> None:
+    def keep(self, limits: Limits, looks: int = 1) -> None:
         """So many looks, each a minute after the one before."""
         for _ in range(looks):
             self.seconds += 60
-            bounds.keep()
+            limits.enforce()
 
     def claim(self, count: int) -> list[int]:
         return [entry.id for entry in self.outbox.claim(count, self.now_ms, [""])]
@@ -153,51 +153,51 @@ def at(time_ms: int, session: str = "s") -> Report:
 
 def test_a_report_from_before_the_hosts_clock_was_set_is_as_old_as_its_ingestion(world):
     """Both at boot: the worker's clock said 1970, and the relay's says better already."""
-    bounds = world.bounds(max_age=3600)
-    bounds.ingest(batch(at(5_000), at(7_000), at(6_000, "t"), report(1)))
-    bounds.ingest(batch(at(8_000)))
-    world.keep(bounds)
+    limits = world.limits(max_age=3600)
+    limits.ingest(batch(at(5_000), at(7_000), at(6_000, "t"), report(1)))
+    limits.ingest(batch(at(8_000)))
+    world.keep(limits)
     assert world.stats() == Stats(5, 5, 0, 0, 0)
     times = world.outbox._db.execute("SELECT time_ms - ? FROM reports ORDER BY id", (NOW,))
     assert [time for (time,) in times] == [-2000, 0, -1000, 0, 1000]
     world.pass_by(3_600_001)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(5, 0, 0, 0, 5)
 
 
 def test_what_came_in_before_the_clock_was_set_gets_its_age_when_it_is(world):
-    bounds = world.bounds(max_age=3600)
+    limits = world.limits(max_age=3600)
     world.now_ms = 9_000
-    bounds.ingest(batch(*(at(1_000 + n) for n in range(4))))
-    world.keep(bounds)
+    limits.ingest(batch(*(at(1_000 + n) for n in range(4))))
+    world.keep(limits)
     (tried,) = world.claim(1)
-    world.outbox.settle([Again(tried, 0, 1)], world.now_ms)
+    world.outbox.settle([Retry(tried, 0, 1)], world.now_ms)
     world.outbox.settle([Dead(tried + 1, "no_such_photo", "answer")], world.now_ms)
     world.now_ms = NOW
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(4, 3, 0, 1, 0)
     times = [time for (time,) in world.outbox._db.execute("SELECT time_ms FROM reports ORDER BY id")]
     assert times[0] == 1_000, "what may have arrived keeps its time in every retry"
     assert times[2] - times[1] == 1
     assert NOW - 10_000 < times[1] < NOW
     world.pass_by(3_600_001)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(4, 0, 0, 1, 3)
 
 
 def test_what_is_older_than_the_bound_is_lost_and_counted_by_day_with_its_bytes(world, caplog):
-    bounds = world.bounds(max_age=7 * 86_400)
+    limits = world.limits(max_age=7 * 86_400)
     for n in range(4):
-        bounds.ingest(batch(report(n, NOW + n * DAY_MS, sent=10**n)))
+        limits.ingest(batch(report(n, NOW + n * DAY_MS, sent=10**n)))
         world.pass_by(DAY_MS)
     world.pass_by(3 * DAY_MS - 60_000)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(4, 4, 0, 0, 0), "to the millisecond"
     world.pass_by(1)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.waiting() == ["1", "2", "3"]
     world.pass_by(2 * DAY_MS)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.waiting() == ["3"]
     assert world.losses() == [
         Loss("2025-12-01", "too_old", 1, 1),
@@ -214,14 +214,14 @@ def test_a_wrong_clock_gives_up_nothing(world):
     """Neither one that is ahead, for however long, nor one that is back, nor reports that tell of another time."""
     world.outbox.ingest(batch(*[report(n) for n in range(3)]))
     world.bury(1, NOW)
-    bounds = world.bounds()
-    world.keep(bounds)
+    limits = world.limits()
+    world.keep(limits)
     for off_ms in (8 * DAY_MS, 31 * DAY_MS, 4000 * DAY_MS, -3_600_000, -400 * DAY_MS):
         world.now_ms = NOW + off_ms
-        bounds.ingest(batch(report(100, world.now_ms), report(101, NOW), report(102, NOW - 8 * DAY_MS)))
-        world.keep(bounds, looks=30)
+        limits.ingest(batch(report(100, world.now_ms), report(101, NOW), report(102, NOW - 8 * DAY_MS)))
+        world.keep(limits, looks=30)
     world.now_ms = NOW
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(18, 17, 0, 1, 0)
 
 
@@ -229,18 +229,18 @@ def test_a_wrong_clock_gives_up_nothing(world):
 def test_ages_go_on_over_relays(world, boot):
     """What one relay saw pass counts for the next, and within a boot the time between them too."""
 
-    def bounds(boot: str) -> Bounds:
+    def limits(boot: str) -> Limits:
         elapsed = Elapsed(world.outbox.notes(), boot, lambda: world.seconds)
-        return world.bounds(elapsed=elapsed)
+        return world.limits(elapsed=elapsed)
 
-    first = bounds("this boot")
+    first = limits("this boot")
     first.ingest(batch(report(1)))
     world.pass_by(4 * DAY_MS)
     world.keep(first)
     world.pass_by(4 * DAY_MS)
     if boot == "the next":
         world.seconds = 30.0
-    second = bounds(boot)
+    second = limits(boot)
     world.keep(second)
     assert world.stats().waiting == (0 if boot == "this boot" else 1)
     world.pass_by(4 * DAY_MS)
@@ -258,53 +258,53 @@ def test_a_report_that_is_sent_again_is_young(world):
     """Who sends a refused report again after weeks wants it to arrive."""
     world.outbox.ingest(batch(report(1)))
     world.bury(1, NOW)
-    bounds = world.bounds()
-    world.keep(bounds)
+    limits = world.limits()
+    world.keep(limits)
     world.pass_by(20 * DAY_MS)
     with DeadLetters(world.folder.outbox) as letters:
         assert letters.retry(None) == [1]
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats().waiting == 1
     world.pass_by(8 * DAY_MS)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(1, 0, 0, 0, 1)
 
 
 def test_what_is_in_flight_is_not_dropped_and_counts_as_sent(world):
-    bounds = world.bounds(max_bytes=1)
-    bounds.ingest(batch(*[report(n) for n in range(3)]))
+    limits = world.limits(max_bytes=1)
+    limits.ingest(batch(*[report(n) for n in range(3)]))
     flying = world.claim(1)
     world.pass_by(8 * DAY_MS)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(3, 1, 0, 0, 2)
     world.outbox.settle([Acked(flying[0])], NOW)
     assert world.stats() == Stats(3, 0, 1, 0, 2)
 
 
 def test_the_age_of_all_is_looked_at_once_a_minute_and_more_often_where_reports_age_fast(world):
-    slow, fast = world.bounds(max_age=61), world.bounds(max_age=1)
+    slow, fast = world.limits(max_age=61), world.limits(max_age=1)
     world.outbox.ingest(batch(report(1), since_ms=0))
-    slow.keep()
+    slow.enforce()
     world.seconds += 0.5
-    fast.keep()
-    slow.keep()
+    fast.enforce()
+    slow.enforce()
     assert world.waiting() == ["1"]
     world.seconds += 0.51
-    fast.keep()
+    fast.enforce()
     assert world.waiting() == ["1"], "a second has no two looks"
     world.seconds += 0.5
-    fast.keep()
+    fast.enforce()
     assert world.waiting() == []
 
 
 def test_a_large_backlog_goes_in_pieces_and_at_once(world, monkeypatch):
     monkeypatch.setattr(module, "MOST_AT_ONCE", 10)
-    bounds = world.bounds()
-    bounds.ingest(batch(*[report(n) for n in range(35)]))
+    limits = world.limits()
+    limits.ingest(batch(*[report(n) for n in range(35)]))
     world.pass_by(8 * DAY_MS)
     seen = []
     for _ in range(5):
-        bounds.keep()  # the clock stands still
+        limits.enforce()  # the clock stands still
         seen.append(world.stats().waiting)
     assert seen == [25, 15, 5, 0, 0]
 
@@ -321,8 +321,8 @@ def full(world: World, count: int = 6000) -> int:
 def test_beyond_the_bound_the_oldest_go_until_it_is_kept_and_no_more(world, caplog):
     size, count = full(world), 6000
     bound = size * 3 // 4
-    bounds = world.bounds(max_bytes=bound)
-    world.keep(bounds, 20)
+    limits = world.limits(max_bytes=bound)
+    world.keep(limits, 20)
     assert bound - 32_768 < world.outbox.size() <= bound
     stats = world.stats()
     assert world.waiting() == [str(n) for n in range(stats.lost, count)], "the oldest"
@@ -337,7 +337,7 @@ def test_a_bound_that_other_tables_fill_leaves_reports_a_quarter_of_it(world):
     world.outbox.ingest(batch(viewings=viewings))
     bound = 1 << 19
     assert world.outbox.size() > 2 * bound
-    world.keep(world.bounds(max_bytes=bound), 20)
+    world.keep(world.limits(max_bytes=bound), 20)
     assert world.stats().waiting == bound // 4 // 128
 
 
@@ -347,8 +347,8 @@ def test_a_file_that_was_emptied_shrinks_and_keeps_some_free_pages(world):
     before = world.folder.outbox.stat().st_size
     while ids := world.claim(2000):
         world.outbox.settle([Acked(id) for id in ids], NOW)
-    bounds = world.bounds()
-    world.keep(bounds, 10)
+    limits = world.limits()
+    world.keep(limits, 10)
     after = world.folder.outbox.stat().st_size
     assert before > 5 << 20
     assert (1 << 20) <= after < before / 2
@@ -360,11 +360,11 @@ def test_a_file_shrinks_by_little_at_once_while_the_disk_is_short_of_room(world)
     full(world, 20_000)
     while ids := world.claim(2000):
         world.outbox.settle([Acked(id) for id in ids], NOW)
-    bounds, pages = world.bounds(), []
-    world.disk = Space(0, 8 << 20)
+    limits, pages = world.limits(), []
+    world.disk = DiskSpace(0, 8 << 20)
     for _ in range(30):
         pages.append(world.outbox._db.execute("PRAGMA page_count").fetchone()[0])
-        world.keep(bounds)
+        world.keep(limits)
     steps = [before - after for before, after in zip(pages, pages[1:], strict=False)]
     assert max(steps) == 64
     assert pages[-1] < pages[0] / 2
@@ -384,14 +384,14 @@ def test_one_large_transaction_does_not_keep_the_log_large(world):
 
 def test_dead_letters_go_after_thirty_days_and_before_all_that_waits(world):
     world.outbox.ingest(batch(*[report(n, NOW + 31 * DAY_MS, sent=10**n) for n in range(3)]))
-    bounds = world.bounds(max_age=60 * 86_400)
+    limits = world.limits(max_age=60 * 86_400)
     world.bury(1, NOW)
-    world.keep(bounds)
+    world.keep(limits)
     world.pass_by(2 * DAY_MS)
     world.bury(1, world.now_ms)
-    world.keep(bounds)
+    world.keep(limits)
     world.pass_by(DEAD_MS - 2 * DAY_MS)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.stats() == Stats(3, 1, 0, 1, 1)
     assert world.losses() == [Loss("2025-12-24", "dead_too_old", 1, 1)]
 
@@ -400,8 +400,8 @@ def test_of_dead_letters_ten_thousand_stay_the_latest(world):
     world.outbox.ingest(batch(*[report(n, sent=1) for n in range(MOST_DEAD + 5)]))
     world.bury(MOST_DEAD, NOW + 1)
     world.bury(5, NOW)  # refused before the others
-    bounds = world.bounds()
-    world.keep(bounds)
+    limits = world.limits()
+    world.keep(limits)
     assert world.stats() == Stats(MOST_DEAD + 5, 0, 0, MOST_DEAD, 5)
     assert world.losses() == [Loss(TODAY, "dead_full", 5, 5)]
     dead = world.outbox._db.execute("SELECT min(died_ms) FROM dead").fetchone()
@@ -415,12 +415,12 @@ def test_of_dead_letters_ten_thousand_stay_the_latest(world):
     ("space", "growth"),
     [
         (PLENTY, ((1 << 40) - (1 << 20)) // 2),
-        (Space(65 << 20, 1 << 40), 32 << 20),
-        (Space((1 << 20) + 2, 1 << 40), 1),
-        (Space(1 << 20, 1 << 40), 0),
-        (Space(0, 1 << 40), 0),
-        (Space(100 << 10, 4 << 20), 48 << 10),
-        (Space(4 << 10, 4 << 20), 0),
+        (DiskSpace(65 << 20, 1 << 40), 32 << 20),
+        (DiskSpace((1 << 20) + 2, 1 << 40), 1),
+        (DiskSpace(1 << 20, 1 << 40), 0),
+        (DiskSpace(0, 1 << 40), 0),
+        (DiskSpace(100 << 10, 4 << 20), 48 << 10),
+        (DiskSpace(4 << 10, 4 << 20), 0),
     ],
 )
 def test_the_outbox_grows_by_half_of_the_room_at_a_time(space, growth):
@@ -428,76 +428,76 @@ def test_the_outbox_grows_by_half_of_the_room_at_a_time(space, growth):
 
 
 def test_what_the_outbox_has_no_room_for_stays_in_the_journals_and_acknowledgements_go_on(world):
-    bounds = world.bounds()
-    bounds.ingest(batch(*[report(n) for n in range(300)]))
-    world.disk = Space(0, 1 << 40)
+    limits = world.limits()
+    limits.ingest(batch(*[report(n) for n in range(300)]))
+    world.disk = DiskSpace(0, 1 << 40)
     with pytest.raises(OutboxFull):
-        bounds.ingest(batch(*[report(n) for n in range(300, 5000)], places={"a": 1}))
-    assert (world.stats(), world.outbox.places()) == (Stats(300, 300, 0, 0, 0), {})
+        limits.ingest(batch(*[report(n) for n in range(300, 5000)], offsets={"a": 1}))
+    assert (world.stats(), world.outbox.offsets()) == (Stats(300, 300, 0, 0, 0), {})
     ids = world.claim(300)
     world.outbox.settle([Acked(id) for id in ids], NOW)
-    bounds.ingest(batch(*[report(n) for n in range(100)]))  # into the room that they left
+    limits.ingest(batch(*[report(n) for n in range(100)]))  # into the room that they left
     assert world.stats() == Stats(400, 100, 300, 0, 0)
     world.disk = PLENTY
-    bounds.ingest(batch(*[report(n) for n in range(300, 5000)], places={"a": 1}))
+    limits.ingest(batch(*[report(n) for n in range(300, 5000)], offsets={"a": 1}))
     assert world.stats() == Stats(5100, 4800, 300, 0, 0)
 
 
 def test_on_a_full_disk_nothing_is_taken_in_until_delivered_reports_have_left_room(world, monkeypatch):
     monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
-    bounds = world.bounds()
-    assert (bounds.has_room(), bounds.piece) == (True, PIECE)
-    bounds.ingest(batch(*[report(n) for n in range(3000)]))
-    world.disk = Space(0, 1 << 40)
-    assert (bounds.has_room(), bounds.piece) == (False, SMALL_PIECE)
+    limits = world.limits()
+    assert (limits.has_room(), limits.piece_bytes) == (True, PIECE)
+    limits.ingest(batch(*[report(n) for n in range(3000)]))
+    world.disk = DiskSpace(0, 1 << 40)
+    assert (limits.has_room(), limits.piece_bytes) == (False, SMALL_PIECE)
     path = journal(world.folder, "1-dead", b"x" * 20_000)
-    assert bounds.has_room(), "the journals are full"
+    assert limits.has_room(), "the journals are full"
     path.unlink()
     world.outbox.settle([Acked(id) for id in world.claim(2000)], NOW)
-    assert bounds.has_room()
-    bounds.ingest(batch(*[report(n) for n in range(100)]))
+    assert limits.has_room()
+    limits.ingest(batch(*[report(n) for n in range(100)]))
 
 
 def test_a_full_disk_with_an_empty_outbox_gives_up_the_reserve_for_what_is_new(world):
     """Else nothing would ever go on, where it is the journals that fill the disk."""
-    bounds = world.bounds()
-    world.keep(bounds)
-    world.disk = Space(0, 1 << 40)
-    assert bounds.has_room()
+    limits = world.limits()
+    world.keep(limits)
+    world.disk = DiskSpace(0, 1 << 40)
+    assert limits.has_room()
     with pytest.raises(OutboxFull):
-        bounds.ingest(batch(*[report(n) for n in range(5000)]))
+        limits.ingest(batch(*[report(n) for n in range(5000)]))
     assert not world.folder.reserve.exists()
-    world.disk = Space((1 << 20) + (512 << 10), 1 << 40)
-    bounds.ingest(batch(*[report(n) for n in range(1000)]))
+    world.disk = DiskSpace((1 << 20) + (512 << 10), 1 << 40)
+    limits.ingest(batch(*[report(n) for n in range(1000)]))
     assert world.stats().waiting == 1000
 
 
 def test_the_reserve_is_made_where_there_is_room_and_said_once_when_it_goes_and_when_it_is_back(
     world, caplog
 ):
-    bounds = world.bounds()
-    world.disk = Space((64 << 20) + (512 << 10) - 1, 1 << 40)
-    world.keep(bounds)
+    limits = world.limits()
+    world.disk = DiskSpace((64 << 20) + (512 << 10) - 1, 1 << 40)
+    world.keep(limits)
     assert not world.folder.reserve.exists()
     world.disk = PLENTY
-    world.keep(bounds)
+    world.keep(limits)
     assert world.folder.reserve.stat().st_size == 512 << 10
     assert world.folder.reserve.stat().st_mode & 0o777 == 0o600
     assert caplog.records == []
-    assert world.reserve.give_up()
-    assert not world.reserve.give_up()
-    world.disk = Space(1 << 20, 1 << 40)
-    world.keep(bounds)
+    assert world.reserve.release()
+    assert not world.reserve.release()
+    world.disk = DiskSpace(1 << 20, 1 << 40)
+    world.keep(limits)
     assert not world.folder.reserve.exists()
     world.disk = PLENTY
-    world.keep(bounds, 2)
+    world.keep(limits, 2)
     assert world.folder.reserve.exists()
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
 def test_a_reserve_that_was_cut_short_is_made_anew(world):
     world.folder.reserve.write_bytes(b"short")
-    world.keep(world.bounds())
+    world.keep(world.limits())
     assert world.folder.reserve.stat().st_size == 512 << 10
 
 
@@ -505,12 +505,12 @@ def test_a_reserve_that_the_disk_does_not_take_after_all_leaves_nothing(world, m
     def refused(descriptor: int, data: Any) -> int:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    bounds = world.bounds()
+    limits = world.limits()
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "write", refused)
-        world.keep(bounds)
+        world.keep(limits)
     assert not world.folder.reserve.exists()
-    world.keep(bounds)
+    world.keep(limits)
     assert world.folder.reserve.exists()
 
 
@@ -531,24 +531,24 @@ def refusing(world: World, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_write_that_failed_means_full(world, monkeypatch):
     """Whatever the disk says of itself: nothing is taken in for a while but into free pages, then it is tried again."""
-    bounds = world.bounds()
-    bounds.ingest(batch(report(0)))
+    limits = world.limits()
+    limits.ingest(batch(report(0)))
     asked = refusing(world, monkeypatch)
-    assert (bounds.has_room(), bounds.piece) == (True, PIECE)
+    assert (limits.has_room(), limits.piece_bytes) == (True, PIECE)
     with pytest.raises(OutboxFull):
-        bounds.ingest(batch(*map(report, range(1, 3000))))
-    assert (bounds.has_room(), bounds.piece) == (False, SMALL_PIECE)
-    world.seconds += TRY_FULL_EVERY
-    assert (bounds.has_room(), bounds.piece) == (True, PIECE)
+        limits.ingest(batch(*map(report, range(1, 3000))))
+    assert (limits.has_room(), limits.piece_bytes) == (False, SMALL_PIECE)
+    world.seconds += RETRY_FULL_EVERY
+    assert (limits.has_room(), limits.piece_bytes) == (True, PIECE)
     assert asked == [PLENTY.growth]
 
 
 def test_a_reserve_that_went_though_there_is_room(world, monkeypatch, caplog):
     """It is tried again seldom, and made only where a quota has twice its size."""
-    bounds = world.bounds()
-    bounds.ingest(batch(report(0)))
-    bounds.keep()
-    assert world.reserve.give_up()
+    limits = world.limits()
+    limits.ingest(batch(report(0)))
+    limits.enforce()
+    assert world.reserve.release()
     quota, write = [RESERVE + 1000], os.write
 
     def limited(descriptor: int, data: Any) -> int:
@@ -558,37 +558,37 @@ def test_a_reserve_that_went_though_there_is_room(world, monkeypatch, caplog):
 
     monkeypatch.setattr(os, "write", limited)
     for _ in range(5):
-        world.keep(bounds)
+        world.keep(limits)
         assert not world.folder.reserve.exists()
-        assert not bounds.has_room()
+        assert not limits.has_room()
     quota[0] = 2 * RESERVE
-    world.keep(bounds)
+    world.keep(limits)
     assert world.folder.reserve.stat().st_size == RESERVE
-    assert bounds.has_room()
+    assert limits.has_room()
     assert caplog.records[-1].t23_event == "disk_free"
 
 
 @pytest.mark.parametrize("restarted", [False, True])
 def test_reserve_removed_by_a_worker(world, restarted):
     """It counts as given up, for a relay that starts then too: there is no more room than the quota left."""
-    bounds = world.bounds()
-    world.keep(bounds)
+    limits = world.limits()
+    world.keep(limits)
     assert world.folder.reserved.exists()
     world.folder.reserve.unlink()
     if restarted:
         again = Reserve(world.folder.reserve, world.folder.reserved)
-        assert again.is_given_up
-        again.keep(PLENTY)
-        assert not again.is_given_up
+        assert again.is_released
+        again.ensure(PLENTY)
+        assert not again.is_released
     else:
-        world.keep(bounds)
+        world.keep(limits)
     assert world.folder.reserve.stat().st_size == RESERVE
 
 
 def test_reserve_back_when_nothing_waits(world, monkeypatch):
     """Its own size is room enough then: the viewings in the outbox may keep the rest of a small quota for long."""
-    bounds, write = world.bounds(), os.write
-    world.keep(bounds)
+    limits, write = world.limits(), os.write
+    world.keep(limits)
     world.folder.reserve.unlink()
 
     def limited(descriptor: int, data: Any) -> int:
@@ -597,17 +597,17 @@ def test_reserve_back_when_nothing_waits(world, monkeypatch):
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", limited)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.folder.reserve.stat().st_size == RESERVE
 
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_small_reserve_when_nothing_waits(world, monkeypatch, waits):
     """A quota that the outbox fills with what it must keep would else stop the workers for as long as it does."""
-    bounds, write = world.bounds(), os.write
+    limits, write = world.limits(), os.write
     if waits:
-        bounds.ingest(batch(report(0)))
-    world.keep(bounds)
+        limits.ingest(batch(report(0)))
+    world.keep(limits)
     world.folder.reserve.unlink()
 
     def limited(descriptor: int, data: Any) -> int:
@@ -616,30 +616,30 @@ def test_small_reserve_when_nothing_waits(world, monkeypatch, waits):
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", limited)
-    world.keep(bounds)
+    world.keep(limits)
     assert world.folder.reserve.exists() == (not waits)
     monkeypatch.undo()
-    world.keep(bounds)
+    world.keep(limits)
     assert world.folder.reserve.stat().st_size == (RESERVE if waits else SMALL_RESERVE)
 
 
 def test_reserve_gone_on_a_small_disk(world):
     """Where the disk itself has too little room the mark goes, so that workers write on."""
-    world.keep(world.bounds())
+    world.keep(world.limits())
     world.folder.reserve.unlink()
     reserve = Reserve(world.folder.reserve, world.folder.reserved)
-    reserve.keep(Space(1 << 20, 1 << 40))
+    reserve.ensure(DiskSpace(1 << 20, 1 << 40))
     assert not world.folder.reserved.exists()
     assert not world.folder.reserve.exists()
 
 
 def test_a_full_quota_with_an_empty_outbox(world, monkeypatch):
     """What is new may have a little of the room, since nothing is to be acknowledged."""
-    bounds = world.bounds()
-    bounds.keep()
-    assert world.reserve.give_up()
-    assert bounds.has_room()
-    bounds.ingest(batch(report(0)))
+    limits = world.limits()
+    limits.enforce()
+    assert world.reserve.release()
+    assert limits.has_room()
+    limits.ingest(batch(report(0)))
     assert world.stats().waiting == 1
 
 
@@ -669,15 +669,15 @@ def reader(world: World) -> Iterator[subprocess.Popen[str]]:
 
 def test_who_keeps_the_log_is_named(world, reader, caplog):
     """The longer the log, the longer the rest between two transactions; nothing of it once the reader is gone."""
-    bounds = world.bounds()
-    assert bounds.rest() == 0
+    limits = world.limits()
+    assert limits.pause_seconds() == 0
     number = 0
     while world.outbox.log_size() <= LONG_LOG:
         number += 500
         world.outbox.ingest(batch(*map(report, range(number, number + 500))))
-    assert bounds.rest() == 0, "it may be one large transaction"
+    assert limits.pause_seconds() == 0, "it may be one large transaction"
     world.seconds += LONG_FOR
-    first = bounds.rest()
+    first = limits.pause_seconds()
     assert 0 < first < 1
     (found,) = readers(world.folder.outbox)
     assert found.startswith(f"process {reader.pid} (")
@@ -685,37 +685,37 @@ def test_who_keeps_the_log_is_named(world, reader, caplog):
     while world.outbox.log_size() <= 2 * LONG_LOG:
         number += 500
         world.outbox.ingest(batch(*map(report, range(number, number + 500))))
-    assert bounds.rest() > first
-    assert bounds.has_room()
-    assert not world.bounds(max_bytes=1 << 20).has_room(), "the log counts"
+    assert limits.pause_seconds() > first
+    assert limits.has_room()
+    assert not world.limits(max_bytes=1 << 20).has_room(), "the log counts"
     reader.communicate(timeout=30)
     for _ in range(2):
         world.outbox.ingest(batch(report(1)))
-    assert bounds.rest() == 0
+    assert limits.pause_seconds() == 0
     assert [record.t23_event for record in caplog.records] == ["log_long", "log_short"]
     assert readers(world.folder.outbox) == []
 
 
 def test_a_disk_that_is_full_takes_the_reserve_for_acknowledgements_but_not_for_what_is_new(world):
-    bounds = world.bounds()
-    world.keep(bounds)
-    bounds.ingest(batch(*[report(n) for n in range(300)]))
-    world.disk = Space(0, 1 << 40)
+    limits = world.limits()
+    world.keep(limits)
+    limits.ingest(batch(*[report(n) for n in range(300)]))
+    world.disk = DiskSpace(0, 1 << 40)
     with pytest.raises(OutboxFull):
-        bounds.ingest(batch(*[report(n) for n in range(5000)]))
+        limits.ingest(batch(*[report(n) for n in range(5000)]))
     assert world.folder.reserve.exists()
     (pages,) = world.outbox._db.execute("PRAGMA page_count").fetchone()
     world.outbox._db.execute(f"PRAGMA max_page_count = {pages}")
-    with pytest.raises(OutboxFull), world.outbox.together():
+    with pytest.raises(OutboxFull), world.outbox.atomic():
         world.outbox.ingest(batch(*[report(n) for n in range(5000)]))
     assert not world.folder.reserve.exists()
 
 
 def test_a_locked_outbox_is_no_full_disk(world):
-    world.keep(world.bounds())
+    world.keep(world.limits())
     world.outbox._db.execute("PRAGMA busy_timeout = 1")
     other = SQLiteOutbox(world.folder.outbox)
-    with other.together(), pytest.raises(OutboxError, match="locked") as error:
+    with other.atomic(), pytest.raises(OutboxError, match="locked") as error:
         world.claim(1)
     other.close()
     assert not isinstance(error.value, OutboxFull)
@@ -728,41 +728,41 @@ def test_a_locked_outbox_is_no_full_disk(world):
 def test_journals_beyond_their_bound_are_given_up_only_while_the_outbox_takes_nothing(world, monkeypatch):
     monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
     path = journal(world.folder, "1-dead", b"x" * 20_000)
-    bounds = world.bounds()
-    taken = batch(*[report(n) for n in range(300)], places={path.name: 100})
-    bounds.ingest(taken)
+    limits = world.limits()
+    taken = batch(*[report(n) for n in range(300)], offsets={path.name: 100})
+    limits.ingest(taken)
     assert world.stats() == Stats(300, 300, 0, 0, 0)
-    world.disk = Space(0, 1 << 40)
-    lost = batch(*[report(n, sent=n) for n in range(3000)], places={path.name: 15_000}, counts={"late": 2})
-    bounds.ingest(lost)
+    world.disk = DiskSpace(0, 1 << 40)
+    lost = batch(*[report(n, sent=n) for n in range(3000)], offsets={path.name: 15_000}, counts={"late": 2})
+    limits.ingest(lost)
     assert world.stats() == Stats(3300, 300, 0, 0, 3000)
     assert world.losses() == [Loss(TODAY, "journals_full", 3000, sum(range(3000)))]
-    assert (world.outbox.places(), world.outbox.counters()["late"]) == ({path.name: 15_000}, 2)
+    assert (world.outbox.offsets(), world.outbox.counters()["late"]) == ({path.name: 15_000}, 2)
     with pytest.raises(OutboxFull):
-        bounds.ingest(lost)  # what is unread is within its bound again
+        limits.ingest(lost)  # what is unread is within its bound again
     assert world.stats() == Stats(3300, 300, 0, 0, 3000)
 
 
 def test_what_can_not_even_be_counted_is_not_given_up(world, monkeypatch):
     monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
     journal(world.folder, "1-dead", b"x" * 20_000)
-    bounds = world.bounds()
+    limits = world.limits()
     world.outbox._db.execute("PRAGMA busy_timeout = 1")
     other = SQLiteOutbox(world.folder.outbox)
-    with other.together(), pytest.raises(OutboxError, match="locked"):
-        bounds.ingest(batch(report(1)))
+    with other.atomic(), pytest.raises(OutboxError, match="locked"):
+        limits.ingest(batch(report(1)))
     other.close()
     assert (world.stats(), world.losses()) == (Stats(0, 0, 0, 0, 0), [])
 
 
 def test_plays_that_workers_lost_are_captured_and_lost(world):
     counts = Counter({"capture_lost": 3, "capture_lost_bytes": 999, "no_session": 2})
-    losses = taken_as_lost(counts)
-    assert losses == [GivenUp("capture_lost", 3, 999)]
+    losses = take_losses(counts)
+    assert losses == [EarlyLoss("capture_lost", 3, 999)]
     assert counts == {"no_session": 2}
-    assert taken_as_lost(counts) == []
+    assert take_losses(counts) == []
     world.outbox.ingest(batch(report(1), losses=losses, counts=counts))
-    world.outbox.ingest(batch(losses=[GivenUp("capture_lost", 1, 1)], at_ms=NOW + DAY_MS))
+    world.outbox.ingest(batch(losses=[EarlyLoss("capture_lost", 1, 1)], at_ms=NOW + DAY_MS))
     assert world.stats() == Stats(5, 1, 0, 0, 4)
     assert world.losses() == [Loss(TODAY, "capture_lost", 3, 999), Loss(TOMORROW, "capture_lost", 1, 1)]
     assert "capture_lost" not in world.outbox.counters()
@@ -818,14 +818,14 @@ def test_a_relay_whose_api_is_away_keeps_within_its_bytes(relay, state, monkeypa
     bound = 400_000
     nowhere = relay(f"http://127.0.0.1:{free_port()}", T23_MAX_BYTES=str(bound))
 
-    def enough(self: Bounds, looks: list[int] = []) -> None:  # noqa: B006
+    def enough(self: Limits, looks: list[int] = []) -> None:  # noqa: B006
         keep(self)
         looks.append(1)
         if nowhere._outbox.stats().captured == 6000 and nowhere._outbox.size() <= bound:
             nowhere.stop()
 
-    keep = Bounds.keep
-    monkeypatch.setattr(Bounds, "keep", enough)
+    keep = Limits.enforce
+    monkeypatch.setattr(Limits, "enforce", enough)
     nowhere.run()
     with OutboxView(folder.outbox) as view:
         found = view.snapshot()

@@ -43,7 +43,7 @@ from t23_middleware.errors import (
 )
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.relay import client as client_module
-from t23_middleware.relay.answer import LONGEST_ANSWER, Answer, judge
+from t23_middleware.relay.answer import LONGEST_ANSWER, Accepted, judge
 from t23_middleware.relay.client import AnalyticsClient
 from t23_middleware.relay.report import Report
 from t23_middleware.settings import Settings
@@ -228,7 +228,7 @@ def error_of(client: AnalyticsClient, report: Report = REPORT) -> DeliveryError:
 def test_a_report_is_one_post_of_its_form(serve: Any, client_for: Any) -> None:
     server = serve(always(answer()))
     got = client_for(server.url).send(REPORT)
-    assert got == Answer(False, "The download was reported", got.seconds)
+    assert got == Accepted(False, "The download was reported", got.seconds)
     assert 0 < got.seconds < 10
     [(line, headers, body)] = server.requests
     assert line == "POST /api/analytics/report/play HTTP/1.1"

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.errors import Busy, NoAnswer, NotAccepted, Refused, Unexplained, Unreachable
-from t23_middleware.relay.breaker import LONGEST_STRANGE_PROBE
-from t23_middleware.relay.client import Answer
+from t23_middleware.relay.breaker import LONGEST_UNCLEAR_PROBE
+from t23_middleware.relay.client import Accepted
 from t23_middleware.relay.delivery import (
     ACCEPTED,
     CLAIMED_PER_SENDER,
@@ -36,7 +36,7 @@ from t23_middleware.relay.report import Report
 from ..harness import ROOT
 
 NOW = 1_764_000_000_000
-OK, CACHED = Answer(False, "ok", 0.0), Answer(True, "ok", 0.0)
+OK, CACHED = Accepted(False, "ok", 0.0), Accepted(True, "ok", 0.0)
 PATIENCE = 30.0
 
 
@@ -60,10 +60,10 @@ class Api:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self.says: Callable[[Report], Answer] = lambda report: OK
+        self.says: Callable[[Report], Accepted] = lambda report: OK
         self.asked: list[tuple[float, Report]] = []
 
-    def send(self, report: Report) -> Answer:
+    def send(self, report: Report) -> Accepted:
         self.asked.append((self._clock.now, report))
         return self.says(report)
 
@@ -80,7 +80,7 @@ class FailingOutbox(SQLiteOutbox):
     fails: Sequence[str] = ()
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
-        with self.together():
+        with self.atomic():
             super().settle(settlements, now_ms)
             self._fail("settle", settlements)
 
@@ -172,18 +172,18 @@ def bench(make: Callable[..., Bench]) -> Bench:
     return make()
 
 
-def raising(error: Exception) -> Callable[[Report], Answer]:
-    def says(report: Report) -> Answer:
+def raising(error: Exception) -> Callable[[Report], Accepted]:
+    def says(report: Report) -> Accepted:
         raise error
 
     return says
 
 
-def then(*answers: Answer | Exception) -> Callable[[Report], Answer]:
+def then(*answers: Accepted | Exception) -> Callable[[Report], Accepted]:
     """One answer after the other, the last one from then on."""
     left = list(answers)
 
-    def says(report: Report) -> Answer:
+    def says(report: Report) -> Accepted:
         answer = left.pop(0) if len(left) > 1 else left[0]
         if isinstance(answer, Exception):
             raise answer
@@ -320,7 +320,7 @@ def test_what_nobody_documents_can_still_arrive(bench):
 def test_a_report_that_fails_alone_is_tried_less_and_less_and_holds_up_no_other(bench, caplog):
     bench.add(session="poison")
 
-    def says(report: Report) -> Answer:
+    def says(report: Report) -> Accepted:
         if report.session_id == "poison":
             raise busy()
         return OK
@@ -344,7 +344,7 @@ def test_an_error_of_our_own_while_sending_is_told_and_ends_nothing(bench, caplo
     bench.api.says = then(ZeroDivisionError("our fault"), OK)
     bench.run(5)
     assert bench.stats() == Stats(50, 0, 50, 0, 0)
-    assert any("our own fault" in text for text in errors(caplog))
+    assert any("an error in t23_middleware" in text for text in errors(caplog))
 
 
 # An API that is down.
@@ -465,7 +465,7 @@ def test_an_api_that_hangs_is_asked_for_no_more_than_its_senders_hold_and_the_re
     bench.add(100)
     gates: dict[str, threading.Event] = defaultdict(threading.Event)
 
-    def hang(report: Report) -> Answer:
+    def hang(report: Report) -> Accepted:
         assert gates[report.session_id].wait(PATIENCE)
         raise NoAnswer("timed out")
 
@@ -621,7 +621,7 @@ def test_without_threads_an_api_that_is_down(retry, tmp_path, monkeypatch):
 
 
 def not_understood() -> NoAnswer:
-    return NoAnswer("answered HTTP 200, but nothing that the API says", answered=True)
+    return NoAnswer("answered HTTP 200, but not in the API's format", answered=True)
 
 
 def test_strange_answers_are_asked_seldom(bench, caplog):
@@ -632,7 +632,7 @@ def test_strange_answers_are_asked_seldom(bench, caplog):
     assert 100 < len(bench.api.asked) < 400
     assert len(errors(caplog)) == 1
     bench.api.says = lambda report: OK
-    bench.run(LONGEST_STRANGE_PROBE, 60)
+    bench.run(LONGEST_UNCLEAR_PROBE, 60)
     assert bench.stats() == Stats(3, 0, 3, 0, 0)
 
 
@@ -640,7 +640,7 @@ def test_one_strange_answer_among_good_ones(bench, caplog):
     """A report whose answer alone is not understood is tried less and less, and said once."""
     bench.add(session="poison")
 
-    def says(report: Report) -> Answer:
+    def says(report: Report) -> Accepted:
         if report.session_id == "poison":
             raise not_understood()
         return OK
@@ -661,7 +661,7 @@ def test_a_probe_that_fails_forever_blocks_nobody(bench):
     bench.api.says = raising(busy())
     bench.run(600, 5)
 
-    def says(report: Report) -> Answer:
+    def says(report: Report) -> Accepted:
         if report.session_id == "poison":
             raise busy()
         return OK
@@ -712,7 +712,7 @@ def test_wrong_videos_block_no_right_one(fresh):
     fresh.run(5)
     fresh.add(session="right")
 
-    def says(report: Report) -> Answer:
+    def says(report: Report) -> Accepted:
         if report.session_id == "wrong":
             raise Refused("no_such_photo", "")
         return OK
@@ -756,7 +756,7 @@ def test_an_api_that_is_down_holds_up_no_other(bench, caplog):
     bench.add(60, host="b.example.com")
     bench.add(60, host="c.example.com")
 
-    def says(report: Report) -> Answer:
+    def says(report: Report) -> Accepted:
         if report.host == "a.example.com":
             raise Unreachable("refused")
         if report.host == "b.example.com":
@@ -855,7 +855,7 @@ def test_the_faster_the_api_the_more_is_at_hand_up_to_a_bound(bench):
     for _ in range(20):
         bench.delivery.step()
         wait_for(lambda: bench.delivery._results.qsize() == bench.delivery.in_flight)
-    assert bench.delivery._at_hand == least
+    assert bench.delivery._claim_limit == least
 
 
 def test_no_more_is_at_hand_than_must_be_where_what_may_have_arrived_is_given_up(tmp_path):
@@ -896,7 +896,7 @@ def test_stopping_waits_for_what_is_under_way_and_claims_nothing_more(bench):
     bench.add(100)
     gate = threading.Event()
 
-    def slow(report: Report) -> Answer:
+    def slow(report: Report) -> Accepted:
         assert gate.wait(PATIENCE)
         return OK
 
@@ -914,7 +914,7 @@ def test_stopping_takes_no_longer_than_it_may_while_the_api_hangs(bench):
     bench.add(100)
     gate = threading.Event()
 
-    def hang(report: Report) -> Answer:
+    def hang(report: Report) -> Accepted:
         gate.wait(PATIENCE)
         return OK
 

@@ -41,7 +41,7 @@ def test_all_leaves_though_no_file_may_grow(limit: int, state: Path) -> None:
         resource.prlimit(relay.pid, resource.RLIMIT_FSIZE, (limit, limit))
         try:
             assert until(lambda: folder.outbox.exists() and stats(folder).waiting > 200)
-            assert until(lambda: b"until it can be written" in (state / "said.log").read_bytes())
+            assert until(lambda: b"until the outbox is writable again" in (state / "said.log").read_bytes())
             assert stats(folder).waiting < count
             assert relay.poll() is None
             api.heal()

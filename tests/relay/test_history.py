@@ -25,12 +25,12 @@ from t23_middleware.relay.history import (
 )
 from t23_middleware.relay.outbox import (
     Acked,
-    Again,
     Dead,
     DeadLetters,
     Ingest,
     Lost,
     OutboxView,
+    Retry,
     SQLiteOutbox,
 )
 from t23_middleware.relay.report import Report
@@ -98,7 +98,7 @@ def test_what_becomes_of_reports_is_counted_with_the_answers(outbox: SQLiteOutbo
             Acked(ids[1], 700_000_000, "accepted"),
             Dead(ids[2], "no_such_photo", "words", "refused"),
             Lost(ids[3], "ambiguous", "no_answer"),
-            Again(ids[4], NOW, 1, said="busy"),
+            Retry(ids[4], NOW, 1, outcome="busy"),
         ],
         NOW,
     )
@@ -125,7 +125,7 @@ def test_what_becomes_of_reports_is_counted_with_the_answers(outbox: SQLiteOutbo
 
 
 def test_a_report_whose_transaction_fails_is_not_in_the_history(outbox: SQLiteOutbox, path: Path):
-    with pytest.raises(RuntimeError), outbox.together():
+    with pytest.raises(RuntimeError), outbox.atomic():
         take(outbox, report(1))
         raise RuntimeError
     assert seen(path).hour.total("captured") == 0
@@ -136,7 +136,7 @@ def test_the_sizes_are_what_there_is_through_all_that_happens_to_reports(outbox:
     ids = take(outbox, *(report(n) for n in range(20)))
     outbox.settle([Acked(id) for id in ids[:5]] + [Lost(id, "ambiguous") for id in ids[5:7]], NOW)
     outbox.settle([Dead(id, "code", "words") for id in ids[7:12]], NOW)
-    with pytest.raises(RuntimeError), outbox.together():
+    with pytest.raises(RuntimeError), outbox.atomic():
         outbox.settle([Acked(ids[12])], NOW)
         raise RuntimeError
     with DeadLetters(path) as letters:

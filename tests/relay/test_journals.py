@@ -28,7 +28,7 @@ def now() -> int:
 def take(journals: Journals, until_ns: int | None = None) -> Reading:
     """One look, kept by an outbox that never fails."""
     reading = journals.read(now() if until_ns is None else until_ns)
-    journals.taken(reading)
+    journals.committed(reading)
     return reading
 
 
@@ -42,11 +42,11 @@ def drain(journals: Journals) -> list[Reading]:
 
 def numbers(*readings: Reading) -> list[int]:
     """Numbers of the responses that ended, in the order in which they are judged."""
-    return [fact.what.opening.number for each in readings for fact in each.facts if not is_opening(fact)]
+    return [fact.event.opening.number for each in readings for fact in each.facts if not is_opening(fact)]
 
 
 def is_opening(fact: module.Fact) -> bool:
-    return isinstance(fact.what, Opening)
+    return isinstance(fact.event, Opening)
 
 
 # Order.
@@ -179,7 +179,7 @@ def test_an_empty_journal_is_kept_while_its_writer_lives(folder):
     with alive(folder, "1-a"):
         take(journals)
         assert journals.remove_finished() == []
-    time.sleep(module.LOOK_AT_WRITERS_EVERY)
+    time.sleep(module.CHECK_WRITERS_EVERY)
     take(journals)
     assert journals.remove_finished() == [path.name]
 
@@ -260,7 +260,7 @@ def test_another_relay_goes_on_where_the_last_one_was(folder):
     first = take(Journals(folder, {}))
     with path.open("ab") as file:
         file.write(encode(transfer(2, start + MS)))
-    assert numbers(take(Journals(folder, first.places))) == [2]
+    assert numbers(take(Journals(folder, first.offsets))) == [2]
 
 
 def test_a_reading_that_was_not_kept_is_read_again(folder):
@@ -274,9 +274,9 @@ def test_a_reading_that_was_not_kept_is_read_again(folder):
 def test_after_a_kill_between_keeping_and_unlinking_the_journal_goes_unread(folder):
     path = journal(folder, "1-a", transfer(1, now() - MS))
     kept = take(Journals(folder, {}))
-    journals = Journals(folder, kept.places)
+    journals = Journals(folder, kept.offsets)
     reading = take(journals)
-    assert (reading.facts, reading.places) == ([], {})
+    assert (reading.facts, reading.offsets) == ([], {})
     assert journals.remove_finished() == [path.name]
     assert not path.exists()
 
@@ -310,7 +310,7 @@ def test_what_is_no_journal_of_ours_is_left_alone(folder):
         (folder.journals / name).write_text("hello\n")
     journals = Journals(folder, {})
     reading = take(journals)
-    assert (reading.facts, reading.places, reading.counts) == ([], {}, Counter())
+    assert (reading.facts, reading.offsets, reading.counts) == ([], {}, Counter())
     assert journals.remove_finished() == []
     assert sorted(path.name for path in folder.journals.iterdir()) == sorted(strangers)
 
@@ -342,7 +342,7 @@ def test_a_journal_is_removed_only_when_its_writer_is_dead_and_then_with_its_loc
         writer.write(transfer(2, now()))
         assert numbers(take(journals)) == [2]
         writer.kill()
-        time.sleep(module.LOOK_AT_WRITERS_EVERY)
+        time.sleep(module.CHECK_WRITERS_EVERY)
         assert numbers(take(journals)) == []
         assert not journals.has_live_writer()
         assert journals.remove_finished() == [f"{writer.name}.000000.journal"]
@@ -401,14 +401,14 @@ def test_a_writer_is_dead_only_when_all_its_journals_are_read(folder, monkeypatc
     """One that began its next file after the look for files, and died before the look at who lives."""
     journal(folder, "1-a", opening(1, now() - 5 * MS))
     journals = Journals(folder, {})
-    look = Journals._look_at_writers
+    look = Journals._check_writers
 
     def rotate_die_and_look(self: Journals) -> None:
         monkeypatch.undo()
         journal(folder, "1-a", transfer(1, now() - MS), sequence=1)
         look(self)
 
-    monkeypatch.setattr(Journals, "_look_at_writers", rotate_die_and_look)
+    monkeypatch.setattr(Journals, "_check_writers", rotate_die_and_look)
     assert numbers(take(journals)) == []
     assert journals.dead_writers({"1-a"}) == set()
     assert numbers(take(journals)) == [1]
@@ -501,7 +501,7 @@ def test_news_is_a_living_writer_or_a_line_that_was_not_taken(folder):
 
 
 def placed(*readings: Reading) -> list[tuple[int, int]]:
-    return [(fact.at_ns, fact.what.opening.number) for each in readings for fact in each.facts]
+    return [(fact.at_ns, fact.event.opening.number) for each in readings for fact in each.facts]
 
 
 @pytest.mark.parametrize("days", [0, 3650], ids=["this boot", "before this boot"])
@@ -553,7 +553,7 @@ def test_a_journal_in_another_format_is_not_read_not_removed_and_keeps_no_relay(
     path.write_bytes(encode(header("1-a", format=FORMAT + 1)) + b"whatever it says\n")
     journals = Journals(folder, {})
     reading = take(journals)
-    assert (reading.facts, reading.places, +reading.counts) == ([], {}, Counter())
+    assert (reading.facts, reading.offsets, +reading.counts) == ([], {}, Counter())
     assert journals.remove_finished() == []
     assert path.exists()
     assert journals.all_read()
@@ -590,17 +590,17 @@ def test_however_the_bytes_arrive_and_the_relay_restarts_each_whole_line_is_read
 ):
     path = journal(shared, "1-alive")
     data = b"".join(lines)
-    journals, places, seen, begin = Journals(shared, {}), {}, [], 0
+    journals, offsets, seen, begin = Journals(shared, {}), {}, [], 0
     for turn, end in enumerate([*sorted(min(cut, len(data)) for cut in cuts), len(data)]):
         with path.open("ab") as file:
             file.write(data[begin:end])
         begin = end
         for reading in drain(journals):
-            places |= reading.places
-            seen += [fact.what for fact in reading.facts]
+            offsets |= reading.offsets
+            seen += [fact.event for fact in reading.facts]
         assert journals.remove_finished() == []
         if turn in restarts:
-            journals = Journals(shared, dict(places))
+            journals = Journals(shared, dict(offsets))
     assert Counter(encode(what) for what in seen) == Counter(
         line + b"\n" for line in data.split(b"\n") if line[9:15] in (b'["open', b'["clos')
     )

@@ -26,7 +26,6 @@ from t23_middleware.relay.outbox import (
     LONGEST_DELAY_MS,
     SCHEMA_VERSION,
     Acked,
-    Again,
     Dead,
     Entry,
     Ingest,
@@ -34,6 +33,7 @@ from t23_middleware.relay.outbox import (
     OutboxCorrupt,
     OutboxError,
     OutboxView,
+    Retry,
     SQLiteOutbox,
     Stats,
     Waiting,
@@ -51,7 +51,7 @@ def report(number: int, host: str = "", sent: int = 100) -> Report:
 
 
 def batch(*reports: Report, **options: object) -> Ingest:
-    return Ingest(**({"reports": reports, "viewings": [], "places": {}, "counts": {}} | options))
+    return Ingest(**({"reports": reports, "viewings": [], "offsets": {}, "counts": {}} | options))
 
 
 @pytest.fixture
@@ -83,12 +83,14 @@ def adds_up(outbox: SQLiteOutbox) -> Stats:
 
 def test_a_batch_is_kept_with_its_places_viewings_and_counts(outbox, path):
     outbox.ingest(
-        batch(report(1), viewings=[(KEY, "state")], places={"a": 10}, counts={"late": 2, "none": 0})
+        batch(report(1), viewings=[(KEY, "state")], offsets={"a": 10}, counts={"late": 2, "none": 0})
     )
-    outbox.ingest(batch(report(2), viewings=[(KEY, "state 2")], places={"a": 20, "b": 5}, counts={"late": 1}))
+    outbox.ingest(
+        batch(report(2), viewings=[(KEY, "state 2")], offsets={"a": 20, "b": 5}, counts={"late": 1})
+    )
     outbox.close()
     again = SQLiteOutbox(path)
-    assert again.places() == {"a": 20, "b": 5}
+    assert again.offsets() == {"a": 20, "b": 5}
     assert list(again.viewings()) == [(KEY, "state 2")]
     assert again.counters() == {"late": 3, "captured": 2}
     assert [entry.report for entry in claimed(again)] == [report(1), report(2)]
@@ -96,17 +98,17 @@ def test_a_batch_is_kept_with_its_places_viewings_and_counts(outbox, path):
 
 
 def test_a_viewing_that_is_dropped_and_a_journal_that_is_gone_are_forgotten(outbox):
-    outbox.ingest(batch(viewings=[(KEY, "state")], places={"a": 10, "b": 20}))
+    outbox.ingest(batch(viewings=[(KEY, "state")], offsets={"a": 10, "b": 20}))
     outbox.ingest(batch(viewings=[(KEY, None)]))
     outbox.forget_journals(["a", "unheard of"])
     outbox.forget_journals([])
-    assert (list(outbox.viewings()), outbox.places()) == ([], {"b": 20})
+    assert (list(outbox.viewings()), outbox.offsets()) == ([], {"b": 20})
 
 
 def test_a_batch_that_fails_at_its_end_leaves_nothing(outbox):
     with pytest.raises(OverflowError):
-        outbox.ingest(batch(report(1), viewings=[(KEY, "x")], places={"a": 1}, counts={"late": 1 << 70}))
-    assert (outbox.places(), list(outbox.viewings()), outbox.stats()) == ({}, [], Stats(0, 0, 0, 0, 0))
+        outbox.ingest(batch(report(1), viewings=[(KEY, "x")], offsets={"a": 1}, counts={"late": 1 << 70}))
+    assert (outbox.offsets(), list(outbox.viewings()), outbox.stats()) == ({}, [], Stats(0, 0, 0, 0, 0))
     outbox.ingest(batch(report(1)))
     assert adds_up(outbox).waiting == 1
 
@@ -114,12 +116,12 @@ def test_a_batch_that_fails_at_its_end_leaves_nothing(outbox):
 def test_what_is_done_together_happens_whole_or_not_at_all(outbox):
     outbox.ingest(batch(report(1), report(2)))
     first, _ = claimed(outbox)
-    with pytest.raises(RuntimeError), outbox.together():
+    with pytest.raises(RuntimeError), outbox.atomic():
         outbox.settle([Acked(first.id)], NOW)
         outbox.ingest(batch(report(3)))
         raise RuntimeError
     assert outbox.stats() == Stats(2, 2, 0, 0, 0)
-    with outbox.together():
+    with outbox.atomic():
         outbox.settle([Acked(first.id)], NOW)
         outbox.ingest(batch(report(3)))
     assert adds_up(outbox) == Stats(3, 2, 1, 0, 0)
@@ -224,7 +226,7 @@ def test_bounds_give_up_the_floods_first(kind, outbox):
     outbox.ingest(batch(*[of(f"viewer-{n}", f"{n % 50}") for n in range(1000)]))
     flood = [of(f"bot-{n}", "777") if kind == "sessions" else of("bot", f"7{n}") for n in range(5000)]
     outbox.ingest(batch(*flood))
-    lost = sum(outbox.lose_oldest(1000, 0, "outbox_full", NOW) for _ in range(3))
+    lost = sum(outbox.drop_oldest(1000, 0, "outbox_full", NOW) for _ in range(3))
     assert lost == 3000
     (viewers,) = outbox._db.execute("SELECT count(*) FROM reports WHERE session_id LIKE 'viewer%'").fetchone()
     assert viewers == 1000
@@ -239,8 +241,8 @@ def test_dead_letters_of_a_flood_go_first(outbox):
         entries = list(claimed(outbox, 100))
         mine = [entry for entry in entries if entry.report.session_id.startswith("viewer") is viewers]
         outbox.settle([Dead(entry.id, "no_such_photo", "") for entry in mine], NOW + (not viewers))
-        outbox.settle([Again(entry.id, 0, 0) for entry in entries if entry not in mine], NOW)
-    assert outbox.lose_dead_oldest(100, 40, "dead_full", NOW) == 60
+        outbox.settle([Retry(entry.id, 0, 0) for entry in entries if entry not in mine], NOW)
+    assert outbox.drop_oldest_dead(100, 40, "dead_full", NOW) == 60
     (viewers,) = outbox._db.execute("SELECT count(*) FROM dead WHERE session_id LIKE 'viewer%'").fetchone()
     assert viewers == 20
 
@@ -248,7 +250,7 @@ def test_dead_letters_of_a_flood_go_first(outbox):
 def test_a_report_that_was_put_back_is_claimed_when_it_is_due_and_in_its_old_turn(outbox):
     outbox.ingest(batch(*map(report, range(3))))
     first = claimed(outbox, 1)[0]
-    outbox.settle([Again(first.id, NOW + 1000, 1, 2)], NOW)
+    outbox.settle([Retry(first.id, NOW + 1000, 1, 2)], NOW)
     assert [entry.report for entry in claimed(outbox, 1, NOW + 999)] == [report(1)]
     back, after = claimed(outbox, 2, NOW + 1000)
     assert back == Entry(first.id, report(0), 1, 2, False)
@@ -258,13 +260,13 @@ def test_a_report_that_was_put_back_is_claimed_when_it_is_due_and_in_its_old_tur
 def test_a_new_time_is_kept_with_the_report(outbox):
     outbox.ingest(batch(report(1)))
     first = claimed(outbox)[0]
-    outbox.settle([Again(first.id, NOW, 0, 0, NOW + 77)], NOW)
+    outbox.settle([Retry(first.id, NOW, 0, 0, NOW + 77)], NOW)
     assert claimed(outbox) == [Entry(first.id, report(1)._replace(time_ms=NOW + 77), 0, 0, True)]
 
 
 def test_a_clock_that_was_set_back_keeps_nothing_waiting_for_what_was_the_future(outbox):
     outbox.ingest(batch(report(1)))
-    outbox.settle([Again(claimed(outbox)[0].id, NOW + 60_000, 0)], NOW)
+    outbox.settle([Retry(claimed(outbox)[0].id, NOW + 60_000, 0)], NOW)
     a_year_before = NOW - 365 * 86_400_000
     assert len(claimed(outbox, now_ms=a_year_before)) == 1
     outbox.recover_leases(True, NOW)
@@ -282,7 +284,7 @@ def test_the_figures_add_up_whatever_becomes_of_the_reports(outbox):
             Acked(ids[0]),
             Dead(ids[1], "no_such_photo", "answer"),
             Lost(ids[2], "ambiguous"),
-            Again(ids[3], NOW, 1),
+            Retry(ids[3], NOW, 1),
         ],
         NOW,
     )
@@ -320,7 +322,9 @@ def test_leases_of_a_dead_relay_are_sent_again_as_what_may_have_arrived(outbox, 
     after.close()
     last = SQLiteOutbox(path)
     assert last.recover_leases(True, NOW) == 3
-    assert [(entry.report, entry.tries) for entry in claimed(last)] == [(report(n), 1) for n in range(3)]
+    assert [(entry.report, entry.ambiguous_sends) for entry in claimed(last)] == [
+        (report(n), 1) for n in range(3)
+    ]
     assert adds_up(last).waiting == 3
     last.close()
 
@@ -330,7 +334,7 @@ def test_leases_of_a_dead_relay_are_lost_where_nothing_may_be_sent_twice(outbox)
     claimed(outbox, 2)
     assert outbox.recover_leases(False, NOW) == 2
     assert adds_up(outbox) == Stats(3, 1, 0, 0, 2)
-    assert [(entry.report, entry.tries) for entry in claimed(outbox)] == [(report(2), 0)]
+    assert [(entry.report, entry.ambiguous_sends) for entry in claimed(outbox)] == [(report(2), 0)]
 
 
 # The file.
@@ -452,7 +456,7 @@ def test_a_schema_that_is_no_text_any_more_is_a_corrupt_file(outbox, path, caplo
     assert adds_up(new) == Stats(0, 0, 0, 0, 0)
     assert new.counters() == {"outbox_corrupt": 1, "outbox_uncounted": 1}
     new.close()
-    assert "not known" in caplog.text
+    assert "more that can't be counted" in caplog.text
 
 
 def test_a_version_that_is_damaged_in_both_places_is_a_corrupt_file(outbox, path):
@@ -485,8 +489,8 @@ def test_what_can_be_read_of_a_corrupt_file_counts_as_lost(outbox, path, caplog)
     assert (reason, reports, size) == ("corrupt", found.lost, 100 * found.lost)
     new.close()
     (record,) = caplog.records
-    assert f"{found.lost} reports that it held count as lost" in record.message
-    assert "what else it held is not known" in record.message
+    assert f"{found.lost} reports in it count as lost" in record.message
+    assert "more that can't be counted" in record.message
 
 
 def test_a_corrupt_file_whose_reports_can_all_be_read_leaves_nothing_unknown(outbox, path, caplog):
@@ -499,7 +503,7 @@ def test_a_corrupt_file_whose_reports_can_all_be_read_leaves_nothing_unknown(out
     assert adds_up(new) == Stats(50, 0, 0, 0, 50)
     assert new.counters() == {"captured": 50, "outbox_corrupt": 1}
     new.close()
-    assert "not known" not in caplog.text
+    assert "more that can't be counted" not in caplog.text
 
 
 def test_a_path_that_can_hold_no_file_is_an_error_with_its_name(path):
@@ -513,12 +517,12 @@ def test_a_full_disk_refuses_whole_batches_and_takes_acknowledgements(outbox):
     (pages,) = outbox._db.execute("PRAGMA page_count").fetchone()
     outbox._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(OutboxError, match="full"):
-        outbox.ingest(batch(*map(report, range(300, 5000)), places={"a": 1}))
-    assert (outbox.stats(), outbox.places()) == (Stats(300, 300, 0, 0, 0), {})
+        outbox.ingest(batch(*map(report, range(300, 5000)), offsets={"a": 1}))
+    assert (outbox.stats(), outbox.offsets()) == (Stats(300, 300, 0, 0, 0), {})
     outbox.settle([Acked(entry.id) for entry in claimed(outbox, 200)], NOW)
     assert adds_up(outbox) == Stats(300, 100, 200, 0, 0)
     outbox._db.execute("PRAGMA max_page_count = 1000000")
-    outbox.ingest(batch(*map(report, range(300, 5000)), places={"a": 1}))
+    outbox.ingest(batch(*map(report, range(300, 5000)), offsets={"a": 1}))
     assert adds_up(outbox) == Stats(5000, 4800, 200, 0, 0)
 
 
@@ -527,7 +531,7 @@ def test_a_claim_that_cannot_be_written_did_not_happen(outbox, path):
     outbox.ingest(batch(report(1)))
     other = SQLiteOutbox(path)
     outbox._db.execute("PRAGMA busy_timeout = 1")
-    with other.together(), pytest.raises(OutboxError, match="locked"):
+    with other.atomic(), pytest.raises(OutboxError, match="locked"):
         claimed(outbox)
     assert len(claimed(outbox)) == 1
     other.close()
@@ -540,7 +544,7 @@ def test_what_was_acknowledged_to_the_caller_survives_a_kill(path):
         "from pathlib import Path\n"
         "from tests.relay.test_outbox import *\n"
         "outbox = SQLiteOutbox(Path(sys.argv[1]))\n"
-        "outbox.ingest(batch(*map(report, range(10)), places={'a': 5}))\n"
+        "outbox.ingest(batch(*map(report, range(10)), offsets={'a': 5}))\n"
         "outbox.settle([Acked(entry.id) for entry in outbox.claim(4, NOW, [''])], NOW)\n"
         "outbox.claim(3, NOW, [''])\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -551,7 +555,7 @@ def test_what_was_acknowledged_to_the_caller_survives_a_kill(path):
     )
     assert done.returncode == -9, done.stderr
     outbox = SQLiteOutbox(path)
-    assert (adds_up(outbox), outbox.places()) == (Stats(10, 6, 4, 0, 0), {"a": 5})
+    assert (adds_up(outbox), outbox.offsets()) == (Stats(10, 6, 4, 0, 0), {"a": 5})
     assert [entry.report for entry in claimed(outbox)] == [report(n) for n in range(7, 10)]
     assert outbox.recover_leases(True, NOW) == 6
     outbox.close()
@@ -569,7 +573,7 @@ def test_a_disk_that_fails_is_an_outbox_error(outbox, monkeypatch):
     healthy = outbox._db
     outbox._db = Failing()
     for attempt in (
-        outbox.places,
+        outbox.offsets,
         outbox.hosts,
         outbox.stats,
         outbox.counters,
@@ -599,31 +603,31 @@ class Model(RuleBasedStateMachine):
         self.leased: set[int] = set()
         self.sent = self.dead = 0
         self.losses: dict[str, int] = {}
-        self.places: dict[str, int] = {}
+        self.offsets: dict[str, int] = {}
 
     @rule(
         hosts=st.lists(st.sampled_from("ab"), max_size=5),
-        places=st.dictionaries(st.sampled_from("xyz"), st.integers(0, 99), max_size=2),
+        offsets=st.dictionaries(st.sampled_from("xyz"), st.integers(0, 99), max_size=2),
     )
-    def ingest(self, hosts: list[str], places: dict[str, int]) -> None:
+    def ingest(self, hosts: list[str], offsets: dict[str, int]) -> None:
         reports = []
         for host in hosts:
             self.number += 1
             reports.append(report(self.number, host))
             self.waiting[self.number] = [reports[-1], 0, 0, False, 0]
-        self.outbox.ingest(batch(*reports, places=places))
-        self.places |= places
+        self.outbox.ingest(batch(*reports, offsets=offsets))
+        self.offsets |= offsets
 
     @rule()
     def ingest_that_fails(self) -> None:
         with pytest.raises(OverflowError):
-            self.outbox.ingest(batch(report(0), places={"x": 1 << 70}))
+            self.outbox.ingest(batch(report(0), offsets={"x": 1 << 70}))
 
     @rule(names=st.sets(st.sampled_from("xyz")))
     def forget(self, names: set[str]) -> None:
         self.outbox.forget_journals(sorted(names))
         for name in names:
-            self.places.pop(name, None)
+            self.offsets.pop(name, None)
 
     @rule(count=st.integers(1, 4), hosts=st.sets(st.sampled_from("abc")))
     def claim(self, count: int, hosts: set[str]) -> None:
@@ -650,10 +654,10 @@ class Model(RuleBasedStateMachine):
                         data.draw(st.integers(0, 3)),
                         1,
                     )
-                    settlements.append(Again(id, due, tries, attempts))
+                    settlements.append(Retry(id, due, tries, attempts))
                     self.waiting[id][1:] = [tries, attempts, self.waiting[id][3], due]
                 case "retimed":
-                    settlements.append(Again(id, self.now, 0, 0, self.now))
+                    settlements.append(Retry(id, self.now, 0, 0, self.now))
                     self.waiting[id] = [self.waiting[id][0]._replace(time_ms=self.now), 0, 0, True, self.now]
                 case "dead":
                     settlements.append(Dead(id, "code", "answer"))
@@ -664,7 +668,7 @@ class Model(RuleBasedStateMachine):
                 case _:
                     continue
             self.leased.discard(id)
-            if not isinstance(settlements[-1], Again):
+            if not isinstance(settlements[-1], Retry):
                 del self.waiting[id]
         self.outbox.settle(settlements, self.now)
 
@@ -692,7 +696,7 @@ class Model(RuleBasedStateMachine):
         lost = sum(self.losses.values())
         assert self.outbox.stats() == Stats(self.number, len(self.waiting), self.sent, self.dead, lost)
         assert self.number == len(self.waiting) + self.sent + self.dead + lost
-        assert self.outbox.places() == self.places
+        assert self.outbox.offsets() == self.offsets
         assert self.outbox.hosts() == sorted({each[0].host for each in self.waiting.values()})
 
     def teardown(self) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from t23_middleware.relay import playback as playback_module
 from t23_middleware.relay.playback import Playback
 from t23_middleware.relay.report import Report
-from t23_middleware.relay.viewing import BEGINNING, MOST_OPEN, MOST_RUNS, Response
+from t23_middleware.relay.viewing import BEGINNING, MOST_OPEN, MOST_SPANS, OpenResponse
 from t23_middleware.transfer import Opening, Part, Play, Progress, Transfer, decode, encode
 
 S = 1_000_000_000
@@ -48,7 +48,7 @@ def response(
 class Fact(NamedTuple):
     at_ns: int
     writer: str
-    what: Opening | Transfer
+    event: Opening | Transfer
 
 
 def facts_of(transfers: Iterable[Transfer], writers: int = 1) -> list[Fact]:
@@ -58,16 +58,16 @@ def facts_of(transfers: Iterable[Transfer], writers: int = 1) -> list[Fact]:
         writer = f"w{transfer.opening.number % writers}"
         facts.append(Fact(transfer.opening.started_ns, writer, transfer.opening))
         facts.append(Fact(transfer.ended_ns, writer, transfer))
-    return sorted(facts, key=lambda fact: (fact.at_ns, isinstance(fact.what, Transfer)))
+    return sorted(facts, key=lambda fact: (fact.at_ns, isinstance(fact.event, Transfer)))
 
 
 def feed(playback: Playback, facts: Iterable[Fact]) -> list[Report]:
     reports: list[Report] = []
     for fact in facts:
-        if isinstance(fact.what, Opening):
-            reports += playback.opened(fact.writer, fact.what)
+        if isinstance(fact.event, Opening):
+            reports += playback.opened(fact.writer, fact.event)
         else:
-            reports += playback.closed(fact.writer, fact.what)
+            reports += playback.closed(fact.writer, fact.event)
     return reports
 
 
@@ -110,8 +110,8 @@ class TestPerResponse:
         playback = Playback()
         for fact in facts_of(PLAY_AND_TWO_SCRUBS):
             reports = feed(playback, [fact])
-            if isinstance(fact.what, Transfer):
-                assert [report.time_ms for report in reports] == [fact.what.ended_ms]
+            if isinstance(fact.event, Transfer):
+                assert [report.time_ms for report in reports] == [fact.event.ended_ms]
             else:
                 assert reports == []
 
@@ -211,7 +211,7 @@ class TestAWriterThatDied:
         playback = Playback()
         feed(playback, [Fact(0, "dead", response(1, 0, 9, 0, 1).opening)])
         assert list(playback.open_responses()) == [("dead", 1)]
-        assert playback.lost("dead", 1, 3 * S, 3000) == []
+        assert playback.writer_died("dead", 1, 3 * S, 3000) == []
         assert list(playback.open_responses()) == []
         assert playback.counts["interrupted_unknown"] == 1
         assert told(feed(playback, facts_of([response(2, 4, 9, 1_000_000, 2_000_000)]))) == [(1, 2_000_000)]
@@ -220,19 +220,19 @@ class TestAWriterThatDied:
         playback = Playback()
         start, other = response(1, 0, 9, 0, 4_000_000), response(2, 1, 9, 0, 1)
         feed(playback, [Fact(0, "lives", start.opening), Fact(S, "dead", other.opening)])
-        playback.lost("dead", 2, 3 * S, 3000)
+        playback.writer_died("dead", 2, 3 * S, 3000)
         assert told(feed(playback, [Fact(start.ended_ns, "lives", start)])) == [(0, 4_000_000)]
 
     def test_a_stream_is_told_with_the_bytes_that_are_known(self) -> None:
         playback = Playback(per="stream")
         feed(playback, [Fact(0, "dead", response(1, 0, 9, 0, 1).opening)])
-        playback.lost("dead", 1, 3 * S, 3000)
+        playback.writer_died("dead", 1, 3 * S, 3000)
         assert feed(playback, facts_of([response(2, 4, 9, 1_000_000, 2_000_000)])) == []
         assert told(playback.advance(AFTER, 0)) == [(0, 2_000_000)]
 
     def test_a_response_that_is_not_open_can_be_lost_without_harm(self) -> None:
         playback = Playback()
-        assert playback.lost("nobody", 1, 0, 0) == []
+        assert playback.writer_died("nobody", 1, 0, 0) == []
         assert playback.counts == Counter()
 
 
@@ -656,7 +656,7 @@ class TestAfterARestartOfTheHost:
         playback.opened("w", response(1, self.UPTIME, self.UPTIME + 1, 0, 1).opening)
         playback = self.rebooted(playback, pause=100)
         assert list(playback.open_responses()) == [("w", 1)]
-        assert playback.lost("w", 1, 60 * S, 0) == []
+        assert playback.writer_died("w", 1, 60 * S, 0) == []
         playback.advance(60 * S + 30 * 60 * S, 0)
         assert dict(playback.changed()) == {("", *PLAY[:2]): None}
 
@@ -668,11 +668,11 @@ class TestAfterARestartOfTheHost:
 
     def test_what_is_known_of_an_open_response_is_placed_by_the_wall_clock_too(self) -> None:
         opening = response(1, self.UPTIME, self.UPTIME + 1, 0, 1).opening._replace(started_ms=2_000)
-        open_response = Response.of("w", opening)
-        open_response.known = encode(Progress(opening, self.UPTIME * S, 3_000, 5)).decode().rstrip()
-        open_response.move_to(("boot b", S // 2))
+        open_response = OpenResponse.of("w", opening)
+        open_response.last_line = encode(Progress(opening, self.UPTIME * S, 3_000, 5)).decode().rstrip()
+        open_response.rebase(("boot b", S // 2))
         moved = Progress(opening._replace(started_ns=3 * S // 2), 5 * S // 2, 3_000, 5)
-        assert decode(open_response.known.encode()) == moved
+        assert decode(open_response.last_line.encode()) == moved
 
     def test_the_line_of_an_open_response_that_was_damaged_is_counted(self) -> None:
         playback = Playback()
@@ -784,10 +784,10 @@ class TestBadInput:
             at = 3 * n
             feed(playback, facts_of([response(n, at, at + 2, n * 10**7, 700_000, last=None, total=10**12)]))
         ((_, text),) = playback.changed()
-        assert text is not None and len(text) < 200 * MOST_RUNS
+        assert text is not None and len(text) < 200 * MOST_SPANS
 
     def test_more_sessions_than_are_kept_drop_the_oldest(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(playback_module, "MOST_VIEWERS", 100)
+        monkeypatch.setattr(playback_module, "MOST_SESSIONS", 100)
         playback = Playback(per="stream")
         transfers = [response(n, n, n + 2, 0, 700_000, play=Play(f"s{n}", "1")) for n in range(1000)]
         reports = feed(playback, facts_of(transfers)) + playback.conclude(0)
@@ -978,7 +978,7 @@ def test_nothing_that_a_journal_may_hold_stops_the_relay(
         elif step == "close":
             reports += playback.closed("w", transfer)
         elif step == "lost":
-            reports += playback.lost("w", opening.number, transfer.ended_ns, transfer.ended_ms)
+            reports += playback.writer_died("w", opening.number, transfer.ended_ns, transfer.ended_ms)
         elif step == "advance":
             reports += playback.advance(transfer.ended_ns, transfer.ended_ms)
         elif step == "conclude":

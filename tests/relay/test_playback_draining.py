@@ -38,10 +38,10 @@ def acked(cookie: int, at: float, bytes: int | None, gone: int = 1) -> Acknowled
 def begun(playback: Playback, *transfers: Transfer) -> None:
     """Feeds both lines of each; nothing is told yet."""
     for fact in facts_of(transfers):
-        if isinstance(fact.what, Opening):
-            assert playback.opened(fact.writer, fact.what) == []
+        if isinstance(fact.event, Opening):
+            assert playback.opened(fact.writer, fact.event) == []
         else:
-            assert playback.closed(fact.writer, fact.what) == []
+            assert playback.closed(fact.writer, fact.event) == []
 
 
 # The count.
@@ -148,7 +148,7 @@ def test_wait_ends_with_last_known_count():
     playback = Playback(drain_wait_s=100)
     begun(playback, on_connection(response(1, 0, 5, 0, 3_000_000), 7))
     begun(playback, on_connection(response(2, 6, 8, 0, 2_000_000, play=Play("other", "1")), 8))
-    playback.drains.last[7] = BASE + 400_000
+    playback.drains.last_acked[7] = BASE + 400_000
     assert playback.advance(104 * S, 104_999) == []
     assert told(playback.advance(105 * S, 105_000)) == [(0, 400_000)]
     assert told(playback.advance(109 * S, 109_000)) == [(0, 2_000_000)], "never asked"
@@ -175,7 +175,7 @@ def test_more_drains_than_a_player_has():
 
 
 def test_sessions_dropped_with_their_drains(monkeypatch):
-    monkeypatch.setattr(playback_module, "MOST_VIEWERS", 10)
+    monkeypatch.setattr(playback_module, "MOST_SESSIONS", 10)
     playback, reports = Playback(), []
     for number in range(30):
         play = Play(f"s{number}", "1")
@@ -188,20 +188,20 @@ def test_sessions_dropped_with_their_drains(monkeypatch):
 
 def test_orphans_make_room_for_others(monkeypatch):
     """Of dead writers: the oldest viewer goes, and the oldest of too many in one viewing, with what is known."""
-    monkeypatch.setattr(playback_module, "MOST_VIEWERS", 10)
+    monkeypatch.setattr(playback_module, "MOST_SESSIONS", 10)
     playback, reports = Playback(), []
     for number in range(30):
         play = Play(f"s{number}", "1")
         opening = on_connection(response(number, number, 99, 0, 0, play=play), 7 + number).opening
         reports += playback.opened("w", opening)
-        reports += playback.lost("w", number, (number + 1) * S, 0)
-        playback.drains.last[7 + number] = BASE + 600_000
+        reports += playback.writer_died("w", number, (number + 1) * S, 0)
+        playback.drains.last_acked[7 + number] = BASE + 600_000
     assert told(reports) == [(0, 600_000)] * 20
     for number in range(100, 100 + MOST_OPEN + 5):
         opening = on_connection(response(number, number, 999, 9_000_000, 0), 7 + number).opening
         reports += playback.opened("w", opening)
-        reports += playback.lost("w", number, number * S + 1, 0)
-        playback.drains.last[7 + number] = BASE + 700_000
+        reports += playback.writer_died("w", number, number * S + 1, 0)
+        playback.drains.last_acked[7 + number] = BASE + 700_000
     assert len([report for report in reports if report.sent == 700_000]) == 5
     assert len(playback.drains) == 9 + MOST_OPEN
     assert len(playback.conclude(0)) == 9 + MOST_OPEN
@@ -216,7 +216,7 @@ def test_dead_writer_leaves_a_connection(lived):
     playback.progressed("w", Progress(opening, 2 * S, 2000, 8_000_000, BASE + 8_000_000))
     if not lived:
         assert playback.acknowledged(acked(7, 3, 8_500_000)) == []
-    reports = playback.lost("w", 1, 4 * S, 4000)
+    reports = playback.writer_died("w", 1, 4 * S, 4000)
     assert list(playback.open_responses()) == []
     if lived:
         assert reports == []
@@ -234,7 +234,7 @@ def test_dead_writer_and_unknown_end(progress):
     playback.opened("w", opening)
     if progress:
         playback.progressed("w", Progress(opening, 2 * S, 2000, 8_000_000, BASE + 8_000_000))
-    playback.lost("w", 1, 4 * S, 4000)
+    playback.writer_died("w", 1, 4 * S, 4000)
     assert told(playback.acknowledged(acked(7, 6, None))) == ([(0, 8_000_000)] if progress else [])
     assert playback.counts == {"interrupted" if progress else "interrupted_unknown": 1}
 
@@ -279,7 +279,7 @@ def test_restarted_relay_waits_on():
     playback.opened("w", open_now.opening)
     playback.acknowledged(acked(8, 7, 500_000))
     playback.opened("dead", orphan.opening)
-    playback.lost("dead", 3, 8 * S, 8000)
+    playback.writer_died("dead", 3, 8 * S, 8000)
     successor = restarted(playback, drain_wait_s=1000)
     assert len(successor.drains) == 2
     assert set(successor.drains.cookies) == {7, 8, 9}
@@ -295,11 +295,11 @@ def test_another_boot_has_no_connections():
     begun(playback, on_connection(response(1, 0, 5, 0, 3_000_000), 7))
     orphan = on_connection(response(2, 6, 9, 0, 600_000, play=Play("orphan", "1")), 8)
     playback.opened("w", orphan.opening)
-    playback.lost("w", 2, 8 * S, 8000)
+    playback.writer_died("w", 2, 8 * S, 8000)
     successor = restarted(playback, boot="another")
     assert successor.acknowledged(acked(7, 55, 1)) == [], "another connection of that number"
     assert list(successor.open_responses()) == [("w", 2)], "its writer is dead, and that is found again"
-    assert successor.lost("w", 2, 60 * S, 60_000) == []
+    assert successor.writer_died("w", 2, 60 * S, 60_000) == []
     assert told(successor.advance(60 * S, 60_000)) == [(0, 3_000_000)]
     assert +successor.counts == {"unknown_end": 1, "interrupted_unknown": 1}
 
@@ -347,10 +347,10 @@ def _played(
         reports += playback.advance(at_ns, at_ns // 10**6)
         if isinstance(fact, Acknowledged):
             reports += playback.acknowledged(fact)
-        elif isinstance(fact.what, Opening):
-            reports += playback.opened(fact.writer, fact.what)
+        elif isinstance(fact.event, Opening):
+            reports += playback.opened(fact.writer, fact.event)
         else:
-            reports += playback.closed(fact.writer, fact.what)
+            reports += playback.closed(fact.writer, fact.event)
         for key, text in playback.changed():
             rows.pop(key, None)
             rows |= {} if text is None else {key: text}
@@ -414,7 +414,7 @@ def test_senseless_positions_stop_nothing(per: str, steps: list[str], data: st.D
         elif step == "progress":
             playback.progressed("w", Progress(opening, time, time // 10**6, sent, position))
         elif step == "lost":
-            reports = playback.lost("w", number, time, time // 10**6)
+            reports = playback.writer_died("w", number, time, time // 10**6)
         elif step == "acked":
             reports = playback.acknowledged(Acknowledged(connection.cookie, time, 0, position, number % 2))
         elif step == "conclude":

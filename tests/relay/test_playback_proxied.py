@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from t23_middleware.media import MediaTypes
 from t23_middleware.relay import playback as playback_module
 from t23_middleware.relay.playback import Playback
-from t23_middleware.relay.proxy_join import MOST_HELD, Logged, ProxyJoin
+from t23_middleware.relay.proxy_join import MOST_UNMATCHED, LoggedLine, ProxyJoin
 from t23_middleware.relay.proxy_line import ProxyLine
 from t23_middleware.relay.report import Report
 from t23_middleware.relay.viewing import MOST_OPEN
@@ -88,7 +88,7 @@ def test_a_play_is_told_with_its_line_at_the_lines_time():
     (report,) = logged(playback, line(1, 60, 3_000_000, seconds=50.0)) or []
     assert (report.time_ms, report.sent, report.skip) == (60_000, 3_000_000, 0)
     assert list(playback.open_responses()) == []
-    assert playback.awaited == 0
+    assert playback.awaiting_line == 0
 
 
 def test_a_range_the_proxy_answered_whole():
@@ -139,8 +139,8 @@ def test_a_line_decides_where_the_writer_died_before_it_said_how_much():
         playback.opened(WRITER, each)
     playback.progressed(WRITER, Progress(first, 11 * S, 11_000, 8 << 20))
     logged(playback, line(2, 11.5, 4_000))
-    assert told(playback.lost(WRITER, 2, 12 * S, 12_000)) == [(0, 4_000)]
-    assert playback.lost(WRITER, 1, 12 * S, 12_000) == []
+    assert told(playback.writer_died(WRITER, 2, 12 * S, 12_000)) == [(0, 4_000)]
+    assert playback.writer_died(WRITER, 1, 12 * S, 12_000) == []
     assert list(playback.open_responses()) == [], "nobody need look for its writer any more"
     assert told(logged(playback, line(1, 15, 9 << 20))) == [(0, 9 << 20)]
     assert playback.counts == {}
@@ -165,7 +165,7 @@ def test_without_a_line_and_after_its_writers_death_what_is_known_is_told():
         playback.opened(WRITER, each)
     playback.progressed(WRITER, Progress(first, 11 * S, 11_000, 8 << 20))
     for number in (1, 2):
-        playback.lost(WRITER, number, 12 * S, 12_000)
+        playback.writer_died(WRITER, number, 12 * S, 12_000)
     assert told(playback.advance(112 * S, 112_000)) == [(0, 8 << 20)]
     assert playback.counts == {"unconfirmed": 1, "interrupted": 1, "interrupted_unknown": 1}
 
@@ -210,7 +210,7 @@ def test_what_the_app_never_sent_waits_for_nobody():
     first = opening(1, 10)
     playback.opened(WRITER, first)
     assert playback.closed(WRITER, ended(first, 10.1, 0)) == []
-    assert (playback.awaited, playback.counts) == (0, {"ignored_empty": 1})
+    assert (playback.awaiting_line, playback.counts) == (0, {"ignored_empty": 1})
 
 
 @pytest.mark.parametrize("off", [-3600.0, 3600.0])
@@ -251,7 +251,7 @@ def test_what_waits_outlives_the_relay_with_all_that_is_known():
     logged(playback, line(3, 11, 4_000))
     successor = machine()
     successor.restore([(key, state) for key, state in playback.changed() if state is not None])
-    assert (successor.awaited, successor.awaited_since_ms) == (2, 11_000)
+    assert (successor.awaiting_line, successor.awaiting_line_since_ms) == (2, 11_000)
     assert list(successor.open_responses()) == [(WRITER, 3)]
     assert told(successor.closed(WRITER, ended(third, 12, 4_000))) == [(0, 4_000)]
     assert told(logged(successor, line(2, 20, 600_000))) == [(0, 600_000)]
@@ -279,7 +279,7 @@ def test_more_than_a_player_has_open_are_told_unconfirmed_and_not_forgotten():
 
 
 def test_a_viewer_who_makes_room_for_another_is_told_unconfirmed(monkeypatch):
-    monkeypatch.setattr(playback_module, "MOST_VIEWERS", 2)
+    monkeypatch.setattr(playback_module, "MOST_SESSIONS", 2)
     playback = machine()
     reports = []
     for number, by in ((1, PROXY), (2, OFFLOADED), (3, PROXY), (4, PROXY)):
@@ -312,7 +312,7 @@ def say(joined: ProxyJoin, *lines: ProxyLine, at: float | None = None) -> list[R
     reports: list[Report] = []
     for each in lines:
         at_ns = each.ended_ms * 10**6 if at is None else int(at * S)
-        reports += joined.judge(Logged(at_ns, each, at_ns))
+        reports += joined.judge(LoggedLine(at_ns, each, at_ns))
     return reports
 
 
@@ -323,28 +323,28 @@ def keep(rows: dict[str, str], joined: ProxyJoin) -> None:
             rows.pop(name, None)
         else:
             rows[name] = value
-    joined.taken()
+    joined.committed()
 
 
 def test_a_line_ahead_of_its_journal_is_held_and_joined():
     playback = machine()
     joined = join(playback)
     assert say(joined, line(1, 10, 600_000)) == []
-    assert joined.hold(11 * S) == []
+    assert joined.retry_unmatched(11 * S) == []
     first = opening(1, 9.9, by=OFFLOADED)
     playback.opened(WRITER, first)
     playback.closed(WRITER, ended(first, 9.95))
-    assert told(joined.hold(12 * S)) == [(0, 600_000)]
-    assert joined.hold(30 * S) == []
+    assert told(joined.retry_unmatched(12 * S)) == [(0, 600_000)]
+    assert joined.retry_unmatched(30 * S) == []
     assert joined.counts == {}
 
 
 def test_a_line_of_no_writer_of_ours_is_foreign_after_its_time():
     joined = join(machine())
     say(joined, line(1, 10, 600_000, writer="other"))
-    joined.hold(14 * S)
+    joined.retry_unmatched(14 * S)
     assert joined.counts == {}
-    joined.hold(15 * S)
+    joined.retry_unmatched(15 * S)
     assert joined.counts == {"proxy_foreign": 1}
 
 
@@ -359,7 +359,7 @@ def test_a_second_line_is_from_the_proxys_cache_however_late_and_after_a_restart
     playback.advance(10**5 * S, 10**8)  # the viewing is long gone
     joined = join(machine(), rows)
     say(joined, line(1, 10**5, 600_000), line(1, 10**5, 600_000), line(2, 10**5, 600_000))
-    joined.hold((10**5 + 6) * S)
+    joined.retry_unmatched((10**5 + 6) * S)
     assert joined.counts == {"proxy_cached": 2, "proxy_foreign": 1}
 
 
@@ -372,7 +372,7 @@ def test_the_line_of_what_nobody_played_is_no_second_line():
         playback.opened(WRITER, each)
         playback.closed(WRITER, ended(each, 10.1, sent))
     say(joined, line(1, 10.2, 2, part=Part(0, 1, TOTAL), length=2), line(2, 10.2, 0))
-    joined.hold(20 * S)
+    joined.retry_unmatched(20 * S)
     assert joined.counts == {}
 
 
@@ -386,7 +386,7 @@ def test_a_held_line_outlives_the_relay():
     first = opening(1, 9.9, by=OFFLOADED)
     playback.opened(WRITER, first)
     playback.closed(WRITER, ended(first, 9.95))
-    assert told(joined.hold(11 * S)) == [(0, 600_000)]
+    assert told(joined.retry_unmatched(11 * S)) == [(0, 600_000)]
     keep(rows, joined)
     assert [name for name in rows if name.startswith("line")] == []
 
@@ -395,19 +395,19 @@ def test_where_the_proxys_clock_is_behind_a_line_still_finds_its_journal():
     playback = machine()
     joined = join(playback)
     playback.opened(WRITER, opening(1, 9_000))
-    early = Logged(5_000 * S, line(2, 5_000, 600_000), 10_000 * S)
+    early = LoggedLine(5_000 * S, line(2, 5_000, 600_000), 10_000 * S)
     joined.judge(early)
-    joined.hold(10_001 * S)
+    joined.retry_unmatched(10_001 * S)
     second = opening(2, 10_000, by=OFFLOADED, session="b")
     playback.opened(WRITER, second)
     playback.closed(WRITER, ended(second, 10_000.1))
-    assert told(joined.hold(10_002 * S)) == [(0, 600_000)]
+    assert told(joined.retry_unmatched(10_002 * S)) == [(0, 600_000)]
 
 
 def test_what_is_held_is_bounded():
     joined = join(machine())
-    say(joined, *(line(number, 10, 600_000) for number in range(MOST_HELD + 5)))
-    joined.hold(11 * S)
+    say(joined, *(line(number, 10, 600_000) for number in range(MOST_UNMATCHED + 5)))
+    joined.retry_unmatched(11 * S)
     assert joined.counts == {"proxy_foreign": 5}
 
 
@@ -419,7 +419,7 @@ def test_a_backlog_of_yesterday_takes_no_viewing_back_in_time(tmp_path):
     now_ns, now_ms = 10**5 * S, time.time_ns() // 10**6
     playback.opened(WRITER, opening(1, 10**5 - 50))
     joined = ProxyJoin([str(log)], playback, {}, now_ns, now_ms)
-    joined.look(now_ns, now_ms)
+    joined.read(now_ns, now_ms)
     assert not joined.all_read
     assert joined.until(now_ns) == (10**5 - 50) * S
     assert len(joined.due(joined.until(now_ns))) > 1000
@@ -434,11 +434,11 @@ def test_time_passes_no_further_than_the_log_that_is_furthest_behind(tmp_path):
     joined = ProxyJoin([str(behind), str(fresh)], playback, {}, now_ns, now_ms)
     untils, numbers = list[int](), list[int]()
     while not untils or not joined.all_read:
-        joined.look(now_ns, now_ms)
+        joined.read(now_ns, now_ms)
         untils.append(joined.until(now_ns))
         numbers += [each.line.writer_and_number[1] for each in joined.due(untils[-1])]
         joined.changed()
-        joined.taken()
+        joined.committed()
     assert len(untils) > 1
     assert all(until < now_ns - 70_000 * S for until in untils[:-1])
     assert numbers == [*range(10_000), 20_000]
@@ -447,7 +447,7 @@ def test_time_passes_no_further_than_the_log_that_is_furthest_behind(tmp_path):
 @pytest.mark.parametrize("rows", [{"line a": "[]"}, {"line a": "no"}, {"writer a": "x"}, {"places /x": "{}"}])
 def test_rows_that_can_not_be_read_are_left_out(rows):
     joined = ProxyJoin(["/x"], machine(), rows, 0, 0)
-    assert joined.hold(100 * S) == []
+    assert joined.retry_unmatched(100 * S) == []
     assert joined.counts == {}
 
 
@@ -511,14 +511,14 @@ class World:
         self.reports += self.playback.closed(WRITER, transfer)
 
     def die(self, number: int) -> None:
-        self.reports += self.playback.lost(WRITER, number + 1, int(self.now * S), int(self.now * 1000))
+        self.reports += self.playback.writer_died(WRITER, number + 1, int(self.now * S), int(self.now * 1000))
 
     def line(self, number: int) -> None:
         self.reports += say(self.joined, line(number + 1, self.now, self.plays[number][2] // 2))
 
     def wait(self, seconds: int) -> None:
         self.now += seconds
-        self.reports += self.joined.hold(int(self.now * S))
+        self.reports += self.joined.retry_unmatched(int(self.now * S))
         self.reports += self.playback.advance(int(self.now * S), int(self.now * 1000))
 
     def commit(self) -> None:
@@ -539,7 +539,11 @@ def test_each_id_makes_one_report_at_most_and_the_sums_agree(history, per):
     for word, number in [*events, *[("wait", 10**4)] * 3]:
         getattr(world, word)(number)
         world.commit()
-    assert (world.playback.awaited, list(world.playback.open_responses()), world.viewings) == (0, [], {})
+    assert (world.playback.awaiting_line, list(world.playback.open_responses()), world.viewings) == (
+        0,
+        [],
+        {},
+    )
     assert [name for name in world.rows if name.startswith("line")] == []
     told_of = Counter(report.session_id for report in world.reports)
     assert all(times == 1 for times in told_of.values())

@@ -24,7 +24,7 @@ from t23_middleware.ops import standin
 from t23_middleware.ops.standin import StandInServer
 from t23_middleware.relay import intake
 from t23_middleware.relay import process as module
-from t23_middleware.relay.bounds import SMALL_PIECE, Bounds
+from t23_middleware.relay.bounds import SMALL_PIECE, Limits
 from t23_middleware.relay.delivery import CLAIMED_PER_SENDER, MOST_CLAIMED, MOST_SENDERS, Delivery
 from t23_middleware.relay.intake import FOREIGN_SINCE
 from t23_middleware.relay.journals import PIECE, Journals
@@ -114,7 +114,7 @@ def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, fol
     made(api, folder).run()
     assert theirs.read_bytes() == written
     assert [record.getMessage() for record in caplog.records] == [
-        f"{theirs.name} is of another version (format {FORMAT + 1}); it waits for that one"
+        f"{theirs.name} was written by another version (format {FORMAT + 1}) and is left for that version's relay"
     ]
     foreign_journal(folder, "9-more")
     assert folder.has_work()
@@ -156,7 +156,7 @@ def test_responses_that_the_dead_left_open_are_ended_before_the_relay_leaves(api
     made(api, folder).run()
     assert sessions(api) == {"closed": 1}
     assert seen(folder).counters["interrupted_unknown"] == 1
-    assert seen(folder).places == {}
+    assert seen(folder).offsets == {}
 
 
 def test_of_a_backlog_no_viewing_is_forgotten_before_all_of_it_was_judged(api, folder):
@@ -217,7 +217,7 @@ def test_what_the_outbox_refuses_stays_in_the_journals_until_it_takes_it(api, fo
         ingest(self, batch)
 
     monkeypatch.setattr(SQLiteOutbox, "ingest", failing)
-    monkeypatch.setattr(module, "TRY_STORE_AGAIN", 0.05)
+    monkeypatch.setattr(module, "STORE_RETRY", 0.05)
     made(api, folder).run()
     assert set(sessions(api).values()) == {1}
     assert stats(folder) == Stats(20, 0, 20, 0, 0)
@@ -231,7 +231,7 @@ def test_while_the_outbox_refuses_nothing_is_loaded_or_judged_again(api, folder,
     ingest, viewings, refused, loaded = SQLiteOutbox.ingest, SQLiteOutbox.viewings, [], []
 
     def failing(self: SQLiteOutbox, batch: Any) -> None:
-        if len(refused) < 5 and batch.places:
+        if len(refused) < 5 and batch.offsets:
             refused.append(batch)
             raise OutboxError("the outbox can't be used: database is locked")
         ingest(self, batch)
@@ -242,7 +242,7 @@ def test_while_the_outbox_refuses_nothing_is_loaded_or_judged_again(api, folder,
 
     monkeypatch.setattr(SQLiteOutbox, "ingest", failing)
     monkeypatch.setattr(SQLiteOutbox, "viewings", load)
-    monkeypatch.setattr(module, "TRY_STORE_AGAIN", 0.02)
+    monkeypatch.setattr(module, "STORE_RETRY", 0.02)
     with living(folder) as writer, relaying(api, folder):
         writer.write(*opened)
         assert until(lambda: len(refused) >= 2)
@@ -265,8 +265,8 @@ def test_what_finds_no_room_at_once_is_taken_in_by_smaller_pieces(api, folder, m
         ingest(self, batch)
 
     monkeypatch.setattr(SQLiteOutbox, "ingest", small_only)
-    monkeypatch.setattr(Bounds, "piece", property(lambda self: SMALL_PIECE if refused else PIECE))
-    monkeypatch.setattr(module, "TRY_STORE_AGAIN", 0.02)
+    monkeypatch.setattr(Limits, "piece_bytes", property(lambda self: SMALL_PIECE if refused else PIECE))
+    monkeypatch.setattr(module, "STORE_RETRY", 0.02)
     made(api, folder).run()
     assert len(refused) == 1
     assert set(sessions(api).values()) == {1}
@@ -337,7 +337,7 @@ CRASH_POINTS = {
     "after_ingest_before_unlink": (Journals, "remove_finished", False),
     "after_unlink": (Journals, "remove_finished", True),
     "after_forgetting_places": (SQLiteOutbox, "forget_journals", True),
-    "after_claim": (Delivery, "_hand_out", False),
+    "after_claim": (Delivery, "_queue_claimed", False),
     "after_send": (SQLiteOutbox, "settle", False),
     "after_ack": (SQLiteOutbox, "settle", True),
 }
@@ -362,9 +362,9 @@ def test_a_kill_at_any_point_loses_nothing_and_doubles_no_more_than_was_in_fligh
     told = sessions(api)
     assert set(told) == {f"s{n}" for n in range(count)}
     doubled = sum(times - 1 for times in told.values())
-    assert doubled <= (MOST_SENDERS * CLAIMED_PER_SENDER if name in ("settle", "_hand_out") else 0)
+    assert doubled <= (MOST_SENDERS * CLAIMED_PER_SENDER if name in ("settle", "_queue_claimed") else 0)
     assert stats(folder) == Stats(count, 0, count, 0, 0)
-    assert seen(folder).places == {}
+    assert seen(folder).offsets == {}
     assert list(folder.journals.iterdir()) == []
 
 
@@ -400,7 +400,7 @@ def test_a_viewing_of_another_boot_lies_where_the_wall_clock_puts_it(api, folder
     with monkeypatch.context() as patch:
         patch.setattr(intake, "boot_id", lambda: "the boot before")
         patch.setattr(
-            intake.Intake, "_axis", lambda self: (self._boot, time.time_ns() - time.monotonic_ns() - hour)
+            intake.Intake, "_clock", lambda self: (self._boot, time.time_ns() - time.monotonic_ns() - hour)
         )
         journal(folder, "1-dead", transfer(1, now() - 10**9, "viewer"))
         made(api, folder).run()

@@ -270,7 +270,7 @@ def test_an_automatic_relay_does_not_stay_for_what_the_proxy_may_send_for_hours(
     api, folder, log, monkeypatch
 ):
     """Its successor, which the app's next request starts, reads on in the log as it was renamed meanwhile."""
-    monkeypatch.setattr(process, "LEAVE_AWAITED_AFTER", 1.0)
+    monkeypatch.setattr(process, "LEAVE_AWAITING_AFTER", 1.0)
     log.write_text(says(7, 600_000, writer="2-other"))
     mine, other = opening(1), offloaded(2)
     journal(folder, mine, closed(mine), other, closed(other, 0))
@@ -348,7 +348,7 @@ def test_rotations_under_load_and_relays_that_are_killed_at_random_lose_none_and
     api, folder, log, monkeypatch
 ):
     monkeypatch.setattr(standin, "CACHE_SECONDS", 0)
-    monkeypatch.setattr(process, "LEAVE_AWAITED_AFTER", 0.5)
+    monkeypatch.setattr(process, "LEAVE_AWAITING_AFTER", 0.5)
     dice, count = random.Random(8), 0
     for step in range(8):
         plays = [offloaded(count + n, ago=2, session=f"p{count + n}") for n in range(1, 26)]

@@ -31,7 +31,7 @@ from t23_middleware.relay.proxy_line import (
     ProxyLine,
     parse_line,
 )
-from t23_middleware.relay.proxy_log import HEAD, PLACES_KEPT, Place, ProxyLog
+from t23_middleware.relay.proxy_log import HEAD, POSITIONS_KEPT, LogPosition, ProxyLog
 from t23_middleware.transfer import Part, parse_play_id, play_id
 from tests.harness import PATIENCE, need, until
 from tests.ports import free_port
@@ -82,15 +82,15 @@ class Follower:
         self.restart()
 
     def restart(self) -> None:
-        self.log = ProxyLog(self.path, [Place.from_text(text) for text in self.store])
+        self.log = ProxyLog(self.path, [LogPosition.from_text(text) for text in self.store])
 
     def look(self, limit: int = 1 << 20) -> bool:
         """Take one reading; whether there is more."""
         reading = self.log.read(limit)
-        self.store = [place.to_text() for place in reading.places]
+        self.store = [position.to_text() for position in reading.positions]
         self.numbers += [int(line.play.rpartition(".")[2]) for line in reading.lines]
         self.counts += reading.counts
-        self.log.taken(reading)
+        self.log.committed(reading)
         return reading.more
 
     def poll(self, limit: int = 1 << 20) -> list[int]:
@@ -290,12 +290,12 @@ def test_the_id_of_a_play_is_read_back() -> None:
     assert [parse_play_id(text) for text in ("", ".1", "a.", "a.b.1", "a.1x", " a.1")] == [None] * 6
 
 
-# --- places
+# --- positions
 
 
 def test_a_place_survives_its_text() -> None:
-    place = Place(2049, 1 << 60, bytes(range(HEAD)), 1 << 40)
-    assert Place.from_text(place.to_text()) == place
+    position = LogPosition(2049, 1 << 60, bytes(range(HEAD)), 1 << 40)
+    assert LogPosition.from_text(position.to_text()) == position
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_a_place_survives_its_text() -> None:
 )
 def test_what_is_no_place_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
-        Place.from_text(text)
+        LogPosition.from_text(text)
 
 
 def test_a_reading_that_is_not_taken_comes_again(path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_reading_that_is_not_taken_comes_again(path: Path) -> None:
     log = ProxyLog(path, [])
     first, again = log.read(), log.read()
     assert first == again
-    log.taken(again)
+    log.committed(again)
     assert not log.read().lines
 
 
@@ -583,7 +583,7 @@ def test_a_relay_that_was_away_for_some_rotations_reads_all_since(path: Path, fo
     follower.restart()
     assert follower.poll(1) == [*range(1, 21)]
     append(path, lines(21))
-    assert follower.poll() == [21], "of the older files no place is kept, and they are left alone"
+    assert follower.poll() == [21], "of the older files no position is kept, and they are left alone"
 
 
 @pytest.mark.parametrize("name", ["{}.{}", "{}-2026112{}"])
@@ -719,7 +719,7 @@ def test_a_removed_log_gives_way_to_the_next_even_with_its_inode(path: Path, fol
         append(path, lines(number))
         assert follower.poll() == [number]
         path.unlink()
-    assert len(follower.store) <= PLACES_KEPT
+    assert len(follower.store) <= POSITIONS_KEPT
 
 
 def test_a_log_that_begins_with_the_same_play_is_another_one(path: Path, follower: Follower) -> None:
@@ -732,7 +732,9 @@ def test_a_log_that_begins_with_the_same_play_is_another_one(path: Path, followe
 def test_a_log_that_moved_to_another_disk_is_the_same_one(path: Path, follower: Follower) -> None:
     append(path, lines(1))
     follower.poll()
-    follower.store = [Place.from_text(text)._replace(device=1, inode=2).to_text() for text in follower.store]
+    follower.store = [
+        LogPosition.from_text(text)._replace(device=1, inode=2).to_text() for text in follower.store
+    ]
     follower.restart()
     append(path, lines(2))
     assert follower.poll() == [2]
@@ -892,7 +894,7 @@ def test_a_log_that_is_well_is_no_problem(path: Path) -> None:
     log.read()
     assert log.problem is None
     append(path, b"other\n" + lines(1))
-    log.taken(log.read())
+    log.committed(log.read())
     assert log.problem is None
 
 
@@ -906,7 +908,7 @@ def test_a_log_that_is_away_for_the_blink_of_a_rotation_is_no_problem(path: Path
     now = [100.0]
     log = ProxyLog(path, [], clock=lambda: now[0])
     append(path, lines(1))
-    log.taken(log.read())
+    log.committed(log.read())
     rotate(path)
     now[0] += 1
     log.read()
@@ -1170,7 +1172,7 @@ def next_lines(log: ProxyLog, count: int) -> list[ProxyLine]:
 
     def look() -> bool:
         reading = log.read()
-        log.taken(reading)
+        log.committed(reading)
         assert not reading.counts
         found.extend(reading.lines)
         return len(found) >= count

@@ -204,7 +204,7 @@ def test_release_sees_changed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _looked_at_again(release: Release) -> Release:
-    release._look_at = 0.0
+    release._check_at = 0.0
     return release
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from t23_middleware.relay import kernel as draining_module
 from t23_middleware.relay import sock_diag
-from t23_middleware.relay.drains import Drains, Watched
+from t23_middleware.relay.drains import Drains, WatchedConnection
 from t23_middleware.relay.kernel import Kernel
 from t23_middleware.relay.sock_diag import Listener, Row, dump
 from t23_middleware.settings import Settings
@@ -92,7 +92,7 @@ def test_filter_lets_the_ports_through(ports):
     """The wanted one stands first, in the middle or last among them."""
     with listening() as (server, port), listening() as (other, _), heard() as (listener, rows, _):
         lower = list(range(1, ports))
-        listener.let_through([port, *lower] if ports < 200 else [*lower, port])
+        listener.filter_ports([port, *lower] if ports < 200 else [*lower, port])
         cookies = []
         for each in (other, server, other, server):
             with ExitStack() as stack:
@@ -104,8 +104,8 @@ def test_filter_lets_the_ports_through(ports):
 
 def test_more_ports_than_a_filter_holds():
     with listening() as (server, _), heard() as (listener, rows, _):
-        listener.let_through([1])
-        listener.let_through(range(1, 300))
+        listener.filter_ports([1])
+        listener.filter_ports(range(1, 300))
         with ExitStack() as stack:
             cookie = pair(server, stack)[2]
         assert until(lambda: cookie in {row.cookie for row in rows})
@@ -114,7 +114,7 @@ def test_more_ports_than_a_filter_holds():
 def test_each_end_is_heard_until_the_stop():
     with listening() as (server, port):
         with heard() as (listener, rows, _):
-            listener.let_through([port])
+            listener.filter_ports([port])
             with ExitStack() as stack:
                 cookies = {pair(server, stack)[2] for _ in range(50)}
             assert until(lambda: cookies <= {row.cookie for row in rows})
@@ -129,7 +129,7 @@ def test_dropped_notifications_are_noted(monkeypatch):
     listener = Listener(lambda row: None if busy.wait(20) else None, lambda: missed.append(True))
     try:
         with listening() as (server, port):
-            listener.let_through([port])
+            listener.filter_ports([port])
             for _ in range(100):
                 with ExitStack() as stack:
                     pair(server, stack)
@@ -174,7 +174,7 @@ def acknowledged(journals: Journals) -> list[Acknowledged]:
 def watching(cookie: int, port: int, position: int | None = None, started_ns: int | None = None) -> Drains:
     drains = Drains(600)
     started_ns = time.monotonic_ns() if started_ns is None else started_ns
-    drains.watch(("w", 1), Watched(cookie, port, started_ns, position))
+    drains.watch(("w", 1), WatchedConnection(cookie, port, started_ns, position))
     drains.wait(("w", 1), 0)
     return drains
 
@@ -185,7 +185,7 @@ def test_refused_socket_is_told_once(folder, journals, monkeypatch, caplog):
     ours = kernel(folder)
     for _ in range(3):
         ours.begin(watching(1, 1))
-        ours.ask(now=True)
+        ours.poll(now=True)
     assert ours.network is None
     assert ours.problem == "Protocol not supported"
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -228,11 +228,11 @@ def test_dump_that_fails_later_is_tolerated(folder, journals, monkeypatch, caplo
     with monkeypatch.context() as patch:
         patch.setattr(draining_module, "dump", lambda ports: (_ for _ in ()).throw(OSError(105, "No buffer")))
         for _ in range(5):
-            ours.ask(now=True)
+            ours.poll(now=True)
     assert acknowledged(journals) == []
     assert len([record for record in caplog.records if "can't be asked" in record.message]) == 1
     for _ in range(2):
-        ours.ask(now=True)
+        ours.poll(now=True)
     ours.stop()
     assert [(line.acked, line.gone) for line in acknowledged(journals)] == [(None, 1)]
 
@@ -241,7 +241,7 @@ def test_dump_that_fails_later_is_tolerated(folder, journals, monkeypatch, caplo
 def test_port_that_can_not_be(port, folder, journals):
     ours = kernel(folder)
     ours.begin(watching(7, port))
-    ours.ask(now=True)
+    ours.poll(now=True)
     assert ours._drains.draining() == []
     ours.stop()
     assert journals.files() == []
@@ -255,14 +255,14 @@ def test_full_disk_is_waited_out(folder, journals, monkeypatch):
             end, _, cookie = pair(server, stack)
             end.sendall(bytes(700))
             ours.begin(watching(cookie, port))
-            ours.ask()
+            ours.poll()
             folder.journals.rename(folder.path / "away")
             folder.journals.touch()
         assert until(lambda: cookie in ours._ends)
         time.sleep(0.1)
         folder.journals.unlink()
         (folder.path / "away").rename(folder.journals)
-    assert until(lambda: ours.ask() or acknowledged(journals))
+    assert until(lambda: ours.poll() or acknowledged(journals))
     ours.stop()
     assert [(line.cookie, line.gone) for line in acknowledged(journals)] == [(cookie, 1)]
 
@@ -279,7 +279,7 @@ def test_end_heard_before_its_open_line(folder, journals):
         assert acknowledged(journals) == []
         drains = watching(cookie, port)
         ours.begin(drains)
-        ours.ask()
+        ours.poll()
     ours.stop()
     assert [(line.cookie, line.gone) for line in acknowledged(journals)] == [(cookie, 1)]
 
@@ -288,10 +288,10 @@ def test_ends_that_are_kept_are_bounded(folder, monkeypatch):
     monkeypatch.setattr(draining_module, "MOST_ENDS", 10)
     ours = kernel(folder)
     for cookie in range(50):
-        ours._heard(Row(cookie, None, False))
+        ours._on_destroyed(Row(cookie, None, False))
     assert list(ours._ends) == list(range(40, 50))
     monkeypatch.setattr(draining_module, "KEEP_ENDS", 0.0)
-    ours._heard(Row(99, None, False))
+    ours._on_destroyed(Row(99, None, False))
     assert len(ours._ends) <= 1
 
 
@@ -302,10 +302,10 @@ def test_dumps_rest_in_between(folder, monkeypatch):
     ours = kernel(folder)
     ours.begin(watching(1, 1))
     asked.clear()
-    until(lambda: ours.ask() or len(asked) == 3)
+    until(lambda: ours.poll() or len(asked) == 3)
     assert min(later - earlier for earlier, later in zip(asked, asked[1:], strict=False)) >= 0.19
     monkeypatch.setattr(draining_module, "dump", lambda ports: time.sleep(0.05) or {})
-    ours.ask(now=True)
+    ours.poll(now=True)
     assert ours._next_dump - time.monotonic() >= 0.95
     ours.stop()
 
@@ -317,15 +317,15 @@ def test_after_an_overrun_all_is_asked_anew(folder, journals):
         with ExitStack() as stack:
             end, _, cookie = pair(server, stack)
             ours.begin(watching(cookie, port, 10**6))
-            ours.ask(now=True)
+            ours.poll(now=True)
             end.sendall(b"1")
-            ours._listener.let_through([1])  # type: ignore[union-attr]
+            ours._listener.filter_ports([1])  # type: ignore[union-attr]
         for _ in range(4):
-            ours.ask(now=True)
+            ours.poll(now=True)
         assert acknowledged(journals) == [], "its end is waited for"
-        ours._missed()
+        ours._on_missed()
         for _ in range(4):
-            ours.ask(now=True)
+            ours.poll(now=True)
     ours.stop()
     assert [(line.cookie, line.acked, line.gone) for line in acknowledged(journals)] == [(cookie, None, 1)]
 
@@ -338,7 +338,7 @@ def test_kernel_that_is_asked_anew(folder, journals):
             with ExitStack() as stack:
                 _, _, cookie = pair(server, stack)
                 ours.begin(watching(cookie, port))
-                ours.ask()
+                ours.poll()
                 names.append(ours.writer_name)
             assert until(lambda: cookie in [line.cookie for line in acknowledged(journals)])  # noqa: B023
             ours.stop()

@@ -1,6 +1,6 @@
-"""The outbox: reports that wait, in a file that survives; the only place that speaks SQL.
+"""The outbox: a SQLite file with the reports that wait for delivery. Only this package uses SQL.
 
-One relay at a time writes it, which the relay's lock guarantees; pages and commands only read.
+One relay at a time writes it, which the relay's lock guarantees. Pages and commands read it; ``dead`` also writes.
 """
 
 from .readers import LONG_LOG, log_size, readers
@@ -10,11 +10,10 @@ from .store import LONGEST_DELAY_MS, SQLiteOutbox
 from .values import (
     UNCOUNTED,
     Acked,
-    Again,
     Dead,
     DeadReport,
+    EarlyLoss,
     Entry,
-    GivenUp,
     Ingest,
     Key,
     Loss,
@@ -24,6 +23,7 @@ from .values import (
     OutboxCorrupt,
     OutboxError,
     OutboxFull,
+    Retry,
     Settlement,
     Snapshot,
     Stats,
@@ -37,12 +37,12 @@ __all__ = [
     "SCHEMA_VERSION",
     "UNCOUNTED",
     "Acked",
-    "Again",
+    "Retry",
     "Dead",
     "DeadLetters",
     "DeadReport",
     "Entry",
-    "GivenUp",
+    "EarlyLoss",
     "Ingest",
     "Key",
     "Loss",

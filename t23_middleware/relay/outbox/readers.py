@@ -1,4 +1,4 @@
-"""Who keeps the outbox open: a long read transaction lets the write-ahead log grow, and nobody else can end it."""
+"""Finds processes that read the outbox: a long read transaction makes the write-ahead log grow until it ends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-#: Bytes of ``…-shm`` that SQLite locks for reading, one for each place in the log that is read from
+#: Bytes of ``…-shm`` that SQLite locks for reading, one per read position in the log
 #: (sqlite.org/walformat.html, "WAL locks").
 _FIRST, _LAST = 123, 127
-#: Bytes of the log from which on its readers are told: without one it has less.
+#: A log of more bytes than this has a reader that blocks checkpoints.
 LONG_LOG = 4 << 20
 _LOCK = re.compile(
     r"POSIX\s+ADVISORY\s+READ\s+(\d+)\s+([0-9a-f]+):([0-9a-f]+):(\d+)\s+(\d+)\s", re.IGNORECASE
@@ -26,9 +26,9 @@ def log_size(path: Path) -> int:
 
 
 def readers(path: Path) -> list[str]:
-    """The processes that read the outbox at *path* now, but for this one, as ``process 123 (sqlite3 …)``.
+    """The other processes that read the outbox at *path* now, as ``process 123 (sqlite3)``.
 
-    Linux only (``/proc/locks``); empty elsewhere, and for a process that another PID namespace has.
+    Linux only (``/proc/locks``). Processes of another PID namespace are not found.
     """
     try:
         shared = path.with_name(f"{path.name}-shm").stat()
@@ -45,7 +45,7 @@ def readers(path: Path) -> list[str]:
 
 
 def _command(pid: int) -> str:
-    """What it was started as; not its arguments, which may be secret."""
+    """The process's name, without its arguments, which may be secret."""
     with suppress(OSError):
         program = Path(f"/proc/{pid}/comm").read_text().strip()
         return f" ({program})"

@@ -1,4 +1,4 @@
-"""What an opened file is checked for, and what can be mended in it."""
+"""Checks an opened file, and removes damaged rows."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .tally import day_of
 log = logging.getLogger(__name__)
 
 
-def check_soundness(db: sqlite3.Connection) -> None:
-    """Raises :class:`sqlite3.DatabaseError` where the file is corrupt, and not only an index of it."""
+def check_integrity(db: sqlite3.Connection) -> None:
+    """Rebuild a damaged index. Raises :class:`sqlite3.DatabaseError` if more than an index is corrupt."""
     if _is_sound(db):
         return
     db.execute("REINDEX")
@@ -23,22 +23,22 @@ def check_soundness(db: sqlite3.Connection) -> None:
 
 
 def _is_sound(db: sqlite3.Connection) -> bool:
-    # Not quick_check, which leaves out what an index says of rows that are not there, and the other way round.
+    # Not quick_check, which does not compare indexes with their tables.
     return bool(db.execute("PRAGMA integrity_check(1)").fetchone()[0] == "ok")
 
 
-def mend(db: sqlite3.Connection) -> None:
-    """Take out the rows that no relay can have written: flipped bits that the file's structure does not show.
+def remove_damaged_rows(db: sqlite3.Connection) -> None:
+    """Delete rows that no relay can have written: flipped bits that the integrity check does not find.
 
-    Raises :class:`sqlite3.DatabaseError` where not even the tables are ours.
+    Raises :class:`sqlite3.DatabaseError` if the tables are not ours.
     """
     try:
         db.execute("BEGIN IMMEDIATE")
-        for table, strange in _what_is_strange():
-            gone = db.execute(f"DELETE FROM {table} WHERE {strange}").rowcount
+        for table, damaged in _damage_conditions():
+            removed = db.execute(f"DELETE FROM {table} WHERE {damaged}").rowcount
             db.execute(f"EXPLAIN INSERT INTO {table} DEFAULT VALUES")  # compiles its triggers
-            if gone:
-                _say_gone(db, table, gone)
+            if removed:
+                _log_removed(db, table, removed)
         db.execute("COMMIT")
     except sqlite3.OperationalError as error:
         if str(error).startswith(("no such ", "error in ")):
@@ -46,9 +46,9 @@ def mend(db: sqlite3.Connection) -> None:
         raise
 
 
-def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
+def _log_removed(db: sqlite3.Connection, table: str, rows: int) -> None:
     log.error(
-        "the outbox was damaged: %d rows of %s can't be read and are gone; look after the disk",
+        "the outbox was damaged: %d unreadable rows were removed from %s. Check the disk",
         rows,
         table,
         extra={"t23_event": "outbox_damaged", "t23_reason": table, "t23_count": rows},
@@ -60,14 +60,16 @@ def _say_gone(db: sqlite3.Connection, table: str, rows: int) -> None:
         )
 
 
-def _what_is_strange() -> list[tuple[str, str]]:
-    """Each table of ours, and what is true of a row with a value that is not of its column's type."""
+def _damage_conditions() -> list[tuple[str, str]]:
+    """Each table, and an SQL condition that is true for a row with a value of a wrong type."""
     with closing(sqlite3.connect(":memory:")) as ours:
         ours.executescript(TABLES + FOR_PAGES + FOR_PROXY)
         names = ours.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-        return [(table, _strange(ours, table)) for (table,) in names if not table.startswith("sqlite_")]
+        return [
+            (table, _damage_condition(ours, table)) for (table,) in names if not table.startswith("sqlite_")
+        ]
 
 
-def _strange(ours: sqlite3.Connection, table: str) -> str:
+def _damage_condition(ours: sqlite3.Connection, table: str) -> str:
     columns = ours.execute(f"PRAGMA table_info({table})")
     return " OR ".join(f"typeof({name}) NOT IN ('{kind.lower()}', 'null')" for _, name, kind, *_ in columns)

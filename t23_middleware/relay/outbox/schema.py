@@ -1,4 +1,4 @@
-"""The tables of the outbox's file, its version, and the queries that more than one side asks."""
+"""The tables of the outbox's file, its version, and the queries that both readers and writer use."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import zlib
 
 from ..report import Report
 
-#: Version of the file's format. It stands in the file twice, as ``user_version`` and as a seal in
-#: ``application_id``: one flipped bit is not another version.
+#: Version of the file's format. The file has it twice, as ``user_version`` and as a seal in ``application_id``, so that
+#: one flipped bit does not look like another version.
 SCHEMA_VERSION = 2
-#: Latest version whose seal is known, so that the file of a later one than this is told from damage.
+#: Latest version whose seal is known: a file of a later version is then not mistaken for a damaged one.
 NEWEST_KNOWN = 255
 #: ``due_ms`` and ``since_ms`` are times of :mod:`~t23_middleware.relay.elapsed`, all others of the wall clock.
-#: ``since_ms`` is NULL until a look at the ages.
+#: ``since_ms`` is NULL until the ages are checked. ``tries`` and ``attempts`` are :attr:`.Entry.ambiguous_sends` and
+#: :attr:`.Entry.unexplained_answers`.
 TABLES = """
 CREATE TABLE IF NOT EXISTS reports (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -48,8 +49,8 @@ CREATE TABLE IF NOT EXISTS losses (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS summary (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
-#: What pages read, so that none of it is counted while they wait. Made where it is missing: an outbox of a version
-#: before it goes on.
+#: Tables for the pages, so that a page counts nothing while a visitor waits. Created if they are missing, so that an
+#: outbox of an earlier version stays usable.
 FOR_PAGES = """
 CREATE TABLE IF NOT EXISTS minutes (
     minute INTEGER, name TEXT, value INTEGER NOT NULL, PRIMARY KEY (minute, name)
@@ -72,11 +73,11 @@ CREATE TRIGGER IF NOT EXISTS dead_in AFTER INSERT ON dead
 CREATE TRIGGER IF NOT EXISTS dead_out AFTER DELETE ON dead
     BEGIN UPDATE sizes SET value = value - 1 WHERE name = 'dead'; END;
 """
-#: What the relay knows of the proxy's logs, see :mod:`~t23_middleware.relay.proxy_join`. Likewise.
+#: The relay's state of the proxy's logs, see :mod:`~t23_middleware.relay.proxy_join`. Also created if missing.
 FOR_PROXY = "CREATE TABLE IF NOT EXISTS proxy (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;"
-#: Tables that came later, each of which an outbox may lack.
+#: Later tables, which an outbox may lack.
 LATER = ("sizes", "proxy")
-#: Each host that has reports, by a jump through the index: DISTINCT would read all of it.
+#: Each host that has reports. It jumps through the index; DISTINCT would read all of it.
 HOSTS = """
 WITH RECURSIVE found (host) AS (
     SELECT min(host) FROM reports

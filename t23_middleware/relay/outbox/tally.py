@@ -1,4 +1,4 @@
-"""Counters, losses and history, in the transaction of what they tell of."""
+"""Counters, losses and history. Callers update them in the same transaction as the change that they count."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from .. import history
-from .values import GivenUp
+from .values import EarlyLoss
 
 
-def lose(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], now_ms: int) -> None:
-    """Give up the reports of *rows* (id and reason) in *table*, and count them with their bytes."""
+def drop_reports(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], now_ms: int) -> None:
+    """Delete the reports of *rows* (id and reason) in *table*, and count them as lost, with their bytes."""
     day, lost = day_of(now_ms), Counter[str]()
     for id, reason in rows:
         db.execute(
@@ -25,8 +25,8 @@ def lose(db: sqlite3.Connection, table: str, rows: Iterable[tuple[int, str]], no
     add_history_now(db, now_ms, lost)
 
 
-def give_up(db: sqlite3.Connection, losses: Iterable[GivenUp], now_ms: int) -> None:
-    """Count what is lost without having waited here."""
+def add_losses(db: sqlite3.Connection, losses: Iterable[EarlyLoss], now_ms: int) -> None:
+    """Count plays that were lost before they became reports."""
     for loss in losses:
         if loss.reports:
             db.execute(
@@ -49,7 +49,7 @@ def add_history_now(db: sqlite3.Connection, now_ms: int, figures: Mapping[str, i
 
 
 def add_history(db: sqlite3.Connection, figures: Mapping[tuple[int, str], int]) -> None:
-    """Add to the history, in the transaction of what it tells of."""
+    """Add *figures*, (minute, name) -> number, to the history."""
     totals: Counter[str] = Counter()
     for (_, name), number in figures.items():
         totals[name] += number

@@ -1,4 +1,4 @@
-"""What goes into the outbox and what comes out of it, and the interface: no SQL here."""
+"""The outbox's interface, and the values that go in and out. No SQL here."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import NamedTuple, Protocol
 from ...errors import StateError
 from ..report import Report
 
-#: A viewing's key: host, session and photo.
+#: Key of a session's state: host, session and photo.
 Key = tuple[str, str, str]
-#: Counters: how often the outbox was set aside because it was corrupt, and how often what it held could not be
-#: counted in full.
+#: Counters: how often a corrupt outbox was set aside, and how often its reports could not be counted in full.
 CORRUPT, UNCOUNTED = "outbox_corrupt", "outbox_uncounted"
 
 
@@ -21,16 +20,16 @@ class Entry(NamedTuple):
 
     id: int
     report: Report
-    #: How often it was sent so that it may have arrived.
-    tries: int
-    #: How often the API answered it with something that nobody documents.
-    attempts: int
-    #: Whether it got a later time because the API had answered from its cache.
+    #: How often it was sent and may have arrived.
+    ambiguous_sends: int
+    #: How often the API gave it an undocumented answer.
+    unexplained_answers: int
+    #: Whether it got a later time, because the API answered from its cache.
     retimed: bool
 
 
-class GivenUp(NamedTuple):
-    """Plays that are lost without ever waiting; they count as captured and lost."""
+class EarlyLoss(NamedTuple):
+    """Plays that were lost before they became reports; they count as captured and lost."""
 
     reason: str
     reports: int
@@ -38,68 +37,68 @@ class GivenUp(NamedTuple):
 
 
 class Ingest(NamedTuple):
-    """What one look at the journals brought; kept whole or not at all."""
+    """A batch: all results of one poll of the journals. All of it is stored, or nothing."""
 
     reports: Sequence[Report]
-    #: Changed viewings, ``None`` for one that is dropped.
+    #: Changed session states, ``None`` for one that was dropped.
     viewings: Sequence[tuple[Key, str | None]]
-    #: Journal -> offset in bytes up to which it is taken in.
-    places: Mapping[str, int]
+    #: Journal -> offset in bytes up to which it is stored.
+    offsets: Mapping[str, int]
     counts: Mapping[str, int]
-    #: What the relay tells of itself with it, see :meth:`Outbox.note`.
+    #: Notes of the relay, see :meth:`Outbox.note`.
     notes: Mapping[str, str] = {}
-    #: What was lost before it could become a report.
-    losses: Sequence[GivenUp] = ()
-    #: Changed rows of what is known of the proxy's logs, ``None`` for one that is dropped.
+    #: Plays that were lost before they became reports.
+    losses: Sequence[EarlyLoss] = ()
+    #: Changed rows about the proxy's logs, ``None`` for one that was dropped.
     proxy: Sequence[tuple[str, str | None]] = ()
-    #: Reason for which its reports are lost at once instead of kept; ``""`` for none.
+    #: If not ``""``, its reports are not stored but counted as lost for this reason.
     lost_as: str = ""
-    #: Time of the look, in ms since the epoch; only losses need it.
+    #: Time of the poll, in ms since the epoch; only losses need it.
     at_ms: int = 0
-    #: The same as :class:`~t23_middleware.relay.elapsed.Elapsed` has it, from which reports age; ``None`` for later.
+    #: The same as a time of :class:`~t23_middleware.relay.elapsed.Elapsed`, for the reports' ages; ``None``: set later.
     since_ms: int | None = None
 
 
 class Acked(NamedTuple):
-    """The report was recorded."""
+    """The API recorded the report."""
 
     id: int
-    #: Time from the report's making to this answer, in ms.
+    #: Time from the report's creation to this answer, in ms.
     took_ms: int | None = None
-    #: One of :data:`~t23_middleware.relay.history.ANSWERS`, here and below; ``""`` for none.
-    said: str = ""
+    #: One of :data:`~t23_middleware.relay.history.ANSWERS`, here and below, or ``""``.
+    outcome: str = ""
 
 
-class Again(NamedTuple):
-    """The report is tried again at *due_ms* (elapsed)."""
+class Retry(NamedTuple):
+    """The report is retried at *due_ms* (elapsed)."""
 
     id: int
     due_ms: int
-    tries: int
-    attempts: int = 0
-    #: Its new time, where it needs one.
+    ambiguous_sends: int
+    unexplained_answers: int = 0
+    #: Its new time in ms since the epoch, if it needs one.
     time_ms: int | None = None
-    said: str = ""
+    outcome: str = ""
 
 
 class Dead(NamedTuple):
-    """The report was refused for good."""
+    """The API refused the report for good."""
 
     id: int
     code: str
     answer: str
-    said: str = ""
+    outcome: str = ""
 
 
 class Lost(NamedTuple):
-    """The report is given up, and counted under *reason*."""
+    """The report is dropped, and counted as lost for *reason*."""
 
     id: int
     reason: str
-    said: str = ""
+    outcome: str = ""
 
 
-Settlement = Acked | Again | Dead | Lost
+Settlement = Acked | Retry | Dead | Lost
 
 
 class Stats(NamedTuple):
@@ -113,15 +112,15 @@ class Stats(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A report that was not taken yet."""
+    """A report that waits for delivery."""
 
     report: Report
-    #: Whether it is on its way now.
+    #: Whether it is being sent now.
     in_flight: bool
 
 
 class Loss(NamedTuple):
-    """What was given up on one day for one reason."""
+    """The reports that were lost on one day for one reason."""
 
     day: str
     reason: str
@@ -135,81 +134,81 @@ class DeadReport(NamedTuple):
     id: int
     report: Report
     code: str
-    #: The API's words, without the session.
+    #: The API's answer, without the session.
     answer: str
     died_ms: int
 
 
 class Snapshot(NamedTuple):
-    """All that a look at the outbox tells, of one moment."""
+    """All figures of the outbox at one moment."""
 
     stats: Stats
-    #: Those that reports wait for.
+    #: Hosts that have waiting reports.
     hosts: Sequence[str]
-    #: Time of the oldest report that waits, in ms since the epoch.
+    #: Time of the oldest waiting report, in ms since the epoch.
     oldest_ms: int | None
     counters: Mapping[str, int]
     losses: Sequence[Loss]
-    #: Journal -> offset in bytes up to which it is taken in.
-    places: Mapping[str, int]
-    #: What the relay told of itself.
+    #: Journal -> offset in bytes up to which it is stored.
+    offsets: Mapping[str, int]
+    #: The relay's notes.
     notes: Mapping[str, str]
 
 
 class Outbox(Protocol):
-    """What the relay needs of a store; every method raises :class:`OutboxError` where the store fails."""
+    """The interface that the relay needs; every method raises :class:`OutboxError` if the store fails."""
 
-    def together(self) -> AbstractContextManager[None]:
-        """What is done within happens whole or not at all, at the price of one write to the disk."""
+    def atomic(self) -> AbstractContextManager[None]:
+        """A context in which all changes happen together or not at all, with one write to the disk."""
 
-    def places(self) -> dict[str, int]:
-        """Journal -> offset up to which it was taken in."""
+    def offsets(self) -> dict[str, int]:
+        """Journal -> offset in bytes up to which it is stored."""
 
     def viewings(self) -> Iterator[tuple[Key, str]]:
-        """The playback state that was kept."""
+        """The stored session states of playback, by key."""
 
     def proxy_rows(self) -> dict[str, str]:
-        """What was kept of the proxy's logs."""
+        """The stored rows about the proxy's logs."""
 
     def ingest(self, batch: Ingest) -> None:
-        """Keep *batch*, whole or not at all."""
+        """Store all of *batch*, or nothing."""
 
     def forget_journals(self, names: Sequence[str]) -> None:
-        """Journals that no longer exist."""
+        """Remove the offsets of journals that no longer exist."""
 
     def claim(self, count: int, now_ms: int, hosts: Iterable[str]) -> list[Entry]:
-        """Lease up to *count* reports of *hosts* that are due at *now_ms* (elapsed), the oldest first."""
+        """Lease up to *count* reports of *hosts* that are due at *now_ms* (elapsed), in the order of their turns."""
 
     def claim_after(self, id: int, host: str, now_ms: int) -> list[Entry]:
-        """Lease the report of *host* that is due and comes after *id*, else the first one that is due; one or none."""
+        """Lease the next due report of *host* after *id*, else the first due one. Returns at most one."""
 
     def settle(self, settlements: Sequence[Settlement], now_ms: int) -> None:
-        """Write down what became of claimed reports."""
+        """Write the outcomes of claimed reports."""
 
     def hosts(self) -> list[str]:
-        """Hosts that have reports waiting."""
+        """Hosts that have waiting reports."""
 
     def stats(self) -> Stats:
         """The figures."""
 
     def note(self, notes: Mapping[str, str]) -> None:
-        """Keep what the relay tells of itself, by name; commands and pages read it."""
+        """Store notes of the relay by name, for commands and pages."""
 
     def begin_minute(self, now_ms: int, open_responses: int) -> None:
-        """Write down how full it is and how many responses are open, and forget the history that is too old."""
+        """Write the history's gauges of this minute, and delete history that is too old."""
 
 
 class OutboxError(StateError):
-    """The store failed; what was asked of it did not happen."""
+    """The store failed; the requested change did not happen."""
 
 
 class OutboxFull(OutboxError):
-    """The disk, or the file's bound, takes no more; or the disk has a fault, which a quota looks like."""
+    """The disk or the file's size limit is full; or the disk has a fault, which looks the same as a quota."""
 
 
 class NoOutbox(OutboxError):
-    """No relay has made one yet."""
+    """No relay has created the outbox yet."""
 
 
 class OutboxCorrupt(StateError):
-    """The file is no longer a database; the next :class:`SQLiteOutbox` on it begins a new one."""
+    """The file is not a valid database; the next :class:`SQLiteOutbox` sets it aside and creates a new one."""

@@ -1,4 +1,4 @@
-"""The outbox as commands and pages see it, while a relay works on it."""
+"""The outbox for commands and pages, while a relay may use it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import history
-from ..history import Fatality, History, Series, Watched
+from ..history import History, Refusal, Series, VideoFigures
 from ..report import Report
 from ..viewer import Key
-from .connection import immediate, open_beside, translated
+from .connection import immediate, open_beside, translate_errors
 from .schema import HOSTS, OLDEST, REPORT_COLUMNS, STATS
-from .tally import lose
+from .tally import drop_reports
 from .values import DeadReport, Loss, OutboxCorrupt, Snapshot, Stats, Waiting
 
 _STEPS = f"""
@@ -25,24 +25,24 @@ SELECT host, photo_id, sum(plays), CAST(total(bytes) AS INTEGER) FROM videos WHE
 """
 
 
-def _sound(rows: list[Any], *kinds: type) -> list[Any]:
-    """*rows*, whose first columns are of these *kinds*: SQLite keeps anything in any column, so damage may be there."""
+def _checked(rows: list[Any], *kinds: type) -> list[Any]:
+    """*rows*, whose first columns are checked to have these *kinds*: SQLite accepts any type in any column."""
     for row in rows:
         if not all(map(isinstance, row, kinds)):
             raise OutboxCorrupt(
-                "the outbox is corrupt (it holds a value of the wrong kind); restart the relay to begin a new one"
+                "the outbox is corrupt (it has a value of the wrong type); restart the relay to start a new one"
             )
     return rows
 
 
 class OutboxView:
-    """The outbox as commands and pages see it: read only, while a relay works on it. Raises :class:`OutboxError`.
+    """Reads the outbox while a relay may use it. A context manager. Raises :class:`OutboxError`.
 
-    A context manager. Each look is one short transaction: a long one would let the write-ahead log grow.
+    Each method uses one short transaction, since a long one would make the write-ahead log grow.
     """
 
     def __init__(self, path: Path) -> None:
-        with translated():
+        with translate_errors():
             self._db = open_beside(path, "ro")
 
     def __enter__(self) -> OutboxView:
@@ -52,27 +52,27 @@ class OutboxView:
         self._db.close()
 
     def snapshot(self) -> Snapshot:
-        """The figures of one moment, which add up."""
+        """The figures of one moment, so that they add up."""
         with self._one_moment():
-            oldest = _sound(self._rows(OLDEST), int)
+            oldest = _checked(self._rows(OLDEST), int)
             counters = self._rows("SELECT name, value FROM counters")
             losses = self._rows("SELECT * FROM losses ORDER BY day, reason")
-            places = self._rows("SELECT name, offset FROM journals")
+            offsets = self._rows("SELECT name, offset FROM journals")
             notes = self._rows("SELECT name, value FROM summary")
             return Snapshot(
-                Stats(*_sound(self._rows(STATS), int, int, int, int, int)[0]),
-                [host for (host,) in _sound(self._rows(HOSTS), str)],
+                Stats(*_checked(self._rows(STATS), int, int, int, int, int)[0]),
+                [host for (host,) in _checked(self._rows(HOSTS), str)],
                 oldest[0][0] if oldest else None,
-                dict(_sound(counters, str, int)),
-                [Loss(*row) for row in _sound(losses, str, str, int, int)],
-                dict(_sound(places, str, int)),
-                dict(_sound(notes, str, str)),
+                dict(_checked(counters, str, int)),
+                [Loss(*row) for row in _checked(losses, str, str, int, int)],
+                dict(_checked(offsets, str, int)),
+                dict(_checked(notes, str, str)),
             )
 
     def history(self, now_ms: int) -> History:
-        """The last hour and the last day, and what was watched most."""
+        """The figures of the last hour and day, and the most watched videos."""
         with self._one_moment():
-            videos = [Watched(*row) for row in self._rows(_VIDEOS, now_ms // history.HOUR_MS - 23)]
+            videos = [VideoFigures(*row) for row in self._rows(_VIDEOS, now_ms // history.HOUR_MS - 23)]
             return History(
                 self._series(now_ms, *history.HOUR),
                 self._series(now_ms, *history.DAY),
@@ -80,7 +80,7 @@ class OutboxView:
                 sorted(videos, key=lambda video: video.bytes, reverse=True)[:10],
                 sorted(videos, key=lambda video: video.plays, reverse=True)[:10],
                 [
-                    Fatality(*row)
+                    Refusal(*row)
                     for row in self._rows(
                         "SELECT died_ms, host, photo_id, code, answer FROM dead ORDER BY died_ms DESC LIMIT ?",
                         history.MOST_REFUSED,
@@ -89,24 +89,24 @@ class OutboxView:
             )
 
     def _series(self, now_ms: int, step: int, count: int) -> Series:
-        """The last *count* steps of *step* minutes, the one under way included."""
+        """The last *count* steps of *step* minutes, including the current one."""
         first = history.first_minute(now_ms, step, count)
         return history.in_steps(self._rows(_STEPS, step, first), first, step, count)
 
     def waiting(self, most: int) -> list[Waiting]:
-        """The latest *most* of the reports that wait, the oldest of them first."""
+        """The latest *most* waiting reports, the oldest of them first."""
         with self._one_moment():
             rows = self._rows(f"SELECT leased, {REPORT_COLUMNS} FROM reports ORDER BY id DESC LIMIT ?", most)
         return [Waiting(Report(*report), bool(leased)) for leased, *report in reversed(rows)]
 
     def viewings(self) -> list[tuple[Key, str]]:
-        """The viewings that are under way, as :meth:`~t23_middleware.relay.viewer.Viewer.load` takes them."""
+        """The stored session states, for :meth:`~t23_middleware.relay.viewer.SessionState.load`."""
         with self._one_moment():
             rows = self._rows("SELECT host, session_id, photo_id, state FROM viewings")
         return [((host, session_id, photo_id), state) for host, session_id, photo_id, state in rows]
 
     def proxy_rows(self) -> dict[str, str]:
-        """What the relay knows of the proxy's logs, see :mod:`~t23_middleware.relay.proxy_join`."""
+        """The relay's rows about the proxy's logs, see :mod:`~t23_middleware.relay.proxy_join`."""
         with self._one_moment():
             return dict(self._rows("SELECT name, value FROM proxy"))
 
@@ -114,7 +114,7 @@ class OutboxView:
         """The refused reports, the oldest first."""
         with self._one_moment():
             rows = self._rows(f"SELECT id, code, answer, died_ms, {REPORT_COLUMNS} FROM dead ORDER BY id")
-        _sound(rows, int, str, str, int, int, str, str, str, int, int)
+        _checked(rows, int, str, str, int, int, str, str, str, int, int)
         return [DeadReport(id, Report(*report), code, answer, ms) for id, code, answer, ms, *report in rows]
 
     def _rows(self, query: str, *values: int) -> list[Any]:
@@ -122,7 +122,7 @@ class OutboxView:
 
     @contextmanager
     def _one_moment(self) -> Iterator[None]:
-        with translated():
+        with translate_errors():
             self._db.execute("BEGIN")
             try:
                 yield
@@ -131,13 +131,13 @@ class OutboxView:
 
 
 class DeadLetters:
-    """The refused reports, to be sent again or thrown away while a relay works. Raises :class:`OutboxError`.
+    """Retries or deletes refused reports while a relay may use the outbox. Raises :class:`OutboxError`.
 
-    A context manager. Where *ids* is ``None``, all of them are meant.
+    A context manager. *ids* ``None`` means all refused reports.
     """
 
     def __init__(self, path: Path) -> None:
-        with translated():
+        with translate_errors():
             self._db = open_beside(path, "rw")
 
     def __enter__(self) -> DeadLetters:
@@ -147,7 +147,7 @@ class DeadLetters:
         self._db.close()
 
     def retry(self, ids: Iterable[int] | None) -> list[int]:
-        """Let them wait again, as if never sent; the ids that there were. Their time stays, as in every retry."""
+        """Move them back to the waiting reports, as never tried, with their old time. Returns the ids that existed."""
         with immediate(self._db):
             found = self._found(ids)
             self._db.executemany(
@@ -158,10 +158,10 @@ class DeadLetters:
         return [id for (id,) in found]
 
     def purge(self, ids: Iterable[int] | None, now_ms: int) -> list[int]:
-        """Give them up, counted as lost because ``purged``; the ids that there were."""
+        """Delete them, counted as lost for the reason ``purged``. Returns the ids that existed."""
         with immediate(self._db):
             found = self._found(ids)
-            lose(self._db, "dead", [(id, "purged") for (id,) in found], now_ms)
+            drop_reports(self._db, "dead", [(id, "purged") for (id,) in found], now_ms)
         return [id for (id,) in found]
 
     def _found(self, ids: Iterable[int] | None) -> list[tuple[int]]:
