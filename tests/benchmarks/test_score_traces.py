@@ -83,7 +83,8 @@ def test_over_and_under_are_sums_over_traces(traces: str) -> None:
     assert scores["players"]["mpv"]["traces"] == 2
 
 
-def test_both_modes_and_both_groupings_print_a_line_per_name_and_the_sum(traces: str) -> None:
+def test_score_lines_per_name(traces: str) -> None:
+    """Both modes and both groupings print a line for each name, and the sum."""
     for per in ("stream", "response"):
         for by, names in (
             ("player", ["curl", "mpv", "vlc"]),
@@ -134,7 +135,8 @@ def test_a_trace_is_varied() -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"player": "mpv"}', '{"player": 1, "scenario": "x"}'])
-def test_a_file_that_holds_no_traces_is_refused_in_one_sentence(tmp_path: Path, content: str) -> None:
+def test_file_without_traces_refused(tmp_path: Path, content: str) -> None:
+    """A file that has no traces is refused in one sentence."""
     path = tmp_path / "no_traces.jsonl"
     path.write_text(content)
     answer = score(str(path))
@@ -142,7 +144,8 @@ def test_a_file_that_holds_no_traces_is_refused_in_one_sentence(tmp_path: Path, 
     assert answer.stderr.startswith("score_traces: ") and answer.stderr.count("\n") == 1
 
 
-def test_a_file_that_is_not_there_is_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    """A file that does not exist is refused in one sentence."""
     answer = score(str(tmp_path / "nowhere.jsonl"))
     assert answer.returncode == 2
     assert answer.stderr.startswith("score_traces: ") and answer.stderr.count("\n") == 1

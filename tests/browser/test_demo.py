@@ -114,7 +114,8 @@ def _in_a_blank_window(chromium: Chromium, demo: Demo, artefacts: Path) -> Itera
     page.player.leave()
 
 
-def test_playing_and_scrubbing_is_drawn_and_told_with_skip_0_then_skip_1(first_page: DemoPage):
+def test_play_and_scrubs_are_drawn(first_page: DemoPage):
+    """Playing and scrubbing is drawn and reported, with skip 0, then with skip 1."""
     page = first_page.open()
     page.picture("before")
     page.player.click_play()
@@ -140,7 +141,8 @@ def test_playing_and_scrubbing_is_drawn_and_told_with_skip_0_then_skip_1(first_p
     assert page.complaints() == []
 
 
-def test_a_scrub_beyond_what_is_loaded_asks_the_site_by_range_and_one_within_asks_nothing(page: DemoPage):
+def test_scrub_beyond_loaded_sends_range(page: DemoPage):
+    """A scrub beyond the loaded part asks the site by Range. A scrub within it asks for nothing."""
     page.open()
     page.player.click_play()
     page.player.wait_until_it_has(15)
@@ -176,9 +178,8 @@ def test_a_reload_is_a_new_viewing(page: DemoPage):
 @pytest.mark.parametrize(
     ("condition", "words"), [("deny", "not whitelisted"), ("down", "API is down"), ("hang", "API is down")]
 )
-def test_with_the_api_off_the_queue_fills_and_once_it_is_back_it_drains(
-    first_page: DemoPage, condition: str, words: str
-):
+def test_queue_fills_and_drains(first_page: DemoPage, condition: str, words: str):
+    """With the API off the queue fills, and once the API is back the queue drains."""
     page = first_page.open()
     page.choose(condition)
     for number in range(6):
@@ -196,7 +197,8 @@ def test_with_the_api_off_the_queue_fills_and_once_it_is_back_it_drains(
     assert page.complaints() == []
 
 
-def test_markup_from_session_photo_agent_and_api_is_text(page: DemoPage):
+def test_markup_is_shown_as_text(page: DemoPage):
+    """Markup in the session, the photo, the user agent or the API's answer is shown as text."""
     page.open()
     page.play_unseen("first")
     page.see(lambda: page.words("#f-sent") != "0")
@@ -216,7 +218,8 @@ def test_markup_from_session_photo_agent_and_api_is_text(page: DemoPage):
     fault(page.demo)
 
 
-def test_the_page_is_whole_and_legible_in_every_light_and_width(page: DemoPage):
+def test_page_fits_and_is_legible(page: DemoPage):
+    """The page is whole and legible in each color scheme and width."""
     page.open("light")
     page.player.click_play()
     page.player.watch_for(1)
@@ -237,7 +240,8 @@ def test_the_page_is_whole_and_legible_in_every_light_and_width(page: DemoPage):
     assert page.complaints() == []
 
 
-def test_the_api_is_turned_by_the_keyboard_and_all_is_reached(page: DemoPage):
+def test_keyboard_switches_the_api(page: DemoPage):
+    """The keyboard switches the API and reaches every part of the page."""
     from selenium.webdriver.common.keys import Keys
 
     page.open()
@@ -263,8 +267,11 @@ def test_the_api_is_turned_by_the_keyboard_and_all_is_reached(page: DemoPage):
     assert page.complaints() == []
 
 
-def test_each_report_that_waits_is_one_block_of_the_queue(first_page: DemoPage):
-    """Also those that ended in the same ms; of the oldest of many the page is not told what they are."""
+def test_queue_block_per_waiting_report(first_page: DemoPage):
+    """Each report that waits is one block of the queue, also those that ended in the same ms.
+
+    The page does not get the details of the oldest of many.
+    """
     page = first_page.open()
     page.run(
         "window.looks = 0; const fetched = window.fetch;"
@@ -287,7 +294,8 @@ def test_each_report_that_waits_is_one_block_of_the_queue(first_page: DemoPage):
     page.picture("full-queue")
 
 
-def test_an_answer_from_before_the_switch_was_turned_does_not_turn_it_back(page: DemoPage):
+def test_stale_answer_keeps_the_switch(page: DemoPage):
+    """An answer that was sent before the switch was changed does not change it back."""
     page.open()
     page.run(
         "window.held = 0; window.stood = []; const fetched = window.fetch;"
@@ -306,7 +314,8 @@ def test_an_answer_from_before_the_switch_was_turned_does_not_turn_it_back(page:
     assert set(page.run("return window.stood")[then[1] :]) == {"down"}
 
 
-def test_a_screen_reader_gets_a_name_for_everything_and_hears_of_reports(first_page: DemoPage):
+def test_screen_reader_names_and_news(first_page: DemoPage):
+    """A screen reader gets a name for everything, and reports are announced."""
     page = first_page.open()
     page.play_unseen("heard-of")
     page.see(lambda: "Report of 1,188,701 bytes, skip 0, recorded." in page.words("#news"))
@@ -323,7 +332,8 @@ def test_a_screen_reader_gets_a_name_for_everything_and_hears_of_reports(first_p
     assert page.run("return document.documentElement.lang") == "en"
 
 
-def test_nothing_moves_for_who_does_not_want_it(page: DemoPage):
+def test_reduced_motion_stops_animation(page: DemoPage):
+    """Nothing moves for a user who prefers reduced motion."""
     page.open()
     page.player.click_play()
     page.see(lambda: page.count(".lane i.open"))
@@ -335,7 +345,8 @@ def test_nothing_moves_for_who_does_not_want_it(page: DemoPage):
     assert page.run(moving) == "none"
 
 
-def test_a_demo_that_ended_is_said_on_the_page(chromium: Chromium, artefacts: Path, tmp_path: Path):
+def test_page_shows_ended_demo(chromium: Chromium, artefacts: Path, tmp_path: Path):
+    """The page shows that its demo has ended, and later that it was started again."""
     with demo(tmp_path / "demo") as running:
         page = DemoPage(chromium, running, artefacts).open()
         assert page.words("#gone") == ""

@@ -62,7 +62,8 @@ def page(chromium: Chromium, server: tuple[Server, StandInServer], artefacts: Pa
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_the_page_is_whole_and_legible_in_every_light_and_width(page: OperatorsPage, look: str):
+def test_page_fits_and_is_legible(page: OperatorsPage, look: str):
+    """The page is whole and legible in each color scheme and width."""
     page.open(look=look)
     assert "Streams open" in page.text
     assert page.complaints() == []
@@ -84,7 +85,8 @@ def test_the_console_is_heard(page: OperatorsPage):
     assert any("of the test" in line for line in page.complaints())
 
 
-def test_the_wrong_token_shows_nothing_and_the_right_one_everything(page: OperatorsPage):
+def test_wrong_and_right_token(page: OperatorsPage):
+    """The wrong token shows nothing, and the right one everything."""
     for header in (None, f"Bearer {TOKEN[:-1]}x", basic(TOKEN, "")):
         assert "Captured" not in page.open(header=header).text
     page.open("/", header=None)
@@ -97,16 +99,16 @@ def test_the_wrong_token_shows_nothing_and_the_right_one_everything(page: Operat
     assert "Captured" in body
 
 
-def test_a_person_gets_in_with_any_name_and_the_token(page: OperatorsPage):
+def test_any_name_with_the_token(page: OperatorsPage):
+    """A person gets in with any user name and the token as password."""
     page.open("/", header=None)
     address = urllib.parse.urlsplit(page.driver.current_url)
     page.driver.get(f"http://somebody:{TOKEN}@{address.netloc}/_t23/")
     assert "Captured" in page.text
 
 
-def test_markup_from_session_photo_path_agent_and_api_is_text(
-    page: OperatorsPage, server: tuple[Server, StandInServer]
-):
+def test_markup_is_shown_as_text(page: OperatorsPage, server: tuple[Server, StandInServer]):
+    """Markup in the session, the photo, the path, the user agent or the API's answer is shown as text."""
     site, _ = server
     quoted = urllib.parse.quote(MARKUP)
     for path in (
@@ -125,7 +127,8 @@ def test_markup_from_session_photo_path_agent_and_api_is_text(
     page.picture("markup")
 
 
-def test_all_can_be_reached_and_opened_by_keyboard(page: OperatorsPage):
+def test_keyboard_reaches_and_opens_everything(page: OperatorsPage):
+    """Everything on the page can be reached and opened by keyboard."""
     from selenium.webdriver.common.keys import Keys
 
     page.open()
@@ -143,7 +146,8 @@ def test_all_can_be_reached_and_opened_by_keyboard(page: OperatorsPage):
     assert "bad signature" in page.text
 
 
-def test_a_screen_reader_gets_a_name_for_everything(page: OperatorsPage):
+def test_screen_reader_names_everything(page: OperatorsPage):
+    """A screen reader gets a name for everything."""
     found = page.open().named()
     images = found.get("image", []) + found.get("img", []) + found.get("SvgRoot", [])
     charts = [name for name in images if name.startswith("Chart: ")]
@@ -155,7 +159,8 @@ def test_a_screen_reader_gets_a_name_for_everything(page: OperatorsPage):
     assert page.run("return document.documentElement.lang") == "en"
 
 
-def test_it_loads_itself_anew_where_that_is_wished_and_stops(page: OperatorsPage):
+def test_page_refresh_starts_and_stops(page: OperatorsPage):
+    """The page refreshes itself when the user chooses that, and stops when the user chooses so."""
     from selenium.webdriver.common.by import By
 
     page.open()

@@ -131,9 +131,10 @@ def second_runs(
 
 
 @pytest.mark.parametrize(("name", "damage"), CASES)
-def test_a_damaged_file_costs_no_more_than_it_held(
+def test_damaged_file_costs_its_content(
     name: str, damage: str, seed: int, second_runs: dict[tuple[str, str], Future[SecondRun]]
 ) -> None:
+    """A damaged file costs no more reports than were in it."""
     print(f"--seed {seed}")
     run = second_runs[name, damage].result()
     print(run.said)
@@ -177,9 +178,8 @@ LIES = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_an_outbox_that_lies_costs_no_more_than_the_row_in_question(
-    lie: str, left: Path, tmp_path: Path
-) -> None:
+def test_false_outbox_costs_one_row(lie: str, left: Path, tmp_path: Path) -> None:
+    """An outbox with a false value or a false schema costs no more than the row in question."""
     statement, cost = LIES[lie]
     state = copy_of(left, tmp_path)
     with opened(state) as db:
@@ -187,7 +187,8 @@ def test_an_outbox_that_lies_costs_no_more_than_the_row_in_question(
     assert_all_but(cost, state)
 
 
-def test_an_index_that_lies_costs_no_more_than_the_row_in_question(left: Path, tmp_path: Path) -> None:
+def test_false_index_costs_one_row(left: Path, tmp_path: Path) -> None:
+    """An index that does not match its table costs no more than the row in question."""
     state = copy_of(left, tmp_path)
     with opened(state) as db:
         index = db.execute("SELECT * FROM sqlite_master WHERE name = 'reports_by_host'").fetchone()

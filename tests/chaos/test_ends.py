@@ -43,9 +43,10 @@ def verdicts(
 
 
 @pytest.mark.parametrize(("name", "number"), CASES)
-def test_a_response_is_reported_though_its_server_is_told_to_end_right_after_it(
+def test_response_before_server_end_reported(
     name: str, number: int, verdicts: dict[tuple[str, int], Future[Verdict]]
 ) -> None:
+    """A response is reported although a signal ends its server right after it."""
     need(COMMANDS[name].split()[0])
     verdict = verdicts[name, number].result()
     assert verdict.held == 3

@@ -37,9 +37,8 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Fut
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_parents_and_children_serve_arrives_once_each(
-    name: str, verdicts: dict[str, Future[Verdict]]
-) -> None:
+def test_forked_processes_report_once(name: str, verdicts: dict[str, Future[Verdict]]) -> None:
+    """What parents and children serve arrives once each."""
     need(COMMANDS[name].split()[0])
     verdict = verdicts[name].result()
     assert verdict.held == 60 + 12 + 20

@@ -21,8 +21,11 @@ GUNICORN = "gunicorn -w 2 -k gevent -b 127.0.0.1:PORT tests.chaos.app:app"
 HELD = 0.3
 
 
-def test_a_gevent_worker_has_nothing_to_do_with_the_outbox(tmp_path: Path) -> None:
-    """Not the hub's pauses, which a busy machine would spoil: the worker has neither the file nor SQLite itself."""
+def test_gevent_worker_never_opens_outbox(tmp_path: Path) -> None:
+    """A gevent worker does not use the outbox: it has neither the file open nor SQLite loaded.
+
+    The hub's pauses are not measured, because a busy machine would change them.
+    """
     need("gunicorn")
     oracle = Oracle()
     with plain_api() as api, running(GUNICORN, tmp_path / "state", api.url) as server:

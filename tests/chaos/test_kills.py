@@ -136,9 +136,8 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS)
-def test_a_crash_between_two_steps_of_the_relay_loses_nothing(
-    point: str, crashes: dict[str, Future[Verdict]]
-) -> None:
+def test_crash_between_relay_steps(point: str, crashes: dict[str, Future[Verdict]]) -> None:
+    """A crash between two steps of the relay loses nothing, and doubles at most what was in flight."""
     verdict = crashes[point].result()
     assert verdict.held >= 100
     assert verdict.nothing_is_lost()

@@ -59,9 +59,8 @@ def outages(
 
 
 @pytest.mark.parametrize("kind", OUTAGES)
-def test_an_outage_loses_nothing_and_doubles_only_what_was_recorded_without_an_answer(
-    kind: str, outages: dict[str, Future[Outage]]
-) -> None:
+def test_outage_loses_nothing(kind: str, outages: dict[str, Future[Outage]]) -> None:
+    """An outage loses nothing, and doubles only what was recorded without an answer."""
     outage = outages[kind].result()
     assert outage.verdict.held == PLAYS
     assert outage.verdict.nothing_is_lost()
@@ -113,8 +112,11 @@ def end_outage(kind: str, api: StandInServer, server: Server) -> None:
 
 
 @pytest.mark.parametrize("told", ["worker", "master"])
-def test_neither_worker_nor_relay_waits_at_its_end_for_an_api_that_hangs(told: str, tmp_path: Path) -> None:
-    """Not measured, which a busy machine would spoil: the API answers after they have ended, or never."""
+def test_shutdown_with_hanging_api(told: str, tmp_path: Path) -> None:
+    """Neither worker nor relay waits at its end for an API that hangs.
+
+    No time is measured, because a busy machine would change it: the API answers after both have ended.
+    """
     state = tmp_path / "state"
     with plain_api() as api:
         api.fault("hang")

@@ -30,8 +30,11 @@ ROTATIONS, BETWEEN = 5, 3000
 ARRIVAL = 300.0
 
 
-def test_rotations_and_kills_of_the_relay_lose_and_double_nothing(plays: int, seed: int):
-    """The API's own cache stands here: what a relay that was killed sends again, it knows, but not a second report."""
+def test_rotations_with_relay_kills(plays: int, seed: int):
+    """Rotations and kills of the relay lose and double nothing.
+
+    The stand-in has the API's own cache here: it recognises what a killed relay sends again, not a second report.
+    """
     rotations = max(ROTATIONS, plays // BETWEEN)
     with behind_nginx("gunicorn", api=StandInServer(), T23_RELAY="external") as stage:
         with relaying(stage):  # one that never read the log looks back two rotations only

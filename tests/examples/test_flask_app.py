@@ -62,7 +62,8 @@ def site() -> Iterator[Site]:
         server.server_close()
 
 
-def test_the_page_issues_media_urls_with_a_fresh_session_at_each_load(site: Site) -> None:
+def test_page_issues_fresh_sessions(site: Site) -> None:
+    """Each load of the page issues media URLs with a new session."""
     queries = []
     for _ in range(2):
         for url in site.page_urls("/"):
@@ -74,14 +75,16 @@ def test_the_page_issues_media_urls_with_a_fresh_session_at_each_load(site: Site
     assert sessions[0] != sessions[2] and all(len(s) >= 22 for s in sessions)
 
 
-def test_the_page_is_not_stored_and_sets_no_cookie(site: Site) -> None:
+def test_page_uncached_and_without_cookie(site: Site) -> None:
+    """The page may not be stored and sets no cookie."""
     page = site.ask("/")
     assert page.status == 200 and page.headers["Content-Type"] == "text/html; charset=utf-8"
     assert page.headers["Cache-Control"] == "no-store"
     assert page.headers["Set-Cookie"] is None
 
 
-def test_the_page_names_its_language_title_and_player(site: Site) -> None:
+def test_page_language_title_and_player(site: Site) -> None:
+    """The page names its language, its title and its player."""
     page = site.ask("/").body.decode()
     assert '<html lang="en">' in page and re.search(r"<title>.+</title>", page)
     assert re.search(r'<video controls[^>]* aria-label="[^"]+"', page)
@@ -108,9 +111,8 @@ def test_the_issued_urls_give_the_whole_clip(site: Site) -> None:
         ("bytes=-700", SIZE - 700, SIZE - 1),
     ],
 )
-def test_a_range_is_answered_with_206_and_exactly_those_bytes(
-    site: Site, prefix: str, asked: str, first: int, last: int
-) -> None:
+def test_range_answered_with_206(site: Site, prefix: str, asked: str, first: int, last: int) -> None:
+    """A Range is answered with 206 and exactly those bytes."""
     answer = site.ask(prefix + PATH, Range=asked)
     assert answer.status == 206
     assert answer.headers["Content-Range"] == f"bytes {first}-{last}/{SIZE}"
@@ -124,7 +126,8 @@ def test_a_range_beyond_the_end_is_416(site: Site) -> None:
     assert answer.headers["Content-Range"] == f"bytes */{SIZE}"
 
 
-def test_head_tells_the_length_and_sends_no_body(site: Site) -> None:
+def test_head_has_length_without_body(site: Site) -> None:
+    """HEAD is answered with the length and no body."""
     answer = site.ask(PATH, "HEAD")
     assert (answer.status, answer.headers["Content-Length"], answer.body) == (200, str(SIZE), b"")
 
@@ -137,13 +140,15 @@ def test_a_known_etag_is_answered_with_304(site: Site) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "/attachment"])
 @pytest.mark.parametrize("part", sorted(VIDEO))
-def test_a_url_with_any_wrong_part_is_404(site: Site, prefix: str, part: str) -> None:
+def test_url_with_wrong_part(site: Site, prefix: str, part: str) -> None:
+    """A URL in which any part is wrong is a 404."""
     wrong = PATH.replace(VIDEO[part], VIDEO[part][:-1] + "x")
     assert wrong != PATH
     assert site.ask(prefix + wrong).status == 404
 
 
-def test_the_cookie_page_sets_a_session_and_issues_bare_urls(site: Site) -> None:
+def test_cookie_page_sets_session(site: Site) -> None:
+    """The cookie page sets a session in a cookie and issues URLs without one."""
     page = site.ask("/cookie")
     cookie = page.headers["Set-Cookie"]
     assert re.match(r"session_id=[\w-]{22,};", cookie)
@@ -151,7 +156,8 @@ def test_the_cookie_page_sets_a_session_and_issues_bare_urls(site: Site) -> None
     assert site.page_urls("/cookie") == (PATH, "/attachment" + PATH)
 
 
-def test_the_cookie_page_keeps_a_session_that_the_browser_has(site: Site) -> None:
+def test_cookie_page_keeps_session(site: Site) -> None:
+    """The cookie page keeps a session that the browser has already."""
     page = site.ask("/cookie", Cookie="session_id=abc")
     assert page.status == 200 and page.headers["Set-Cookie"] is None
 
@@ -161,7 +167,8 @@ def test_the_favicon_is_an_empty_answer(site: Site) -> None:
     assert (answer.status, answer.body) == (204, b"")
 
 
-def test_the_site_works_from_any_folder_and_without_t23_middleware(tmp_path: Path) -> None:
+def test_site_works_without_t23_middleware(tmp_path: Path) -> None:
+    """The site works from any folder and does not import t23_middleware."""
     code = """if True:
         import sys
         sys.path.insert(0, sys.argv[1])
@@ -191,7 +198,8 @@ def boxes(data: bytes) -> dict[str, int]:
     return found
 
 
-def test_the_clip_is_small_and_its_index_comes_first() -> None:
+def test_clip_size_and_index() -> None:
+    """The clip is small, and its index comes before its media data."""
     assert SIZE <= 1_500_000
     found = boxes(CLIP.read_bytes())
     assert found["ftyp"] == 0

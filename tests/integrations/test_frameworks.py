@@ -143,9 +143,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize("case", TOLD, ids=str)
-def test_what_the_page_tells_people_to_run_reports_what_arrived(
-    case: Told, tmp_path: Path, api: StandInServer
-):
+def test_page_commands_report_arrived_bytes(case: Told, tmp_path: Path, api: StandInServer):
+    """Each command of docs/frameworks.md, run as it is written, reports the bytes that arrived."""
     needs(case)
     film = CLIP.read_bytes()
     # Only where the page is about a proxy is there one; elsewhere nobody may choose the host by a header.
@@ -167,7 +166,8 @@ def test_what_the_page_tells_people_to_run_reports_what_arrived(
 
 
 @pytest.mark.parametrize("case", [case for case in TOLD if case.section == "ProxyFix"], ids=str)
-def test_a_host_that_no_proxy_named_is_not_counted(case: Told, tmp_path: Path, api: StandInServer):
+def test_host_without_proxy_not_counted(case: Told, tmp_path: Path, api: StandInServer):
+    """A play on a host that no proxy named is not counted."""
     with running(case, tmp_path, api) as site:
         assert site.play("foreign").body == CLIP.read_bytes()
         assert site.play("ours", X_Forwarded_Host=PUBLIC_HOST).body == CLIP.read_bytes()
@@ -175,7 +175,8 @@ def test_a_host_that_no_proxy_named_is_not_counted(case: Told, tmp_path: Path, a
     assert [report["session_id"] for report in reports] == ["ours"]
 
 
-def test_the_page_shows_each_framework_that_people_ask_for():
+def test_page_shows_all_frameworks():
+    """The page shows each framework that people ask for."""
     sections = {case.section for case in TOLD}
     assert sections >= {
         "Flask",

@@ -24,7 +24,8 @@ def stage() -> Iterator[Stage]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_of_a_client_that_leaves_what_apache_sent_is_reported(way: str, stage: Stage):
+def test_disconnect_reports_bytes_sent(way: str, stage: Stage):
+    """When a client disconnects, the bytes that Apache sent are reported."""
     session = new_session()
     take_and_leave(stage.proxy.port, target(way, session), TAKEN)
     (size,) = stage.sizes(session)
@@ -32,14 +33,16 @@ def test_of_a_client_that_leaves_what_apache_sent_is_reported(way: str, stage: S
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_complete_is_reported_to_the_byte(way: str, stage: Stage):
+def test_complete_play_reported_exactly(way: str, stage: Stage):
+    """A complete play is reported to the byte."""
     session = new_session()
     assert take_all(stage.proxy.port, target(way, session)) == FILM_BYTES
     assert stage.sizes(session) == [FILM_BYTES]
 
 
 @pytest.mark.parametrize("way", ["file", "sendfile"])
-def test_a_range_is_reported_with_its_own_bytes(way: str, stage: Stage):
+def test_range_reports_own_bytes(way: str, stage: Stage):
+    """A Range is reported with its own bytes, as skip 1."""
     session = new_session()
     assert take_all(stage.proxy.port, target(way, session), Range="bytes=1000000-5999999") == 5 * MB
     (report,) = stage.wait(session)
@@ -47,7 +50,8 @@ def test_a_range_is_reported_with_its_own_bytes(way: str, stage: Stage):
 
 
 @pytest.mark.parametrize("way", ["file", "sendfile"])
-def test_what_is_no_play_is_not_reported_and_no_header_of_ours_comes_out(way: str, stage: Stage):
+def test_other_requests_not_reported(way: str, stage: Stage):
+    """A request that is not a play is not reported, and clients get none of our headers."""
     session, later = new_session(), new_session()
     with Client(stage.proxy.port) as client:
         client.ask("HEAD", target(way, session, SHORT))

@@ -34,7 +34,8 @@ def counted(stage: Stage, name: str) -> int:
     return int(stage.status()["counters"].get(name, 0))
 
 
-def test_where_a_worker_is_killed_the_apps_count_is_reported_as_unconfirmed(stage: Stage):
+def test_worker_kill_reports_unconfirmed(stage: Stage):
+    """When a worker of nginx is killed, the app's count is reported, and counted as unconfirmed."""
     before = counted(stage, "unconfirmed")
     session = cut_by_a_kill(stage, "generator")
     (size,) = stage.sizes(session)
@@ -43,7 +44,8 @@ def test_where_a_worker_is_killed_the_apps_count_is_reported_as_unconfirmed(stag
     assert len(stage.reports(session)) == 1
 
 
-def test_where_a_worker_is_killed_that_sent_a_file_by_itself_the_play_is_lost(stage: Stage):
+def test_worker_kill_loses_offloaded_play(stage: Stage):
+    """When a worker of nginx is killed that sent a file for the app, the play is lost."""
     before = stage.status()["lost"]
     session = cut_by_a_kill(stage, "accel")
     assert until(lambda: stage.status()["lost"] == before + 1), stage.status()
@@ -80,7 +82,8 @@ ODD: dict[str, tuple[Callable[[str], str], str]] = {
 }
 
 
-def test_odd_lines_are_counted_and_the_next_is_read(stage: Stage):
+def test_odd_lines_are_counted(stage: Stage):
+    """Odd lines of the log are counted by kind, and the line after them is read."""
     session = play_short(stage)
     assert stage.sizes(session) == [SHORT_BYTES]
     expected = Counter(counter for _, counter in ODD.values())
@@ -92,7 +95,8 @@ def test_odd_lines_are_counted_and_the_next_is_read(stage: Stage):
     assert len(stage.reports(session)) == 1
 
 
-def test_what_nginx_answers_from_its_cache_is_not_reported_again(stage: Stage):
+def test_cache_hit_not_reported(stage: Stage):
+    """What nginx answers from its cache is not reported again, but counted."""
     before = counted(stage, "proxy_cached")
     first = play_short(stage, "generator", "cached")
     second = play_short(stage, "generator", "cached")

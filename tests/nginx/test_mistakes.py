@@ -39,7 +39,8 @@ def refused(stage: Stage, **environ: str) -> str:
     return " ".join((done.stdout + done.stderr).split())
 
 
-def test_with_all_in_place_a_client_gets_no_header_of_ours(stage: Stage):
+def test_right_setup_hides_our_header(stage: Stage):
+    """With a right setup, a client gets none of our headers, and ``check`` passes."""
     for way in ("file", "accel"):
         session, headers = play(stage, way)
         assert stage.sizes(session) == [SHORT_BYTES]
@@ -48,7 +49,8 @@ def test_with_all_in_place_a_client_gets_no_header_of_ours(stage: Stage):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_log_that_is_not_there_is_told(stage: Stage):
+def test_log_missing_fails_check(stage: Stage):
+    """A log that does not exist makes ``check`` fail, with the remedy."""
     elsewhere = str(stage.nginx.folder / "elsewhere.log")
     said = refused(stage, T23_PROXY_LOG=elsewhere)
     assert f"{elsewhere} does not exist" in said
@@ -62,8 +64,11 @@ def test_a_log_of_another_format_is_told(stage: Stage):
     assert "docs/nginx.md" in said
 
 
-def test_a_log_that_may_not_be_read_is_told(stage: Stage):
-    """As on day two, where logrotate made it 0640 and the app's user is not in the group."""
+def test_log_unreadable_fails_check(stage: Stage):
+    """A log that the app's user may not read makes ``check`` fail, with the remedy.
+
+    This is the second day's state: logrotate has made the log 0640, and the app's user is not in its group.
+    """
     if os.geteuid() != 0:
         need_root()
     stage.wait(play(stage)[0])
@@ -85,7 +90,8 @@ def give(folder: Path, user: str) -> None:
         shutil.chown(path, user)
 
 
-def test_without_the_setting_a_file_that_nginx_sends_is_counted_as_offloaded():
+def test_offloaded_without_proxy_log():
+    """Without T23_PROXY_LOG, a file that nginx sends is counted as offloaded, and ``check`` shows the lines to add."""
     with behind_nginx("gunicorn", counts=False) as stage:
         _, headers = play(stage, "accel")
         assert "x-t23-play" not in headers

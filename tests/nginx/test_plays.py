@@ -64,29 +64,29 @@ def played(stage: Stage) -> Iterator[dict[Case, Future[str]]]:
 
 
 @pytest.mark.parametrize("case", CUT, ids=str)
-def test_of_a_client_that_leaves_what_nginx_sent_is_reported(
-    case: Case, stage: Stage, played: dict[Case, Future[str]]
-):
+def test_disconnect_reports_bytes_sent(case: Case, stage: Stage, played: dict[Case, Future[str]]):
+    """When a client disconnects, the bytes that nginx sent are reported."""
     (size,) = stage.sizes(played[case].result())
     assert TAKEN <= size <= 13 * MB
 
 
 @pytest.mark.parametrize("case", CUT_SMALL, ids=str)
-def test_with_a_small_send_buffer_it_is_what_the_client_took_and_little_more(
-    case: Case, stage: Stage, played: dict[Case, Future[str]]
-):
+def test_disconnect_with_small_send_buffer(case: Case, stage: Stage, played: dict[Case, Future[str]]):
+    """With a small send buffer, the reported bytes are what the client took and little more."""
     (size,) = stage.sizes(played[case].result())
     assert TAKEN <= size <= 9 * MB
 
 
 @pytest.mark.parametrize("case", COMPLETE, ids=str)
-def test_what_is_complete_is_reported_to_the_byte(case: Case, stage: Stage, played: dict[Case, Future[str]]):
+def test_complete_play_reported_exactly(case: Case, stage: Stage, played: dict[Case, Future[str]]):
+    """A complete play is reported to the byte."""
     assert stage.sizes(played[case].result()) == [FILM_BYTES]
 
 
 @pytest.mark.parametrize("way", ["file", "accel"])
 @pytest.mark.parametrize("server", SERVERS)
-def test_a_range_is_reported_with_its_own_bytes_and_starts_no_viewing(way: str, server: str, stage: Stage):
+def test_range_starts_no_viewing(way: str, server: str, stage: Stage):
+    """A Range is reported with its own bytes and starts no viewing."""
     session = new_session()
     taken = take_all(
         stage.nginx.ports["plain"], target(way, session, server=server), Range="bytes=1000000-5999999"
@@ -117,7 +117,8 @@ def test_what_is_no_play_is_not_reported(asked: str, way: str, server: str, stag
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_a_file_that_nginx_does_not_find_is_not_reported(server: str, stage: Stage):
+def test_missing_file_not_reported(server: str, stage: Stage):
+    """A file that nginx does not find is not reported."""
     session = new_session()
     with stage_client(stage) as client:
         assert client.ask("GET", target("accel", session, "none.mp4", server)).status == 404
@@ -143,8 +144,11 @@ def test_five_on_one_connection_are_five(way: str, server: str, stage: Stage):
 
 
 @pytest.mark.parametrize("way", ["file", "accel"])
-def test_a_cancelled_stream_is_reported_while_its_connection_goes_on(way: str, stage: Stage):
-    """As a player seeks: it cancels what it has asked for, and asks for another range on the same connection."""
+def test_cancelled_stream_is_reported(way: str, stage: Stage):
+    """A cancelled HTTP/2 stream is reported while its connection goes on.
+
+    A player that seeks cancels its request and asks for another range on the same connection.
+    """
     first, second = new_session(), new_session()
     with Http2(stage.nginx.ports["http2"]) as connection:
         stream = connection.get(target(way, first))
@@ -176,15 +180,17 @@ def stalled(stage: Stage) -> Iterator[dict[tuple[str, str], Future[list[int]]]]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("server", SERVERS)
-def test_a_client_that_stalls_is_reported_while_it_is_still_there(
-    way: str, server: str, stalled: dict[tuple[str, str], Future[list[int]]]
-):
+def test_stalled_client_is_reported(way: str, server: str, stalled: dict[tuple[str, str], Future[list[int]]]):
+    """A client that stalls is reported while it is still connected."""
     (size,) = stalled[server, way].result()
     assert MB <= size <= 6 * MB
 
 
-def test_after_all_of_this_nothing_waits_and_none_came_twice(stage: Stage):
-    """Last in this file."""
+def test_nothing_waits_or_repeats(stage: Stage):
+    """After all tests of this file nothing waits, and no report came twice.
+
+    This test has to be the last of the file.
+    """
     for server in SERVERS:
         assert until(lambda server=server: stage.status(server)["waiting"] == 0)
         status = stage.status(server)

@@ -51,13 +51,16 @@ def assert_reported_once(stage: Stage, session: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_log_that_is_rotated_in_mid_transfer_loses_and_doubles_nothing(way: str, stage: Stage):
+def test_rotation_in_mid_transfer(way: str, stage: Stage):
+    """A rotation of the log in the middle of a transfer loses and doubles no report."""
     with relaying(stage):
         assert_reported_once(stage, during_a_play(way, stage, stage.nginx.rotate))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nor_does_one_that_is_rotated_while_no_relay_runs(way: str, stage: Stage):
+def test_rotation_without_relay(way: str, stage: Stage):
+    """Rotations of the log while no relay runs lose and double no report."""
+
     def rotate_twice() -> None:
         stage.nginx.rotate()
         stage.nginx.rotate()
@@ -69,8 +72,11 @@ def test_nor_does_one_that_is_rotated_while_no_relay_runs(way: str, stage: Stage
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_line_that_nginx_writes_to_the_renamed_log_is_read_there(way: str, stage: Stage):
-    """Between the rename and USR1, or for ever where nobody sends it."""
+def test_rotation_line_in_renamed_log(way: str, stage: Stage):
+    """A line that nginx writes to the renamed log is read there.
+
+    nginx does so between the rename and USR1, or always where it gets no USR1.
+    """
     with relaying(stage):
         session = during_a_play(way, stage, stage.nginx.rename)
         assert stage.sizes(session) == [FILM_BYTES]
@@ -79,12 +85,14 @@ def test_a_line_that_nginx_writes_to_the_renamed_log_is_read_there(way: str, sta
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_reload_in_mid_transfer_loses_and_doubles_nothing(way: str, stage: Stage):
+def test_reload_in_mid_transfer(way: str, stage: Stage):
+    """A reload of nginx in the middle of a transfer loses and doubles no report."""
     with relaying(stage):
         assert_reported_once(stage, during_a_play(way, stage, stage.nginx.reload))
 
 
-def test_a_relay_that_is_killed_and_started_again_goes_on_where_it_was(stage: Stage):
+def test_killed_relay_resumes_the_log(stage: Stage):
+    """A relay that is killed and started again continues the log where it was: each play is reported once."""
     sessions = []
     for _ in range(3):
         with relaying(stage) as process:

@@ -26,12 +26,14 @@ def texts(svg: ElementTree.Element, kind: str) -> list[str | None]:
     return [text.text for text in svg.iter("text") if text.get("class") == kind]
 
 
-def test_a_chart_is_an_image_with_a_name():
+def test_chart_is_a_named_image():
+    """The SVG has the role img and the given label as its name."""
     svg = chart(1, 2)
     assert (svg.get("role"), svg.get("aria-label")) == ("img", "a <label>")
 
 
-def test_a_gap_parts_the_line_and_a_lone_value_is_a_dot():
+def test_chart_line_with_gaps():
+    """A missing value splits the line. A value between two missing ones is drawn as a dot."""
     (line,) = paths(chart(1, 2, None, 3, None, None, 2, 2), "line")
     assert line.count("M") == 3
     assert line.count("h.01") == 1

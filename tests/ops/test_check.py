@@ -27,7 +27,8 @@ def items(output: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def test_all_is_well_with_a_stand_in_before_the_first_play(site: Site):
+def test_check_passes_before_first_play(site: Site):
+    """With a stand-in as the API, nothing is wrong before the first play; no report is sent and no folder made."""
     done = site.run("check")
     assert done.returncode == 0, done.stdout
     found = items(done.stdout)
@@ -40,7 +41,8 @@ def test_all_is_well_with_a_stand_in_before_the_first_play(site: Site):
     assert not site.folder.path.exists()
 
 
-def test_a_server_that_is_not_whitelisted_is_told_so(site: Site):
+def test_server_not_whitelisted_is_wrong(site: Site):
+    """A server that is not whitelisted is WRONG, with the remedy: ask TwentyThree to whitelist it."""
     site.api.app.whitelisted = False
     done = site.run("check")
     assert done.returncode == 1
@@ -50,7 +52,8 @@ def test_a_server_that_is_not_whitelisted_is_told_so(site: Site):
     assert "Plays are not reported: 1 line above is WRONG." in done.stdout
 
 
-def test_all_wrong_settings_are_told_at_once_and_end_with_2(site: Site):
+def test_wrong_settings_exit_with_2(site: Site):
+    """All wrong settings are named in the same run, and the exit code is 2."""
     done = site.run("check", T23_API_URL="nowhere", T23_TIMEOUT="soon")
     assert done.returncode == 2
     assert "T23_API_URL" in done.stdout
@@ -58,7 +61,8 @@ def test_all_wrong_settings_are_told_at_once_and_end_with_2(site: Site):
 
 
 @pytest.mark.parametrize("path", ["/api/wrong", "/reports"])
-def test_a_wrong_path_is_told_with_the_one_that_answers(site: Site, path: str):
+def test_wrong_report_path_names_right_one(site: Site, path: str):
+    """A report path at which the API does not answer is WRONG, and the message names the path that answers."""
     done = site.run("check", T23_REPORT_PATH=path)
     assert done.returncode == 1
     level, words = items(done.stdout)["API"]
@@ -66,7 +70,8 @@ def test_a_wrong_path_is_told_with_the_one_that_answers(site: Site, path: str):
     assert words.endswith("The API answers at another path: T23_REPORT_PATH=/api/analytics/report/play.")
 
 
-def test_a_path_that_is_wrong_everywhere_is_told_without_another(site: Site):
+def test_wrong_report_path_without_alternative(site: Site):
+    """Where no path answers, the message asks to correct the path or the address, and names no other path."""
     site.api.fault("status", status=404)
     level, words = items(site.run("check").stdout)["API"]
     assert level == "WRONG"
@@ -90,9 +95,8 @@ def test_a_path_that_is_wrong_everywhere_is_told_without_another(site: Site):
     ],
     ids=lambda value: str(value.get("kind", "")) if isinstance(value, dict) else "",
 )
-def test_each_kind_of_answer_is_told_for_what_it_is(
-    site: Site, fault: dict[str, object], level: str, says: str
-):
+def test_api_answer_decides_level(site: Site, fault: dict[str, object], level: str, says: str):
+    """Each kind of API answer has its own level and text, and only a WRONG one makes the check fail."""
     site.api.fault(**fault)
     done = site.run("check")
     found = items(done.stdout)["API"]
@@ -101,7 +105,8 @@ def test_each_kind_of_answer_is_told_for_what_it_is(
     assert done.returncode == (1 if level == "WRONG" else 0)
 
 
-def test_an_api_that_can_not_be_reached_is_told_with_the_reason(site: Site):
+def test_unreachable_api_shows_reason(site: Site):
+    """An API that can't be reached makes the check fail, with the reason and what to check."""
     site.api.stop()
     done = site.run("check")
     assert done.returncode == 1
@@ -128,7 +133,8 @@ def test_each_host_of_a_template_is_asked(site: Site):
 # The app.
 
 
-def test_an_app_that_can_be_imported_is_right(site: Site, tmp_path: Path):
+def test_importable_app_is_ok(site: Site, tmp_path: Path):
+    """An app that can be imported is ok. What it prints at import is not shown."""
     (tmp_path / "video.py").write_text("def app(environ, start_response): ...\nprint('noise')\n")
     done = site.run("check", T23_APP="video:app", PYTHONPATH=str(tmp_path))
     assert items(done.stdout)["app"] == ("ok", "T23_APP=video:app can be imported")
@@ -144,9 +150,8 @@ def test_an_app_that_can_be_imported_is_right(site: Site, tmp_path: Path):
         ("", "novideo:app", "cannot import 'novideo'"),
     ],
 )
-def test_an_app_that_can_not_be_imported_is_wrong(
-    site: Site, tmp_path: Path, code: str, target: str, says: str
-):
+def test_app_import_failure_is_wrong(site: Site, tmp_path: Path, code: str, target: str, says: str):
+    """An app that can't be imported is WRONG, with the reason."""
     (tmp_path / "video.py").write_text(code + "\n")
     done = site.run("check", T23_APP=target, PYTHONPATH=str(tmp_path))
     level, words = items(done.stdout)["app"]
@@ -154,7 +159,8 @@ def test_an_app_that_can_not_be_imported_is_wrong(
     assert says in words
 
 
-def test_a_switched_off_middleware_and_a_misspelt_setting_are_told(site: Site):
+def test_disabled_middleware_and_misspelt_setting(site: Site):
+    """``T23_ENABLED=0`` is WRONG, and a misspelt setting is shown with the name that is probably meant."""
     done = site.run("check", T23_ENABLED="0", T23_STATEDIR="/x")
     assert done.returncode == 1
     assert "WRONG  settings  T23_ENABLED=0" in done.stdout
@@ -164,7 +170,8 @@ def test_a_switched_off_middleware_and_a_misspelt_setting_are_told(site: Site):
 # The folder, the disk and the relay.
 
 
-def test_a_folder_that_is_a_link_is_refused(site: Site, tmp_path: Path):
+def test_symlinked_state_folder_is_wrong(site: Site, tmp_path: Path):
+    """A state folder that is a symbolic link is WRONG."""
     (tmp_path / "real").mkdir()
     site.folder.path.symlink_to(tmp_path / "real")
     done = site.run("check")
@@ -172,7 +179,8 @@ def test_a_folder_that_is_a_link_is_refused(site: Site, tmp_path: Path):
     assert items(done.stdout)["folder"][0] == "WRONG"
 
 
-def test_a_folder_that_others_could_read_is_closed_and_told(site: Site):
+def test_readable_state_folder_is_closed(site: Site):
+    """A folder that other users could read gets the mode 0700, with a warning that names the former mode."""
     site.folder.create()
     site.folder.path.chmod(0o755)
     done = site.run("check")
@@ -183,7 +191,8 @@ def test_a_folder_that_others_could_read_is_closed_and_told(site: Site):
     assert site.folder.path.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_corrupt_outbox_is_told_and_left_to_the_relay(site: Site):
+def test_corrupt_outbox_is_not_changed(site: Site):
+    """A corrupt outbox is WRONG. ``check`` does not change its file, which the relay handles."""
     site.folder.create()
     site.folder.outbox.write_bytes(b"rubbish" * 1000)
     done = site.run("check")
@@ -222,7 +231,8 @@ def test_a_relay_that_is_off_delivers_nothing(site: Site):
     assert "reports are not delivered" in items(done.stdout)["relay"][1]
 
 
-def test_a_relay_with_other_settings_or_started_by_workers_is_told(site: Site):
+def test_relay_with_other_settings_warns(site: Site):
+    """A relay with other settings is a warning; so is a worker's relay where ``T23_RELAY=external``."""
     with site.relay():
         level, words = items(site.run("check", T23_TIMEOUT="7").stdout)["relay"]
         assert (level, "with settings other than these" in words) == ("warn", True)
@@ -255,7 +265,8 @@ garbage
         ("/run/t23", "tmpfs"),
     ],
 )
-def test_the_file_system_is_the_one_of_the_nearest_mount(path: str, kind: str):
+def test_file_system_of_nearest_mount(path: str, kind: str):
+    """A path's file system is that of its nearest mount; of two mounts at one place, that of the later."""
     assert check.file_system(Path(path), MOUNTS) == kind
     assert check.file_system(Path(path), "") == ""
 
@@ -276,23 +287,26 @@ def test_the_file_system_is_the_one_of_the_nearest_mount(path: str, kind: str):
         ("btrfs", False, "ok"),
     ],
 )
-def test_network_file_systems_are_refused_and_fleeting_ones_are_told(
+def test_disk_level_by_file_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, ephemeral: bool, level: str
 ):
+    """A network file system is WRONG. One that a restart may empty is a warning; with T23_EPHEMERAL=1 overlay is ok."""
     monkeypatch.setattr(check, "_mounts", lambda: f"x / {kind} rw 0 0\n")
     item = next(check._disk(tmp_path / "none" / "yet", ephemeral))
     assert (item.name, item.level) == ("disk", level)
 
 
 @pytest.mark.parametrize(("free", "level"), [(1 << 40, "ok"), (32 << 20, "warn"), (1 << 20, "WRONG")])
-def test_little_space_is_told_and_none_is_wrong(free: int, level: str):
+def test_disk_space_levels(free: int, level: str):
+    """Little free space is a warning, and almost no free space is WRONG."""
     assert check._space(free).level == level
 
 
 # A real report.
 
 
-def test_send_sends_one_real_report_and_shows_the_answer(site: Site):
+def test_check_send_sends_one_report(site: Site):
+    """``check --send`` sends exactly one real report and shows the API's answer, but never the session."""
     done = site.run("check", "--send", "--photo", "7", "--session", "alice-secret")
     assert done.returncode == 0, done.stdout
     (report,) = site.api.recorded()
@@ -334,7 +348,8 @@ def test_send_tells_of_every_path(site: Site):
     assert "/api/analytics/report/download: There is no report method" in words
 
 
-def test_a_real_report_that_is_refused_is_wrong(site: Site):
+def test_check_send_refused_is_wrong(site: Site):
+    """A real report that the API refuses is WRONG, with the API's error code."""
     done = site.run("check", "--send", "--photo", "404", "--session", "alice-secret")
     assert done.returncode == 1
     level, words = items(done.stdout)["send"]
@@ -351,7 +366,8 @@ def test_a_real_report_that_is_refused_is_wrong(site: Site):
         ["--photo", "7", "--session", "me"],
     ],
 )
-def test_a_real_report_needs_a_video_and_a_session(site: Site, words: list[str]):
+def test_check_send_needs_video_and_session(site: Site, words: list[str]):
+    """A real report needs a video's number, a session and ``--send``; without one of them nothing is sent."""
     done = site.run("check", *words)
     assert done.returncode == 2
     assert "--send" in done.stderr

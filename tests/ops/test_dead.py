@@ -28,7 +28,8 @@ def ids(site: Site) -> list[int]:
     return [each["id"] for each in json.loads(site.run("dead", "list", "--json").stdout)]
 
 
-def test_the_table_shows_each_with_the_apis_answer_and_no_session(refused: Site):
+def test_dead_list_masks_sessions(refused: Site):
+    """The table shows each dead report with the API's answer, and no whole session."""
     shown = refused.run("dead", "list").stdout
     assert shown.splitlines()[0].split() == [
         "ID",
@@ -59,7 +60,8 @@ def test_without_dead_reports_it_says_so(site: Site):
     assert not site.folder.path.exists()
 
 
-def test_a_retried_report_is_sent_again_with_its_own_time_by_a_relay_that_runs(refused: Site):
+def test_dead_retry_with_running_relay(refused: Site):
+    """A running relay sends a retried report again, with the report's own time."""
     first, *rest = ids(refused)
     (before,) = [
         each for each in json.loads(refused.run("dead", "list", "--json").stdout) if each["id"] == first
@@ -76,7 +78,8 @@ def test_a_retried_report_is_sent_again_with_its_own_time_by_a_relay_that_runs(r
     assert (status["captured"], status["dead"], status["lost"]) == (4, 2, 0)
 
 
-def test_all_of_them_can_be_retried_and_wait_for_a_relay_where_none_runs(refused: Site):
+def test_dead_retry_all_without_relay(refused: Site):
+    """``--all`` retries all dead reports. Where no relay runs they wait for one, which the app's next start starts."""
     done = refused.run("dead", "retry", "--all")
     assert done.stdout.startswith("3 reports wait to be sent again; no relay runs")
     assert (refused.status()["waiting"], refused.status()["dead"]) == (3, 0)
@@ -85,7 +88,8 @@ def test_all_of_them_can_be_retried_and_wait_for_a_relay_where_none_runs(refused
     assert refused.status()["dead"] == 3
 
 
-def test_purged_reports_count_as_lost_with_their_bytes(refused: Site):
+def test_dead_purge_counts_as_lost(refused: Site):
+    """Purged reports count as lost, with their bytes and the reason "purged"."""
     first, *rest = ids(refused)
     with refused.relay():
         done = refused.run("dead", "purge", str(first))
@@ -101,7 +105,8 @@ def test_purged_reports_count_as_lost_with_their_bytes(refused: Site):
 
 
 @pytest.mark.parametrize("action", ["retry", "purge"])
-def test_an_id_that_is_none_is_named_and_the_others_are_done(refused: Site, action: str):
+def test_dead_unknown_ids_are_named(refused: Site, action: str):
+    """Ids that no dead report has are named, with exit code 1. The other ids are retried or purged."""
     first = ids(refused)[0]
     done = refused.run("dead", action, str(first), "999", "998")
     assert done.returncode == 1
@@ -119,11 +124,13 @@ def test_what_is_meant_must_be_said(refused: Site, words: list[str]):
 @pytest.mark.parametrize(
     ("session", "shown"), [("alice-0001", "alic…"), ("abcd", "ab…"), ("a", "…"), ("\x1b]0;x", "…")]
 )
-def test_a_session_is_shown_by_its_first_characters_at_most_half_of_it(session: str, shown: str):
+def test_masked_session_is_at_most_half(session: str, shown: str):
+    """A session is shown by its first characters, at most half of it, and without control characters."""
     assert masked(session) == shown
 
 
-def test_erasing_a_viewer_as_the_privacy_page_says_leaves_figures_that_add_up(site: Site):
+def test_privacy_erasure_keeps_figures_consistent(site: Site):
+    """After the statements in docs/privacy.md have erased a viewer, the figures still add up."""
     page = (ROOT / "docs" / "privacy.md").read_text()
     (statements,) = re.findall(r'sqlite3 /var/lib/t23/outbox.db "\n(.+?)"\n', page, re.DOTALL)
     site.prove()

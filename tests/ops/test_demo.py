@@ -24,8 +24,11 @@ FILM_URL = media_path(FILM)
 FILM_BYTES = (HERE / "film.mp4").stat().st_size
 
 
-def test_the_demo_runs_from_a_clone_shows_a_report_and_leaves_nothing_behind(tmp_path: Path):
-    """gunicorn looks first into the folder it is started in; a clone has the package there, but not its example."""
+def test_demo_runs_from_a_clone(tmp_path: Path):
+    """The demo runs from a clone, shows a report and leaves no file behind.
+
+    gunicorn searches its start folder first, where a clone has the package, but not its example.
+    """
     clone = tmp_path / "clone"
     (clone / "t23_middleware").mkdir(parents=True)
     (clone / "t23_middleware" / "__init__.py").write_text("raise ImportError('this is the clone')\n")
@@ -37,7 +40,8 @@ def test_the_demo_runs_from_a_clone_shows_a_report_and_leaves_nothing_behind(tmp
     assert list(running.temporary.iterdir()) == []
 
 
-def test_with_a_player_at_the_film_and_the_api_down_ctrl_c_still_ends_all_of_it_soon(tmp_path: Path):
+def test_demo_ctrl_c_while_streaming(tmp_path: Path):
+    """Ctrl-C ends all of the demo soon, also while a player loads the film and the API is down."""
     with demo(tmp_path / "demo") as running:
         assert running.turn("down") == 200
         running.ask(f"{MEDIA}?session_id=waits&photo_id=7")
@@ -50,7 +54,8 @@ def test_with_a_player_at_the_film_and_the_api_down_ctrl_c_still_ends_all_of_it_
     assert list(running.temporary.iterdir()) == []
 
 
-def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path: Path):
+def test_demo_port_in_use(tmp_path: Path):
+    """A port that is in use ends the demo with exit code 2 and one sentence."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -69,8 +74,11 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         yield running
 
 
-def test_a_stream_is_seen_to_grow_and_its_report_to_arrive(running: Demo):
-    """A second of it, at a speed that would take minutes for the whole film."""
+def test_demo_shows_stream_and_report(running: Demo):
+    """The page's state shows how a stream grows and how its report arrives.
+
+    The test streams for a second, at a speed at which the whole film would take minutes.
+    """
     with socket.create_connection(("127.0.0.1", running.port)) as player:
         player.sendall(
             f"GET {FILM_URL}?session_id=growing-up&rate=30000 HTTP/1.1\r\nHost: a\r\n\r\n".encode()
@@ -87,7 +95,8 @@ def test_a_stream_is_seen_to_grow_and_its_report_to_arrive(running: Demo):
 
 
 @pytest.mark.parametrize("condition", ["deny", "hang", "down"])
-def test_what_waits_for_an_api_that_is_off_is_delivered_as_it_comes_back(running: Demo, condition: str):
+def test_demo_delivers_after_outage(running: Demo, condition: str):
+    """A report that waits for an API that is off is delivered when the API is back."""
     assert running.turn(condition) == 200
     assert running.state()["api"]["is"] == condition
     session = f"{condition}-session"
@@ -101,7 +110,8 @@ def test_what_waits_for_an_api_that_is_off_is_delivered_as_it_comes_back(running
     assert until(lambda: running.state()["figures"]["waiting"] == 0)
 
 
-def test_an_api_that_is_turned_off_and_on_at_once_is_delivered_to_all_the_same(running: Demo):
+def test_demo_delivers_after_quick_switches(running: Demo):
+    """A report is delivered also to an API that is switched off and on several times at once."""
     running.turn("deny")
     running.ask(f"{MEDIA}?session_id=flickering&photo_id=7")
     assert until(lambda: "Paused" in running.state()["state"][0]), running.state()
@@ -110,7 +120,8 @@ def test_an_api_that_is_turned_off_and_on_at_once_is_delivered_to_all_the_same(r
     assert until(lambda: _rows(running, "flic…", "sent")), running.state()
 
 
-def test_all_that_is_open_is_counted_also_what_is_not_drawn(running: Demo):
+def test_demo_counts_open_streams_not_drawn(running: Demo):
+    """All open streams are counted, also those that the page does not draw."""
     players = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(MAX_VIEWINGS + 2)]
     try:
         for number, player in enumerate(players):
@@ -124,7 +135,8 @@ def test_all_that_is_open_is_counted_also_what_is_not_drawn(running: Demo):
     assert until(lambda: running.state()["figures"]["open"] == 0), running.state()
 
 
-def test_only_the_pages_own_script_can_turn_the_api(running: Demo):
+def test_demo_api_switch_needs_json(running: Demo):
+    """Only a well-formed JSON request, as the page's own script sends it, switches the API."""
     before = running.state()["api"]["is"]
     for body, kind, status in (
         ("is=down", "application/x-www-form-urlencoded", 415),
@@ -163,7 +175,8 @@ def test_web_sites_page_turns_nothing(running: Demo, marks: dict[str, str]):
     assert running.state()["api"]["is"] == before
 
 
-def test_the_page_and_its_files_are_safe_and_need_nobody_else(running: Demo):
+def test_demo_page_files_and_headers(running: Demo):
+    """The page and its files have security headers and load nothing from other sites."""
     for path, kind in (
         ("/", "text/html"),
         ("/demo/page.css", "text/css"),
@@ -182,7 +195,8 @@ def test_the_page_and_its_files_are_safe_and_need_nobody_else(running: Demo):
     assert running.ask("/demo/%20%22")[0].status == 404
 
 
-def test_each_load_is_a_viewing_of_its_own_and_no_session_is_told(running: Demo):
+def test_demo_session_per_page_load(running: Demo):
+    """Each load of the page is a viewing with its own session. No state and no output shows a whole session."""
     pages = [running.ask("/")[1].decode() for _ in range(2)]
     sessions = [page.partition("session_id=")[2].partition("&")[0] for page in pages]
     assert len(sessions[0]) >= 20 and sessions[0] != sessions[1]
@@ -192,7 +206,8 @@ def test_each_load_is_a_viewing_of_its_own_and_no_session_is_told(running: Demo)
     assert sessions[0] not in running.output
 
 
-def test_what_one_viewing_reports_in_one_moment_is_each_a_row(running: Demo):
+def test_demo_row_per_simultaneous_report(running: Demo):
+    """Each report that one viewing makes at the same time has its own row."""
     call = f"/api/analytics/report/play?session_id=one-moment&photo_id=7&time={time.time_ns() // MS}"
     for said in ("bytes_total=5&skip=0", "bytes_total=5&skip=1", "bytes_total=6&skip=1"):
         assert running.ask(f"{call}&{said}", port=running.api_port)[0].status == 200
@@ -209,7 +224,8 @@ def test_what_is_told_is_bounded(running: Demo):
     assert len(state["reports"]) == 30
 
 
-def test_the_film_is_whole_and_by_range_as_fast_as_it_can_without_a_rate(running: Demo):
+def test_demo_film_whole_and_by_range(running: Demo):
+    """Without a rate, the film is sent at full speed, whole or by Range."""
     assert len(running.ask(f"{FILM_URL}?session_id=a&photo_id=7")[1]) == FILM_BYTES
     answer, body = running.ask(FILM_URL, Range="bytes=1000-1999")
     assert (answer.status, len(body)) == (206, 1000)
@@ -217,7 +233,8 @@ def test_the_film_is_whole_and_by_range_as_fast_as_it_can_without_a_rate(running
     assert running.ask("/cookie")[0].status == 200, "the example's own pages are there too"
 
 
-def test_a_slow_link_begins_at_once_and_keeps_its_rate(monkeypatch: pytest.MonkeyPatch):
+def test_throttled_body_keeps_its_rate(monkeypatch: pytest.MonkeyPatch):
+    """A throttled body sends its first burst at once, then keeps its rate."""
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
@@ -260,7 +277,8 @@ def _drawn(rows: ViewingRows) -> list[list[tuple[int, int, int, bool, bool]]]:
     ]
 
 
-def test_scrubs_are_where_the_player_went_from_elsewhere(state: Path):
+def test_strips_mark_scrubs(state: Path):
+    """A range is marked as a scrub only where the player jumped to it from elsewhere in the file."""
     folder, now = StateFolder(state), time.monotonic_ns() - 60 * SECOND
     journal(
         folder,
@@ -282,7 +300,8 @@ def test_scrubs_are_where_the_player_went_from_elsewhere(state: Path):
     ], "what goes on where the first one ended is no scrub, and from byte 0 on it is another viewing"
 
 
-def test_an_open_response_grows_and_ends_with_its_worker(state: Path):
+def test_strips_end_with_worker(state: Path):
+    """An open response grows with its progress, and ends when its worker has ended."""
     folder, now = StateFolder(state), time.monotonic_ns() - 10 * SECOND
     started = _asked(1, now, 0)
     lines = started, Progress(started, now + SECOND, started.started_ms + 1000, MIB)

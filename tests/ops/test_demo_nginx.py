@@ -10,7 +10,8 @@ from ..harness import CLIP_BYTES, MEDIA, PATIENCE, ROOT, need, until
 from .demos import demo
 
 
-def test_behind_nginx_a_report_is_what_its_log_tells_and_nothing_is_left(tmp_path: Path):
+def test_demo_nginx_reports_log_bytes(tmp_path: Path):
+    """Behind nginx, a report has the bytes of nginx's log line. The demo leaves no file behind."""
     need("nginx")
     with demo(tmp_path / "demo", "--nginx") as running:
         assert "nginx runs before it" in running.output
@@ -30,7 +31,8 @@ def test_behind_nginx_a_report_is_what_its_log_tells_and_nothing_is_left(tmp_pat
     assert list(running.temporary.iterdir()) == []
 
 
-def test_where_there_is_no_nginx_one_sentence_says_how_to_get_it(tmp_path: Path):
+def test_demo_nginx_not_installed(tmp_path: Path):
+    """Where nginx is not installed, one sentence shows how to install it."""
     need("gunicorn")
     script = (
         "import sys\n"

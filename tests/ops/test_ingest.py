@@ -49,7 +49,8 @@ def delivered(site: Site) -> list[int]:
     return sorted(int(report["bytes_total"]) for report in site.api.recorded())
 
 
-def test_what_a_log_tells_is_reported_once_however_often_it_is_read(site: Site, log: Path):
+def test_ingest_repeated_log_reported_once(site: Site, log: Path):
+    """Each line of a log is reported once, however often the log is read."""
     plays(site, range(3))
     log.write_text(lines(range(3)))
     done = site.run("ingest", str(log))
@@ -64,7 +65,8 @@ def test_what_a_log_tells_is_reported_once_however_often_it_is_read(site: Site, 
     assert site.status()["captured"] == 3
 
 
-def test_what_the_relay_has_read_is_passed_over_also_in_a_copy(site: Site, tmp_path: Path, log: Path):
+def test_ingest_skips_lines_relay_read(site: Site, tmp_path: Path, log: Path):
+    """Lines that the relay has read are skipped, also in a copy of the log."""
     live = tmp_path / "t23.log"
     plays(site, range(4))
     live.write_text(lines(range(2)))
@@ -81,8 +83,11 @@ def test_what_the_relay_has_read_is_passed_over_also_in_a_copy(site: Site, tmp_p
     assert delivered(site) == [1000, 1001, 1002, 1003]
 
 
-def test_plays_of_long_ago_are_not_given_up_before_their_lines_are_read(site: Site, tmp_path: Path):
-    """No relay ran meanwhile: the wait for a line is not over before the logs of that time are read."""
+def test_ingest_old_plays_not_dropped(site: Site, tmp_path: Path):
+    """Plays of long ago are not dropped before their lines are read.
+
+    No relay ran since then: the wait for a line ends only after the logs of that time are read.
+    """
     plays(site, range(6), ago=30 * HOUR)
     files = [tmp_path / f"t23.log.{number}" for number in (1, 2, 3)]
     for number, file in enumerate(reversed(files)):
@@ -94,7 +99,8 @@ def test_plays_of_long_ago_are_not_given_up_before_their_lines_are_read(site: Si
     assert site.status()["lost"] == 0
 
 
-def test_an_old_log_does_not_make_the_viewings_of_today_forgotten(site: Site, log: Path):
+def test_ingest_old_log_keeps_viewings(site: Site, log: Path):
+    """Reading an old log does not remove the viewings of today: a further range of one has skip 1."""
     first = opening(1, "viewer", ago=4, by=APP)
     journal(site.folder, closed(first, 300_000), name="2-00000000000000aa")
     assert delivered(site) == [300_000]
@@ -108,7 +114,8 @@ def test_an_old_log_does_not_make_the_viewings_of_today_forgotten(site: Site, lo
     assert skips == ["0", "1"]
 
 
-def test_what_no_line_tells_of_still_waits_for_other_logs(site: Site, log: Path):
+def test_ingest_unmatched_plays_keep_waiting(site: Site, log: Path):
+    """Plays that have no line in the log still wait for other logs."""
     journal(site.folder, closed(offloaded(1)), closed(opening(2), 500), closed(offloaded(3)))
     log.write_text(says(1, 100))
     assert site.run("ingest", str(log)).returncode == 0
@@ -127,7 +134,8 @@ def test_odd_lines_are_told_and_counted_once(site: Site, log: Path):
     assert "Not reported" not in site.run("ingest", str(log)).stdout
 
 
-def test_a_log_of_many_pieces_is_read_to_its_end_with_a_bar_on_a_terminal(site: Site, log: Path):
+def test_ingest_large_log_progress_bar(site: Site, log: Path):
+    """A log that is read in many blocks is read to its end, with a progress bar on a terminal."""
     many = range(20_000)
     plays(site, many)
     log.write_text(lines(many))
@@ -183,9 +191,8 @@ REFUSED: dict[Callable[[Path], object], str] = {
 
 
 @pytest.mark.parametrize("make", REFUSED)
-def test_what_is_no_such_log_is_refused_and_nothing_is_touched(
-    make: Callable[[Path], object], site: Site, tmp_path: Path, log: Path
-):
+def test_ingest_refuses_other_files(make: Callable[[Path], object], site: Site, tmp_path: Path, log: Path):
+    """A path that is not a log in the format t23 is refused with the reason, before anything is read or written."""
     make(log)
     good = tmp_path / "t23.log.2"
     plays(site, range(1))
@@ -198,7 +205,8 @@ def test_what_is_no_such_log_is_refused_and_nothing_is_touched(
     assert not site.folder.outbox.exists()
 
 
-def test_a_log_that_may_not_be_read_is_refused(site: Site, tmp_path: Path, log: Path):
+def test_ingest_unreadable_log_refused(site: Site, tmp_path: Path, log: Path):
+    """A log that the app's user may not read is refused, with the remedy."""
     if os.geteuid() != 0:
         need_root()
     plays(site, range(1))
@@ -217,7 +225,8 @@ def test_a_log_that_may_not_be_read_is_refused(site: Site, tmp_path: Path, log: 
     )
 
 
-def test_without_a_state_folder_there_is_nothing_to_join_with(site: Site, log: Path):
+def test_ingest_needs_state_folder(site: Site, log: Path):
+    """Without a state folder the lines match no play: the command fails with the remedy and makes no folder."""
     shutil.rmtree(site.folder.path)
     log.write_text(lines(range(1)))
     done = site.run("ingest", str(log))
@@ -232,9 +241,8 @@ def test_an_empty_log_is_none_the_worse(site: Site, log: Path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 reports from 1 file.\n", "")
 
 
-def test_it_takes_over_from_the_workers_relay_which_delivers_afterwards(
-    site: Site, tmp_path: Path, log: Path
-):
+def test_ingest_takes_over_automatic_relay(site: Site, tmp_path: Path, log: Path):
+    """The command takes over from the workers' relay, and a relay of the workers delivers afterwards."""
     site.environ |= {"T23_RELAY": "auto", "T23_PROXY_LOG": str(tmp_path / "t23.log")}
     (tmp_path / "t23.log").touch()
     plays(site, range(2))
@@ -254,7 +262,8 @@ def test_it_takes_over_from_the_workers_relay_which_delivers_afterwards(
             end_relay(site.folder)
 
 
-def test_it_does_not_touch_a_relay_that_is_run_as_a_service(site: Site, log: Path):
+def test_ingest_leaves_service_relay_running(site: Site, log: Path):
+    """A relay that runs as a service is not stopped. The command fails and names the relay's process."""
     plays(site, range(1))
     log.write_text(lines(range(1)))
     with site.relay() as relay:
@@ -264,7 +273,8 @@ def test_it_does_not_touch_a_relay_that_is_run_as_a_service(site: Site, log: Pat
         assert relay.poll() is None
 
 
-def test_an_outbox_that_can_not_be_written_is_no_success(site: Site, log: Path):
+def test_ingest_unwritable_outbox_fails(site: Site, log: Path):
+    """An outbox that can't be written makes the command fail with exit code 1."""
     plays(site, range(1))
     log.write_text(lines(range(1)))
     site.folder.outbox.mkdir()

@@ -72,7 +72,8 @@ def test_promtool_finds_no_fault_in_the_metrics(past: PagesSite):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_metrics_are_the_figures_of_the_page(past: PagesSite):
+def test_metrics_equal_page_figures(past: PagesSite):
+    """The metrics have the values of the figures on the page."""
     told, found = past.json(), values(past.ask("/_t23/metrics").body)
     assert found["t23_reports_captured_total"] == told["captured"] > 0
     assert found["t23_reports_sent_total"] == told["sent"] > 0
@@ -92,7 +93,8 @@ def test_the_metrics_are_the_figures_of_the_page(past: PagesSite):
     assert found["t23_disk_free_bytes"] > 0
 
 
-def test_every_report_that_was_sent_is_in_one_step_of_the_histogram(past: PagesSite):
+def test_metrics_delivery_time_histogram(past: PagesSite):
+    """Each sent report is in one bucket of the histogram of delivery times."""
     found = values(past.ask("/_t23/metrics").body)
     steps = [value for name, value in found.items() if name.startswith("t23_report_delivery_seconds_bucket")]
     assert steps == sorted(steps)
@@ -103,7 +105,8 @@ def test_every_report_that_was_sent_is_in_one_step_of_the_histogram(past: PagesS
     assert found["t23_report_delivery_seconds_sum"] > 0
 
 
-def test_open_metrics_are_told_to_who_asks_for_them(past: PagesSite):
+def test_metrics_openmetrics_by_accept(past: PagesSite):
+    """A client whose Accept header asks for OpenMetrics gets that format."""
     answer = past.ask("/_t23/metrics", Accept="application/openmetrics-text;version=1.0.0")
     assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
     assert answer.body.endswith("# EOF\n")
@@ -119,7 +122,8 @@ def test_without_prometheus_client_the_remedy_is_told(past: PagesSite, monkeypat
     assert past.ask("/_t23/").status == 200
 
 
-def test_the_documentation_names_each_metric_and_no_other(past: PagesSite):
+def test_metrics_documentation_is_complete(past: PagesSite):
+    """docs/metrics.md names each metric that exists, and no other."""
     text = PAGE.read_text()
     told = set(re.findall(r"^# TYPE (t23_\w+)", past.ask("/_t23/metrics").body, re.MULTILINE))
     named = {
@@ -130,7 +134,8 @@ def test_the_documentation_names_each_metric_and_no_other(past: PagesSite):
     assert named == told
 
 
-def test_the_alerts_are_on_metrics_that_there_are(past: PagesSite):
+def test_alerts_use_existing_metrics(past: PagesSite):
+    """The alerts use only metrics that exist."""
     told = set(re.findall(r"^# TYPE (t23_\w+)", past.ask("/_t23/metrics").body, re.MULTILINE))
     expressions = re.findall(r"^ +expr: (.+)$", ALERTS.read_text(), re.MULTILINE)
     assert len(expressions) >= 8
@@ -143,7 +148,8 @@ def test_promtool_takes_the_alerts():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_alerts_go_off_where_they_should_and_nowhere_else(tmp_path: Path):
+def test_alerts_fire_only_when_due(tmp_path: Path):
+    """Each alert fires for the instance with its problem, and for no other instance."""
     found = {
         name: annotations(name) for name in ("T23Paused", "T23ApiDown", "T23NoRelay", "T23ReportsRefused")
     }

@@ -49,13 +49,15 @@ def past(state: Path, pages: PagesSite) -> PagesSite:
 # Who may see them.
 
 
-def test_without_a_token_the_pages_are_the_apps(state: Path):
+def test_pages_off_without_token(state: Path):
+    """Without a token in the settings, the app answers the addresses of the pages."""
     with serving(state, status_token=None) as site:
         for path in (*ALL, *MOVED):
             assert site.ask(path, Authorization="Bearer ").body == f"the app at {path}"
 
 
-def test_with_a_token_only_the_pages_themselves_are_taken_from_the_app(pages: PagesSite):
+def test_pages_take_only_their_addresses(pages: PagesSite):
+    """With a token in the settings, the app still answers each address that is not exactly a page's."""
     for path in (
         "/",
         "/_t23x",
@@ -71,7 +73,8 @@ def test_with_a_token_only_the_pages_themselves_are_taken_from_the_app(pages: Pa
 
 
 @pytest.mark.parametrize("path", ALL)
-def test_the_token_opens_every_page_as_password_or_bearer(pages: PagesSite, path: str):
+def test_token_as_password_or_bearer(pages: PagesSite, path: str):
+    """The token opens each page, as the password of any user or as Bearer."""
     for header in (basic("", TOKEN), basic("anyone", TOKEN), f"bearer {TOKEN}", f"Bearer  {TOKEN}"):
         assert pages.ask(path, Authorization=header).status == 200, header
 
@@ -95,7 +98,8 @@ def test_the_token_opens_every_page_as_password_or_bearer(pages: PagesSite, path
         "Basic " + base64.b64encode(TOKEN.encode()).decode(),
     ],
 )
-def test_who_has_no_token_is_asked_for_it_and_told_nothing(past: PagesSite, path: str, header: str | None):
+def test_missing_token_gets_401(past: PagesSite, path: str, header: str | None):
+    """A request without the right token gets a 401 that asks for the token and shows nothing else."""
     headers = {} if header is None else {"Authorization": header}
     answer = past.ask(path, token=None, **headers)
     assert answer.status == 401
@@ -252,7 +256,8 @@ def test_switched_off_there_are_no_pages(state: Path):
 # What they tell.
 
 
-def test_before_the_first_play_all_is_zero_and_nothing_is_made(state: Path, pages: PagesSite):
+def test_page_zero_before_first_play(state: Path, pages: PagesSite):
+    """Before the first play all figures are zero, and the pages make no state folder."""
     told = pages.json()
     assert [told[name] for name in FIGURES] == [0, 0, 0, 0, 0]
     assert "no state folder yet" in pages.ask("/_t23/").body
@@ -260,7 +265,8 @@ def test_before_the_first_play_all_is_zero_and_nothing_is_made(state: Path, page
     assert not state.exists()
 
 
-def test_every_figure_is_the_same_on_page_json_status_and_metrics_and_in_the_charts(site: Site):
+def test_figures_agree_in_all_formats(site: Site):
+    """Each figure is the same on the page, in its charts, in the JSON, in ``status`` and in the metrics."""
     site.play(5)
     site.deliver()  # a site that has accepted none yet pauses where it refuses one
     site.play(2, photo="404")
@@ -292,7 +298,8 @@ def test_every_figure_is_the_same_on_page_json_status_and_metrics_and_in_the_cha
     assert told["videos_by_plays"][0] == {"host": "", "photo_id": "1", "plays": 8, "bytes": 800_000}
 
 
-def test_what_is_wrong_is_said_first_and_in_words(site: Site):
+def test_page_shows_problem_first(site: Site):
+    """The page shows what is wrong first, in words, and in its title."""
     site.api.fault("deny")
     site.play()
     site.deliver()
@@ -304,7 +311,8 @@ def test_what_is_wrong_is_said_first_and_in_words(site: Site):
     assert words.index("whitelist") < words.index("Streams open")
 
 
-def test_a_response_that_is_under_way_is_open(site: Site):
+def test_page_counts_open_response(site: Site):
+    """A response that has not ended counts as an open stream."""
     with living(site.folder, digest=site.digest()) as writer, site.relay():
         writer.write(transfer(7, 0).opening._replace(started_ns=0))
         with serving(site.folder.path, api_url=site.api.url) as pages:
@@ -331,7 +339,8 @@ def test_accept_decides_between_page_and_json(past: PagesSite, accept: str, kind
     assert "Accept" in answer.headers["Vary"]
 
 
-def test_the_page_loads_itself_anew_where_that_is_wished(past: PagesSite):
+def test_page_refreshes_on_request(past: PagesSite):
+    """The page refreshes itself every 30 seconds, but only where its address asks for that."""
     assert 'http-equiv="refresh"' not in past.ask("/_t23/").body
     assert '<meta http-equiv="refresh" content="30">' in past.ask("/_t23/?refresh").body
 
@@ -359,7 +368,8 @@ def test_behind_a_prefix_the_links_carry_it(state: Path):
 # What they must not do.
 
 
-def test_the_page_runs_no_script_and_loads_nothing(past: PagesSite):
+def test_page_without_scripts_and_resources(past: PagesSite):
+    """The page runs no script and loads nothing. Its policy allows only the style that is in the page."""
     answer = past.ask("/_t23/")
     elements = Elements(answer.body)
     assert {tag for tag, _ in elements.all} & {
@@ -393,7 +403,8 @@ def test_no_session_is_ever_shown(past: PagesSite):
         assert SESSION not in past.ask(path).body
 
 
-def test_an_unreadable_outbox_is_an_error_in_every_form_and_never_zero(state: Path, pages: PagesSite):
+def test_page_unreadable_outbox_is_503(state: Path, pages: PagesSite):
+    """An outbox that can't be read is a 503 in each format, and never shown as zero."""
     folder = StateFolder(state)
     folder.create()
     folder.outbox.write_bytes(b"this is no database, and long enough to be one" * 100)
@@ -405,9 +416,11 @@ def test_an_unreadable_outbox_is_an_error_in_every_form_and_never_zero(state: Pa
     assert folder.outbox.read_bytes().startswith(b"this is no database")
 
 
-def test_a_fault_of_ours_is_an_answer_and_a_line_in_the_log(
+def test_page_bug_is_503_and_logged(
     past: PagesSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
+    """An exception in the page's own code is answered with a 503 without its text, and logged."""
+
     def broken(settings: Settings) -> None:
         raise RuntimeError("our own fault")
 
@@ -435,7 +448,8 @@ def rows_read(path: Path, now_ms: int) -> int:
     return steps * 10
 
 
-def test_a_page_costs_the_same_however_much_waits_and_is_dead(state: Path):
+def test_page_cost_independent_of_backlog(state: Path):
+    """A page costs SQLite the same number of steps, however many reports wait or are dead."""
     folder, now_ms = StateFolder(state), time.time_ns() // 1_000_000
     fill(folder, now_ms)
     before = rows_read(folder.outbox, now_ms)
@@ -473,7 +487,8 @@ sys.stdin.read()
 """
 
 
-def test_a_worker_that_showed_its_pages_still_counts_as_alive(state: Path):
+def test_page_keeps_worker_lock(state: Path):
+    """A worker that has served its pages still has its journal's lock, and so counts as alive."""
     folder = StateFolder(state)
     fill(folder, time.time_ns() // 1_000_000, minutes=2)
     process = start(LOOKING_WRITER, str(state), TOKEN)
@@ -501,14 +516,16 @@ print(ask("/film"), ask("/_t23/"))
 """
 
 
-def test_an_app_loads_its_pages_when_one_is_asked_for_and_never_the_client(site: Site):
+def test_page_imports_are_lazy(site: Site):
+    """The app imports the pages and SQLite only when a page is requested, and never the HTTP client."""
     done = site.python(
         LAZY.replace("sys.argv[1]", repr(str(site.folder.path))).replace("sys.argv[2]", repr(TOKEN))
     )
     assert done.stdout.strip() == "[] ['sqlite3', 't23_middleware.ops.page']", done.stderr
 
 
-def test_delivery_goes_on_while_the_pages_are_asked_all_the_time(site: Site):
+def test_delivery_during_page_requests(site: Site):
+    """The relay delivers all reports while the pages are requested all the time, and their figures add up."""
     with site.relay(), serving(site.folder.path, api_url=site.api.url) as pages:
         for _ in range(5):
             site.play(20)

@@ -42,11 +42,13 @@ def proxy(site: Site, **environ: str) -> tuple[str, str]:
     return items(site.run("check", **environ).stdout).get("proxy", ("", ""))
 
 
-def test_of_an_app_without_a_proxy_nothing_is_said(site: Site):
+def test_check_without_proxy(site: Site):
+    """``check`` shows nothing about a proxy for an app that has none."""
     assert proxy(site) == ("", "")
 
 
-def test_a_log_with_plays_is_well_and_one_without_is_too(site: Site, tmp_path: Path):
+def test_proxy_log_readable_is_ok(site: Site, tmp_path: Path):
+    """A log that can be read is ok, with plays in it and without."""
     log = tmp_path / "t23.log"
     log.touch()
     level, words = proxy(site, T23_PROXY_LOG=str(log))
@@ -56,7 +58,8 @@ def test_a_log_with_plays_is_well_and_one_without_is_too(site: Site, tmp_path: P
     assert (level, words.endswith("t23.log can be read, and has plays")) == ("ok", True)
 
 
-def test_a_log_that_is_missing_is_named_with_the_lines_that_write_it(site: Site, tmp_path: Path):
+def test_proxy_log_missing(site: Site, tmp_path: Path):
+    """A log that does not exist is WRONG and named, with the lines for nginx that write it."""
     log = tmp_path / "t23.log"
     done = site.run("check", T23_PROXY_LOG=str(log))
     assert done.returncode == 1
@@ -67,7 +70,8 @@ def test_a_log_that_is_missing_is_named_with_the_lines_that_write_it(site: Site,
         assert f"    {line}\n" in done.stdout, "to be copied as it is"
 
 
-def test_a_folder_or_a_fifo_is_named_as_such(site: Site, tmp_path: Path):
+def test_proxy_log_folder_or_fifo(site: Site, tmp_path: Path):
+    """A folder or a FIFO in place of the log is WRONG, and the message names its kind."""
     folder, fifo = tmp_path / "a.log", tmp_path / "b.log"
     folder.mkdir()
     os.mkfifo(fifo)
@@ -77,7 +81,8 @@ def test_a_folder_or_a_fifo_is_named_as_such(site: Site, tmp_path: Path):
     assert (level, "is a FIFO" in words) == ("WRONG", True)
 
 
-def test_a_log_without_our_lines_is_named_as_such(site: Site, tmp_path: Path):
+def test_proxy_log_in_other_format(site: Site, tmp_path: Path):
+    """A log without lines in the format t23 is WRONG, and the message says that."""
     log = tmp_path / "access.log"
     log.write_text("192.0.2.1 - - [24/Nov/2026] GET\n" * 10)
     level, words = proxy(site, T23_PROXY_LOG=str(log))
@@ -85,7 +90,8 @@ def test_a_log_without_our_lines_is_named_as_such(site: Site, tmp_path: Path):
     assert "10 lines, but none in the format t23" in words
 
 
-def test_a_log_that_the_workers_user_may_not_read_is_told_with_the_group_to_join(site: Site, tmp_path: Path):
+def test_proxy_log_unreadable_by_worker(site: Site, tmp_path: Path):
+    """A log that the workers' user may not read is WRONG, with the command that adds the user to its group."""
     if os.geteuid() != 0:
         need_root()
     knows(site.folder, {})
@@ -104,7 +110,8 @@ def test_a_log_that_the_workers_user_may_not_read_is_told_with_the_group_to_join
     assert "usermod -aG adm nobody" in words
 
 
-def test_plays_that_wait_for_an_hour_while_the_log_is_silent_are_worth_a_look(site: Site, tmp_path: Path):
+def test_proxy_log_silent_warns(site: Site, tmp_path: Path):
+    """Plays that wait for over an hour are a warning if the log has had no new line in that time."""
     log = tmp_path / "t23.log"
     log.write_text(says(1, 100))
     since = now_ms() - 2 * HOUR_MS
@@ -124,7 +131,8 @@ def test_a_clock_that_differs_is_told(site: Site, tmp_path: Path):
     assert (level, "for 4 plays" in words) == ("warn", True)
 
 
-def test_offloaded_plays_without_a_log_come_with_the_lines_to_add(site: Site):
+def test_offloaded_plays_without_log_warn(site: Site):
+    """Offloaded plays without a log are a warning, with the lines to add to nginx's configuration."""
     knows(site.folder, {"offloaded": 12, "behind_proxy": 1})
     done = site.run("check")
     level, words = items(done.stdout)["proxy"]
@@ -135,14 +143,16 @@ def test_offloaded_plays_without_a_log_come_with_the_lines_to_add(site: Site):
     assert "T23_PROXY_LOG" in " ".join(site.run("status").stdout.split())
 
 
-def test_a_proxy_without_a_log_is_told_with_what_buffering_means(site: Site):
+def test_proxy_without_log_warns(site: Site):
+    """A proxy without a log is a warning that explains its buffering: buffered bytes count as played."""
     knows(site.folder, {"behind_proxy": 2})
     level, words = proxy(site)
     assert level == "warn"
     assert "Bytes that it buffers count as played" in words
 
 
-def test_a_server_that_hides_who_left_is_told_unless_nginx_counts(site: Site, tmp_path: Path):
+def test_server_without_disconnects_warns(site: Site, tmp_path: Path):
+    """A server that does not report disconnects is a warning, unless nginx counts the bytes."""
     knows(site.folder, {"leaving_unseen": 1})
     level, words = items(site.run("check").stdout)["server"]
     assert level == "warn"
@@ -152,7 +162,8 @@ def test_a_server_that_hides_who_left_is_told_unless_nginx_counts(site: Site, tm
     assert "server" not in items(site.run("check", T23_PROXY_LOG=str(log)).stdout)
 
 
-def test_status_and_page_tell_what_waits_for_the_proxy_only_where_something_does(site: Site, state: Path):
+def test_status_plays_waiting_for_proxy(site: Site, state: Path):
+    """``status`` and the page show how many plays wait for the proxy's log, but only where any do."""
     knows(site.folder, {"unconfirmed": 1})
     assert "proxy" not in site.run("status").stdout
     knows(site.folder, {"proxy_cached": 2}, awaited=3, awaited_since_ms=now_ms() - HOUR_MS)
@@ -167,7 +178,8 @@ def test_status_and_page_tell_what_waits_for_the_proxy_only_where_something_does
 
 
 @pytest.mark.parametrize("noted", ["", "-1", "many", "१"])
-def test_a_note_that_is_no_number_is_none(site: Site, noted: str):
+def test_invalid_note_is_ignored(site: Site, noted: str):
+    """A note in the outbox that is not a number is ignored."""
     site.folder.create()
     outbox = SQLiteOutbox(site.folder.outbox)
     outbox.note({"awaited": noted})

@@ -13,7 +13,8 @@ from ..relay.writers import journal, living, transfer
 from .commands import Site
 
 
-def test_all_that_waits_is_sent_and_then_nothing_is_left(site: Site):
+def test_once_sends_all_waiting(site: Site):
+    """All waiting reports are sent, and then nothing is left."""
     site.play(40)
     done = site.deliver()
     assert (done.returncode, done.stderr) == (0, "")
@@ -22,14 +23,16 @@ def test_all_that_waits_is_sent_and_then_nothing_is_left(site: Site):
     assert site.deliver().stdout == "Sent 0 reports.\nNothing is left.\n"
 
 
-def test_where_nothing_was_ever_captured_nothing_is_left_or_made(site: Site):
+def test_once_without_captures(site: Site):
+    """Where nothing was ever captured, the command succeeds, nothing is left, and no folder is made."""
     done = site.deliver()
     assert done.returncode == 0
     assert "Nothing is left" in done.stdout
     assert not site.folder.path.exists()
 
 
-def test_an_api_that_denies_makes_it_fail_with_the_remedy(site: Site):
+def test_once_api_denies(site: Site):
+    """An API that denies the server makes the command fail, with one line that names the remedy."""
     site.play(3)
     site.api.fault("deny")
     done = site.deliver()
@@ -40,7 +43,8 @@ def test_an_api_that_denies_makes_it_fail_with_the_remedy(site: Site):
     assert len(done.stderr.splitlines()) == 1, "the reason once, and no log beside it"
 
 
-def test_breaker_and_pause_are_ignored_for_one_try(site: Site):
+def test_once_ignores_breaker_and_pause(site: Site):
+    """The breaker and a pause are ignored for one try."""
     site.play(8)
     site.api.fault("deny")
     with site.relay():
@@ -53,7 +57,8 @@ def test_breaker_and_pause_are_ignored_for_one_try(site: Site):
     assert len(site.api.recorded()) == 8
 
 
-def test_a_report_that_would_be_tried_only_later_is_tried_now(site: Site):
+def test_once_retries_delayed_report(site: Site):
+    """A report whose retry would be due only later is retried now."""
     site.prove()
     site.play()
     site.api.fault("error", code="strange_weather")
@@ -76,7 +81,8 @@ def test_first_refusals_are_left_with_the_remedy(site: Site):
     assert site.status()["dead"] == 0
 
 
-def test_refused_reports_are_told_and_are_not_left(site: Site):
+def test_once_refused_reports(site: Site):
+    """Reports that the API refuses permanently are printed as refused, and do not count as left."""
     site.prove()
     site.play(2, photo="404")
     site.play(1)
@@ -88,7 +94,8 @@ def test_refused_reports_are_told_and_are_not_left(site: Site):
     )
 
 
-def test_an_api_that_can_not_be_reached_is_named(site: Site):
+def test_once_unreachable_api(site: Site):
+    """An API that can't be reached makes the command fail, with its name and the reason."""
     site.play(6)
     site.api.stop()
     done = site.deliver()
@@ -96,7 +103,8 @@ def test_an_api_that_can_not_be_reached_is_named(site: Site):
     assert "can't be reached: Connection refused" in done.stderr
 
 
-def test_it_ends_when_the_time_is_up_though_the_api_hangs(site: Site):
+def test_once_time_limit(site: Site):
+    """The command ends at its time limit although the API hangs. The reports still wait."""
     site.play(3)
     site.api.fault("hang")
     done = site.python(
@@ -112,7 +120,8 @@ def test_it_ends_when_the_time_is_up_though_the_api_hangs(site: Site):
     site.api.heal()
 
 
-def test_it_takes_over_from_the_workers_relay_and_hands_back(site: Site):
+def test_once_takes_over_automatic_relay(site: Site):
+    """The command takes over from the workers' relay, and a relay of the workers runs again afterwards."""
     site.api.fault("deny")
     with living(site.folder, digest=site.digest()) as writer, site.relay(automatic=True) as relay:
         writer.write(transfer(1, 0)._replace(ended_ns=1))
@@ -130,7 +139,8 @@ def test_it_takes_over_from_the_workers_relay_and_hands_back(site: Site):
             end_relay(site.folder)
 
 
-def test_it_does_not_touch_a_relay_that_is_run_as_a_service(site: Site):
+def test_once_leaves_service_relay_running(site: Site):
+    """A relay that runs as a service is not stopped. The command fails and names the relay's process."""
     site.play()
     with site.relay() as relay:
         done = site.deliver()
@@ -139,8 +149,11 @@ def test_it_does_not_touch_a_relay_that_is_run_as_a_service(site: Site):
         assert relay.poll() is None
 
 
-def test_a_pid_that_the_lock_file_names_but_the_kernel_does_not_is_left_alone(site: Site):
-    """The file may tell of a process of another container; here of the test itself."""
+def test_once_ignores_stale_lock_pid(site: Site):
+    """A pid in the lock file's text that is not the kernel's lock owner is left alone.
+
+    The text may name a process of another container; here it names the test itself.
+    """
     site.folder.create()
     site.folder.relay_lock.write_text(
         f'{{"pid": {os.getpid()}, "version": "0.1.0", "digest": "", "automatic": true}}'
@@ -149,7 +162,8 @@ def test_a_pid_that_the_lock_file_names_but_the_kernel_does_not_is_left_alone(si
     assert site.deliver().returncode == 0
 
 
-def test_it_waits_no_longer_than_it_may_for_a_holder_that_says_nothing(site: Site):
+def test_once_handover_time_limit(site: Site):
+    """The command fails at the time limit if the lock's owner, which wrote no pid, does not stop."""
     site.folder.create()
     descriptor = hold_lock(site.folder.relay_lock)
     try:
@@ -165,7 +179,8 @@ def test_it_waits_no_longer_than_it_may_for_a_holder_that_says_nothing(site: Sit
     assert "does not stop" in done.stderr
 
 
-def test_an_outbox_that_can_not_be_written_is_no_success(site: Site):
+def test_once_unwritable_outbox_fails(site: Site):
+    """An outbox that can't be written makes the command fail with exit code 1."""
     site.play()
     site.folder.outbox.mkdir()
     done = site.deliver()
@@ -173,7 +188,8 @@ def test_an_outbox_that_can_not_be_written_is_no_success(site: Site):
     assert "can't be opened" in done.stderr
 
 
-def test_ctrl_c_ends_it_with_what_is_left(site: Site):
+def test_once_ctrl_c(site: Site):
+    """Ctrl-C ends the command, which prints how many reports are left."""
     site.play(2)
     site.api.fault("hang")
     process = site.start("relay", "--once", T23_TIMEOUT="600", T23_EXIT_SECONDS="0.1")
@@ -189,7 +205,8 @@ def test_ctrl_c_ends_it_with_what_is_left(site: Site):
     assert "2 reports left: it was stopped" in errors
 
 
-def test_on_a_terminal_a_bar_shows_how_far_it_is(site: Site):
+def test_once_progress_bar(site: Site):
+    """On a terminal, a progress bar shows how many reports are sent."""
     site.play(30)
     with site.on_terminal("relay", "--once") as (process, terminal):
         seen = ""
@@ -200,8 +217,11 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is(site: Site):
     assert f"[{'#' * 30}] 30 of 30" in seen
 
 
-def test_one_site_that_is_away_does_not_keep_the_others_reports(site: Site):
-    """Two hosts behind {host}: the reports of the one that is there leave, and the other is named."""
+def test_once_one_unreachable_site(site: Site):
+    """A site that can't be reached does not block the reports of another.
+
+    Two hosts behind {host}: the reports of the reachable one are sent, and the other one is named.
+    """
 
     def play(number: int, host: str) -> Transfer:
         told = transfer(number, number + 1, f"s{number}")

@@ -128,9 +128,8 @@ RUN = [sys.executable, "-m", "t23_middleware", "run"]
         ("uwsgi --help", "uwsgi --help", None),
     ],
 )
-def test_the_app_in_a_servers_command_is_exchanged_for_ours(
-    configured: Path, command: str, placed: str, target: str | None
-) -> None:
+def test_place_replaces_the_app(configured: Path, command: str, placed: str, target: str | None) -> None:
+    """The app in a server's command is replaced by ours, and becomes the target."""
     placement = place(command.split(" "), {}, configured)
 
     assert placement.argv == placed.split(" ")
@@ -194,9 +193,8 @@ def test_the_app_in_a_servers_command_is_exchanged_for_ours(
         ("bjoern --fast 'shop:make(1)'", f"T23_APP='shop:make(1)' bjoern --fast {OURS}"),
     ],
 )
-def test_what_can_not_be_placed_is_refused_with_the_line_to_write(
-    configured: Path, command: str, words: str
-) -> None:
+def test_place_refusal_shows_the_remedy(configured: Path, command: str, words: str) -> None:
+    """A command that can't be changed is refused in one line that shows what to write."""
     with pytest.raises(UsageError) as told:
         place(shlex.split(command), {}, configured)
 
@@ -225,7 +223,8 @@ def configured(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_gunicorns_own_configuration_file_is_read_where_it_lies(tmp_path: Path) -> None:
+def test_place_reads_gunicorn_conf(tmp_path: Path) -> None:
+    """gunicorn.conf.py is read in the folder in which the command runs."""
     (tmp_path / "gunicorn.conf.py").write_text("wsgi_app = 'video:app'\n")
 
     with pytest.raises(
@@ -241,7 +240,8 @@ def test_gunicorn_cmd_args_are_read_too(configured: Path) -> None:
         place(["gunicorn", "video:app"], {"GUNICORN_CMD_ARGS": "--paste site.ini"}, configured)
 
 
-def test_uwsgis_variables_are_read_before_its_command_line(configured: Path) -> None:
+def test_place_reads_uwsgi_variables(configured: Path) -> None:
+    """uWSGI's environment variables are read before its command line."""
     environ = {
         "UWSGI_WSGI_FILE": "v.py",
         "UWSGI_INI": "module.ini",
@@ -254,13 +254,15 @@ def test_uwsgis_variables_are_read_before_its_command_line(configured: Path) -> 
     assert place(["uwsgi", "-w", "late:app"], environ, configured).target == "late:app"
 
 
-def test_a_command_that_names_us_already_keeps_its_t23_app(tmp_path: Path) -> None:
+def test_place_keeps_t23_app(tmp_path: Path) -> None:
+    """A command that names our app already keeps its T23_APP as the target."""
     placement = place(["gunicorn", "t23_middleware.wsgi"], {"T23_APP": "video:app"}, tmp_path)
 
     assert (placement.argv, placement.target) == (["gunicorn", OURS], "video:app")
 
 
-def test_flask_app_comes_from_the_environment_or_the_usual_files(tmp_path: Path) -> None:
+def test_place_flask_app_sources(tmp_path: Path) -> None:
+    """Flask's app comes from the environment or the usual files. The command line comes first."""
     assert place(["flask", "run"], {"FLASK_APP": "video:site"}, tmp_path).target == "video:site"
     (tmp_path / "app.py").touch()
     assert place(["flask", "run"], {}, tmp_path).target == "app.py"
@@ -269,7 +271,8 @@ def test_flask_app_comes_from_the_environment_or_the_usual_files(tmp_path: Path)
     assert place(["flask", "--app", "late", "run"], {"FLASK_APP": "video"}, tmp_path).target == "late"
 
 
-def test_flask_app_comes_from_dotenv_files_as_flask_reads_them(tmp_path: Path) -> None:
+def test_place_flask_app_from_dotenv(tmp_path: Path) -> None:
+    """Flask's app comes from dotenv files, in the order in which Flask reads them."""
     if "CI" not in os.environ:
         pytest.importorskip("dotenv", reason="python-dotenv is not installed")
     folder = tmp_path / "inner"
@@ -432,7 +435,8 @@ def end(server: subprocess.Popen[bytes]) -> None:
         ),
     ],
 )
-def test_a_real_server_serves_the_app_through_the_middleware(ask: Ask, command: str, name: str) -> None:
+def test_server_serves_through_middleware(ask: Ask, command: str, name: str) -> None:
+    """Each real server serves the app of its command through the middleware."""
     assert ask(command) == f"{name} seen=True"
 
 
@@ -453,9 +457,8 @@ def test_a_real_server_serves_the_app_through_the_middleware(ask: Ask, command: 
         "uwsgi site.ini --http-socket 127.0.0.1:PORT",
     ],
 )
-def test_uwsgi_serves_what_its_ini_file_names_through_the_middleware(
-    ask: Ask, command: str, ini: str, name: str
-) -> None:
+def test_uwsgi_serves_app_from_ini(ask: Ask, command: str, ini: str, name: str) -> None:
+    """uWSGI serves the app that its ini file names, through the middleware."""
     assert ask(command, {"site.ini": f"[uwsgi]\n{ini}\n"}) == f"{name} seen=True"
 
 
@@ -463,24 +466,28 @@ def test_flask_finds_its_app_by_itself(ask: Ask) -> None:
     assert ask("flask run -p PORT", {"wsgi.py": "from shop import app"}) == "site.app seen=True"
 
 
-def test_flask_runs_in_a_folder_that_is_a_package(ask: Ask) -> None:
+def test_flask_runs_inside_a_package(ask: Ask) -> None:
+    """``flask run`` works in a folder that is a Python package."""
     assert ask("flask --app shop run -p PORT", {"__init__.py": ""}) == "site.app seen=True"
 
 
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs to run in a virtual environment")
-def test_a_server_in_our_own_environment_is_found_although_that_is_not_activated(ask: Ask) -> None:
+def test_server_found_without_activated_environment(ask: Ask) -> None:
+    """A server in our own virtual environment is found, although the environment is not activated."""
     assert (
         ask("waitress-serve --listen=127.0.0.1:PORT video:app", PATH="/usr/bin:/bin") == "video.app seen=True"
     )
 
 
-def test_the_server_takes_the_place_of_the_command(ask: Ask, tmp_path: Path) -> None:
+def test_server_replaces_the_command(ask: Ask, tmp_path: Path) -> None:
+    """The server runs in the process of the command, with the same pid."""
     ask("gunicorn -b 127.0.0.1:PORT --pid server.pid video:app")
 
     assert (tmp_path / "server.pid").read_text().strip() == (tmp_path / "started.pid").read_text()
 
 
-def test_with_t23_enabled_0_the_server_serves_the_bare_app(ask: Ask) -> None:
+def test_disabled_serves_bare_app(ask: Ask) -> None:
+    """With T23_ENABLED=0 the server serves the app without the middleware."""
     assert ask("gunicorn -b 127.0.0.1:PORT video:app", T23_ENABLED="0") == "video.app seen=False"
 
 
@@ -492,9 +499,8 @@ def test_with_t23_enabled_0_the_server_serves_the_bare_app(ask: Ask) -> None:
         ([], "run needs a server's command"),
     ],
 )
-def test_a_command_that_is_not_placed_ends_with_one_sentence_and_exit_code_2(
-    tmp_path: Path, command: list[str], words: str
-) -> None:
+def test_run_refusal_exits_with_2(tmp_path: Path, command: list[str], words: str) -> None:
+    """A command that can't be changed ends with one sentence and exit code 2."""
     done = subprocess.run(
         [*RUN, *command],
         cwd=tmp_path,
@@ -511,7 +517,8 @@ def test_a_command_that_is_not_placed_ends_with_one_sentence_and_exit_code_2(
     assert done.stdout == ""
 
 
-def test_a_servers_own_help_comes_from_the_server(tmp_path: Path) -> None:
+def test_server_prints_own_help(tmp_path: Path) -> None:
+    """A server's options that only print something, such as --version, are answered by the server itself."""
     done = subprocess.run(
         [*RUN, "gunicorn", "--version"],
         cwd=tmp_path,

@@ -49,7 +49,8 @@ def on_screen(site: Site, *words: str) -> str:
         (["run", "gunicorn"], "\n  t23-middleware run gunicorn video:app\n"),
     ],
 )
-def test_an_error_has_its_remedy_and_breaks_no_word(site: Site, words: list[str], last: str):
+def test_error_shows_remedy_and_fits(site: Site, words: list[str], last: str):
+    """An error shows its remedy and breaks no word at the terminal's edge. Elsewhere it is one line."""
     seen = on_screen(site, *words)
     assert last in seen
     assert fits(seen), seen
@@ -59,25 +60,29 @@ def test_an_error_has_its_remedy_and_breaks_no_word(site: Site, words: list[str]
 
 
 @pytest.mark.parametrize("words", [[], ["dead"]], ids=["none", "dead"])
-def test_without_a_command_all_of_them_are_shown(site: Site, words: list[str]):
+def test_missing_command_shows_all(site: Site, words: list[str]):
+    """Without a command, all commands are shown, with examples."""
     done = site.run(*words)
     assert done.returncode == 2
     assert "examples:" in done.stderr
 
 
-def test_a_command_in_quotes_stays_on_its_line():
+def test_wrapping_keeps_quoted_command():
+    """A command in quotes is not split over two lines."""
     told = text.wrapped("Nothing is sent, so " + "wait " * 8 + "or 't23-middleware relay --once' now.", 80)
     assert "'t23-middleware relay --once'" in told
     assert max(map(len, told.splitlines())) <= 80
 
 
-def test_a_path_that_is_longer_than_the_line_stays_whole():
+def test_wrapping_keeps_long_path():
+    """A path that is longer than the line is not split."""
     path = "/srv/" + "a-long-name/" * 8 + "t23.log"
     told = text.wrapped(f"{path} can be read; no play is in it yet", 80, " " * 17, "ok     proxy     ")
     assert told.splitlines() == [f"ok     proxy     {path}", " " * 17 + "can be read; no play is in it yet"]
 
 
-def test_dead_letters_say_what_can_be_done_with_them(site: Site):
+def test_dead_list_shows_actions(site: Site):
+    """The list of dead reports shows what can be done with them."""
     site.play(1)
     site.deliver()  # a site that has accepted none yet pauses instead
     site.play(2, photo="404")

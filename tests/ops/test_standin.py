@@ -110,7 +110,8 @@ def later(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 
 @pytest.mark.parametrize("path", [PLAY, DOWNLOAD])
-def test_a_posted_report_is_answered_and_recorded_under_either_name_of_the_method(api, clock, path):
+def test_posted_report_is_recorded(api, clock, path):
+    """A posted report is answered and recorded, under either name of the API method."""
     answer = post(
         api, path, user_player_type="html5", user_player_version="2.1", user_player_resolution="1920x1080"
     )
@@ -137,7 +138,8 @@ def test_a_posted_report_is_answered_and_recorded_under_either_name_of_the_metho
     assert api.recorded() == [report() | players | facts]
 
 
-def test_a_report_by_get_counts_as_one_by_post(api):
+def test_get_report_is_recorded(api):
+    """A report by GET counts like one by POST."""
     assert get(api).json()["status"] == "ok"
     assert [row["method"] for row in api.recorded()] == ["GET"]
 
@@ -150,19 +152,22 @@ def test_the_default_answer_is_the_documented_xml(api):
     )
 
 
-def test_json_without_raw_is_javascript_that_sets_a_variable(api):
+def test_json_without_raw_sets_variable(api):
+    """JSON without ``raw`` is JavaScript that sets a variable."""
     text = post(api, raw=None).text
     assert text.startswith("var visual = {") and text.endswith("};")
     assert json.loads(text[len("var visual = ") : -1])["status"] == "ok"
     assert post(api, raw=None, time="2", varname="mine").text.startswith("var mine = {")
 
 
-def test_json_with_a_callback_is_a_call_of_it(api):
+def test_json_with_callback_calls_it(api):
+    """JSON with a callback is JavaScript that calls it."""
     text = post(api, raw=None, callback="jQuery.cb_1").text
     assert text.startswith("jQuery.cb_1({") and text.endswith("});")
 
 
-def test_a_name_that_is_not_one_never_gets_into_the_javascript(api):
+def test_invalid_javascript_name_ignored(api):
+    """A callback or variable name that is not a valid name never gets into the JavaScript."""
     text = post(api, raw=None, callback="alert(1);x", varname="a b").text
     assert text.startswith("var visual = {") and "alert" not in text
 
@@ -201,7 +206,8 @@ def test_a_json_body_is_not_a_form(api):
         ({"format": "yaml"}, "format"),
     ],
 )
-def test_a_missing_or_malformed_parameter_is_refused_by_name_with_http_200(api, changes, name):
+def test_invalid_parameter_is_refused(api, changes, name):
+    """A missing or malformed parameter is refused by its name, with HTTP 200."""
     answer = post(api, **changes)
     assert answer.status_code == 200
     if changes.get("format"):
@@ -214,7 +220,8 @@ def test_a_missing_or_malformed_parameter_is_refused_by_name_with_http_200(api, 
     assert api.recorded() == []
 
 
-def test_what_the_page_only_recommends_or_makes_optional_is_not_refused(api):
+def test_recommendations_are_not_required(api):
+    """A report that ignores what the API's page only recommends or makes optional is not refused."""
     assert post(api, skip=None, user_player_type="vlc", bytes_total="0").json()["status"] == "ok"
     assert api.recorded()[0]["user_player_type"] == "vlc"
 
@@ -226,7 +233,8 @@ def test_either_spelling_of_the_session_is_enough(api, spelling):
     assert other not in api.recorded()[0]
 
 
-def test_the_session_may_come_in_the_cookie_of_the_chosen_name():
+def test_session_from_chosen_cookie():
+    """The session may come in the cookie of the configured name, but not in another cookie."""
     with StandInServer(cookie="ad_session_id") as api:
         none = {"session_id": None, "seesion_id": None}
         assert post(api, **none, cookies={"session_id": "s1"}).json()["code"] == "invalid_input"
@@ -239,20 +247,23 @@ def test_an_unknown_video_is_no_such_photo(api):
     assert api.recorded() == []
 
 
-def test_a_server_that_is_not_whitelisted_is_denied_whatever_it_sends():
+def test_server_not_whitelisted_is_denied():
+    """A server that is not whitelisted is denied, whatever it sends."""
     with StandInServer(whitelisted=False) as api:
         assert post(api).json()["code"] == "permission_denied"
         assert post(api, photo_id=None).json()["code"] == "permission_denied"
         assert api.recorded() == []
 
 
-def test_an_error_in_xml_has_its_code_as_an_attribute(api):
+def test_xml_error_has_code_attribute(api):
+    """An error in XML has its code as an attribute."""
     said = ElementTree.fromstring(post(api, format="xml", skip="x").text)
     assert said.tag == "response"
     assert (said.get("status"), said.get("code")) == ("error", "invalid_input")
 
 
-def test_another_api_method_is_an_error_and_another_path_a_page(api):
+def test_unknown_api_method_and_path(api):
+    """Another API method is an API error with HTTP 200. Any other path is an HTML page with 404."""
     answer = get(api, "/api/photo/list")
     assert (answer.status_code, answer.json()["code"]) == (200, "invalid_method")
     page = get(api, "/video/1")
@@ -266,13 +277,15 @@ def test_another_http_method_records_nothing(api):
     assert api.recorded() == []
 
 
-def test_the_message_of_an_error_is_escaped_in_xml(api):
+def test_xml_error_message_is_escaped(api):
+    """The message of an error is escaped in XML."""
     path = "/api/a%22%3Cb%26%27"
     said = ElementTree.fromstring(control("GET", api.url + path).text)
     assert said.get("message") == "There is no method /api/a\"<b&'"
 
 
-def test_what_is_not_utf8_is_recorded_escaped_or_refused(api):
+def test_report_not_in_utf8(api):
+    """A percent-encoded value that is not UTF-8 is recorded escaped; bare bytes that are not UTF-8 are refused."""
     kind = {"Content-Type": "application/x-www-form-urlencoded"}
     escaped, bare = (
         b"photo_id=1&bytes_total=1&session_id=%ff%fe",
@@ -290,7 +303,8 @@ def test_what_is_not_utf8_is_recorded_escaped_or_refused(api):
 # The cache
 
 
-def test_the_same_request_within_30_minutes_is_answered_from_the_cache_and_not_recorded(api, clock):
+def test_cache_answers_within_30_minutes(api, clock):
+    """The same request within 30 minutes is answered from the cache and not recorded."""
     first = post(api).json()
     clock.now += 1799
     again = post(api).json()
@@ -298,7 +312,8 @@ def test_the_same_request_within_30_minutes_is_answered_from_the_cache_and_not_r
     assert len(api.recorded()) == 1
 
 
-def test_the_same_request_after_30_minutes_is_recorded_again(api, clock):
+def test_cache_expires_after_30_minutes(api, clock):
+    """The same request after 30 minutes is recorded again."""
     post(api)
     clock.now += 1800
     assert post(api).json()["cached"] == "0"
@@ -310,13 +325,15 @@ def test_the_same_request_after_30_minutes_is_recorded_again(api, clock):
     "change",
     [{"time": "2"}, {"path": DOWNLOAD}, {"session_id": "other"}, {"bytes_total": "2"}, {"format": "xml"}],
 )
-def test_a_request_that_differs_in_anything_is_recorded(api, change):
+def test_cache_misses_different_request(api, change):
+    """A request that differs in any parameter, or in the path, is recorded."""
     post(api)
     assert "1" not in re.findall(r'cached"?[=:] ?"(.)"', post(api, **change).text)
     assert len(api.recorded()) == 2
 
 
-def test_a_request_by_the_other_http_method_or_with_another_cookie_is_recorded(api):
+def test_cache_misses_other_method_or_cookie(api):
+    """A request by the other HTTP method, or with another cookie, is recorded."""
     none = {"session_id": None, "seesion_id": None}
     post(api, **none, cookies={"session_id": "s1"})
     post(api, **none, cookies={"session_id": "s2"})
@@ -332,7 +349,8 @@ def test_an_error_is_never_cached(api):
     assert len(api.recorded()) == 1
 
 
-def test_a_cached_answer_in_xml_says_since_when(api):
+def test_cached_xml_has_cache_time(api):
+    """A cached answer in XML has the time since when it is cached."""
     post(api, format="xml")
     said = ElementTree.fromstring(post(api, format="xml").text)
     assert (said.get("status"), said.get("cached"), said.get("cache_time")) == ("ok", "1", "1790000000")
@@ -341,7 +359,8 @@ def test_a_cached_answer_in_xml_says_since_when(api):
 # What was recorded
 
 
-def test_the_reports_are_shown_as_json_and_forgotten_on_demand(api):
+def test_recorded_reports_shown_and_deleted(api):
+    """The recorded reports are shown as JSON and deleted on request, with the cache."""
     post(api)
     post(api, time="2", cookies={"session_id": "c"})
     shown = control("GET", api.url + "/_recorded")
@@ -355,7 +374,8 @@ def test_the_reports_are_shown_as_json_and_forgotten_on_demand(api):
     assert control("GET", api.url + "/_recorded").json() == []
 
 
-def test_a_parameter_cannot_pose_as_what_the_stand_in_saw_itself(api, clock):
+def test_parameter_cannot_forge_facts(api, clock):
+    """A parameter can't replace what the stand-in itself records of the request: time, method, path, host, cookies."""
     with session() as client:
         posed = report(host="evil", path="/", received="0", method="GET")
         posed["cookies"] = "{}"
@@ -366,7 +386,8 @@ def test_a_parameter_cannot_pose_as_what_the_stand_in_saw_itself(api, clock):
     assert row["host"] == f"127.0.0.1:{api.port}"
 
 
-def test_beyond_the_limit_the_oldest_report_is_dropped_and_that_is_said():
+def test_recorded_reports_are_limited():
+    """Beyond the limit the oldest report is dropped. A header has their number, and one line is printed."""
     lines: list[str] = []
     with StandInServer(limit=2, print_line=lines.append) as api:
         for number in range(4):
@@ -390,7 +411,8 @@ def test_one_can_wait_for_reports(api):
 # Faults
 
 
-def test_a_fault_is_turned_on_by_form_or_json_shown_and_healed(api):
+def test_fault_set_shown_and_healed(api):
+    """A fault is set by form or JSON, shown, and removed."""
     faults = api.url + "/_faults"
     assert control("GET", faults).json() == []
     shown = [{"kind": "status", "record": False, "count": 3, "status": 429, "retry_after": "7"}]
@@ -424,7 +446,8 @@ def test_a_fault_is_turned_on_by_form_or_json_shown_and_healed(api):
         ({"kind": "status", "location": "x\r\nSet-Cookie: y"}, "it is printable ASCII"),
     ],
 )
-def test_a_fault_that_does_not_exist_is_refused_and_the_one_before_stays(api, asked, said):
+def test_invalid_fault_keeps_former_one(api, asked, said):
+    """A fault that does not exist, or has a wrong value, is refused with the reason. The former fault stays."""
     api.fault("html")
     answer = control("POST", api.url + "/_faults", data=asked)
     assert answer.status_code == 400
@@ -433,18 +456,21 @@ def test_a_fault_that_does_not_exist_is_refused_and_the_one_before_stays(api, as
 
 
 @pytest.mark.parametrize("body", [b"[]", b"{", b'"deny"', b"\xff"])
-def test_a_fault_that_is_no_json_object_is_refused(api, body):
+def test_fault_not_a_json_object(api, body):
+    """A fault in JSON that is not a JSON object is refused."""
     answer = control("POST", api.url + "/_faults", data=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, "error" in answer.json()) == (400, True)
 
 
-def test_a_fault_in_code_is_checked_as_one_over_http(api):
+def test_fault_in_code_is_checked(api):
+    """A fault that is set in code is checked like one that is set over HTTP."""
     with pytest.raises(UsageError, match="takes no 'secondz'"):
         api.fault("slow", secondz=1)
 
 
 @pytest.mark.parametrize("kind", list(FAULT_KINDS))
-def test_no_fault_touches_the_control_paths_or_pages(api, kind):
+def test_faults_spare_control_paths(api, kind):
+    """No fault changes the answers of the control paths or pages."""
     api.fault(kind)
     assert control("GET", api.url + "/_recorded").json() == []
     assert control("GET", api.url + "/_faults").json()[0]["kind"] == kind
@@ -453,13 +479,15 @@ def test_no_fault_touches_the_control_paths_or_pages(api, kind):
     assert post(api).json()["status"] == "ok"
 
 
-def test_a_fault_with_a_count_meets_only_so_many_reports(api):
+def test_fault_with_a_count(api):
+    """A fault with a count affects only that number of reports."""
     api.fault("status", count=2)
     assert [post(api).status_code for _ in range(4)] == [503, 503, 200, 200]
     assert len(api.recorded()) == 1
 
 
-def test_a_fault_of_one_video_leaves_the_others_alone(api):
+def test_fault_of_one_video(api):
+    """A fault of one video does not affect the reports of other videos."""
     api.fault("error", photo_id=13, code="odd_code", count=1)
     assert post(api).json()["status"] == "ok"
     assert post(api, photo_id="13").json()["code"] == "odd_code"
@@ -468,7 +496,8 @@ def test_a_fault_of_one_video_leaves_the_others_alone(api):
 
 @pytest.mark.parametrize("kind", ["status", "html", "deny", "error", "refuse", "cached"])
 @pytest.mark.parametrize("record", [False, True])
-def test_a_report_whose_answer_is_a_fault_may_be_recorded_all_the_same(api, kind, record):
+def test_fault_may_record_the_report(api, kind, record):
+    """A report that is answered with a fault is recorded if the fault has ``record``; its retry is then cached."""
     api.fault(kind, count=1, record=record)
     try:
         post(api)
@@ -480,7 +509,8 @@ def test_a_report_whose_answer_is_a_fault_may_be_recorded_all_the_same(api, kind
     assert len(api.recorded()) == 1
 
 
-def test_what_is_malformed_is_not_recorded_under_a_fault_either(api):
+def test_fault_records_no_malformed_report(api):
+    """A malformed report is not recorded, also while a fault is set."""
     api.fault("latency", seconds=0)
     assert post(api, bytes_total="x").json()["code"] == "invalid_input"
     assert api.recorded() == []
@@ -497,7 +527,8 @@ def test_refuse_resets_the_connection(api):
     assert api.recorded() == []
 
 
-def test_stopped_it_refuses_connections_and_started_again_it_has_the_same_port_and_reports(api):
+def test_stop_and_start_keep_reports(api):
+    """A stopped stand-in refuses connections. Started again, it has the same port and reports."""
     post(api)
     url = api.url
     api.stop()
@@ -509,7 +540,8 @@ def test_stopped_it_refuses_connections_and_started_again_it_has_the_same_port_a
     assert len(api.recorded()) == 1
 
 
-def test_hang_gives_no_answer_until_healed_and_then_hangs_up(api):
+def test_hang_disconnects_when_healed(api):
+    """``hang`` gives no answer until the fault is removed, and then closes the connection."""
     api.fault("hang")
     with session() as client, pytest.raises(requests.ReadTimeout):
         client.post(api.url + PLAY, report(), timeout=(WAIT, 0.2))
@@ -523,7 +555,8 @@ def test_hang_gives_no_answer_until_healed_and_then_hangs_up(api):
     assert post(api).json()["cached"] == "0"
 
 
-def test_hang_answers_when_healed_a_report_that_was_recorded(api):
+def test_hang_answers_recorded_report(api):
+    """``hang`` answers a report that was recorded when the fault is removed."""
     api.fault("hang", record=True)
     thread, outcome = later(lambda: post(api).json())
     api.wait_for(1, WAIT)
@@ -533,7 +566,8 @@ def test_hang_answers_when_healed_a_report_that_was_recorded(api):
     assert outcome[0]["status"] == "ok"
 
 
-def test_stopping_ends_requests_that_hang_and_leaves_no_thread(clock):
+def test_stop_ends_hanging_requests(clock):
+    """Stopping ends the requests that hang and leaves no thread."""
     before = set(threading.enumerate())
     with StandInServer(clock=clock) as api:
         api.fault("hang", record=True)
@@ -545,7 +579,8 @@ def test_stopping_ends_requests_that_hang_and_leaves_no_thread(clock):
 
 
 @pytest.mark.parametrize("status", [301, 404, 413, 429, 500, 503])
-def test_status_answers_with_that_status_and_a_page(api, status):
+def test_status_fault_answers_with_status(api, status):
+    """``status`` answers with that status, its headers and an HTML page."""
     api.fault("status", status=status, retry_after="120", location="https://elsewhere.example/")
     answer = post(api)
     assert (answer.status_code, answer.headers["Content-Type"]) == (status, "text/html; charset=utf-8")
@@ -553,7 +588,8 @@ def test_status_answers_with_that_status_and_a_page(api, status):
     assert answer.headers["Location"] == "https://elsewhere.example/"
 
 
-def test_status_204_has_no_body_and_keeps_the_connection(api):
+def test_status_204_without_body(api):
+    """The status 204 has no body and keeps the connection open."""
     api.fault("status", status=204, count=1)
     connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=WAIT)
     try:
@@ -566,7 +602,8 @@ def test_status_204_has_no_body_and_keeps_the_connection(api):
         connection.close()
 
 
-def test_error_answers_with_the_code_and_message_asked_for(api):
+def test_error_fault_code_and_message(api):
+    """``error`` answers with the code and message that were set."""
     api.fault("error", code="token_required", message="A <token> is required")
     said = post(api).json()
     assert (said["status"], said["code"], said["message"]) == (
@@ -584,7 +621,8 @@ def test_html_is_a_page_with_http_200(api):
 
 
 @pytest.mark.parametrize("record", [True, False])
-def test_cut_ends_the_connection_in_the_middle_of_the_answer(api, record):
+def test_cut_disconnects_in_mid_answer(api, record):
+    """``cut`` closes the connection in the middle of the answer."""
     api.fault("cut", record=record, count=1)
     connection = http.client.HTTPConnection("127.0.0.1", api.port, timeout=WAIT)
     try:
@@ -600,7 +638,8 @@ def test_cut_ends_the_connection_in_the_middle_of_the_answer(api, record):
     assert len(api.recorded()) == record
 
 
-def test_huge_is_a_true_answer_of_many_megabytes(api):
+def test_huge_fault_answer_size(api):
+    """``huge`` sends a correct answer of many megabytes, or of the size that was set."""
     api.fault("huge")
     answer = post(api)
     assert len(answer.content) > 8 * 1024 * 1024
@@ -610,7 +649,8 @@ def test_huge_is_a_true_answer_of_many_megabytes(api):
     assert len(api.recorded()) == 1
 
 
-def test_slow_sends_the_true_answer_byte_by_byte(api):
+def test_slow_sends_byte_by_byte(api):
+    """``slow`` sends the correct answer byte by byte."""
     api.fault("slow", seconds=0.001)
     with socket.create_connection(("127.0.0.1", api.port), WAIT) as connection:
         query = "&".join(f"{name}={value}" for name, value in report(format="xml").items())
@@ -698,7 +738,8 @@ def test_the_date_is_that_of_its_clock(api):
         (b"Transfer-Encoding: chunked", b"411"),
     ],
 )
-def test_a_body_that_it_can_not_read_is_refused_and_the_connection_closed(api, head, status):
+def test_unreadable_body_closes_connection(api, head, status):
+    """A body that the stand-in can't read is refused, and the connection is closed."""
     with socket.create_connection(("127.0.0.1", api.port), WAIT) as connection:
         connection.sendall(b"POST " + PLAY.encode() + b" HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -706,7 +747,8 @@ def test_a_body_that_it_can_not_read_is_refused_and_the_connection_closed(api, h
     assert post(api).json()["status"] == "ok"
 
 
-def test_a_form_of_too_many_parts_is_refused(api):
+def test_form_with_too_many_parts(api):
+    """A form of too many parts is refused and not recorded."""
     parts = [(f"part{number}", (None, "x")) for number in range(2000)]
     with session() as client:
         assert client.post(api.url + PLAY, files=parts, timeout=WAIT).status_code == 413
@@ -719,7 +761,8 @@ def test_a_multipart_form_is_a_form(api):
         assert client.post(api.url + PLAY, files=parts, timeout=WAIT).json()["status"] == "ok"
 
 
-def test_a_request_that_ends_in_mid_body_records_nothing(api):
+def test_request_cut_in_mid_body(api):
+    """A request that ends in the middle of its body is not recorded."""
     with socket.create_connection(("127.0.0.1", api.port), WAIT) as connection:
         head = b"POST " + PLAY.encode() + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n"
         connection.sendall(
@@ -772,7 +815,8 @@ def end(process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize(
     "signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM, signal.SIGINT]]
 )
-def test_the_command_prints_its_address_then_each_report_and_ends_with_0_at_a_signal(signals):
+def test_command_prints_reports_until_signal(signals):
+    """The command prints its address, then each report, and ends with 0 at a signal."""
     process = run()
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+", line_of(process)).group()
@@ -790,7 +834,8 @@ def test_the_command_prints_its_address_then_each_report_and_ends_with_0_at_a_si
         assert re.fullmatch(r"\d\d:\d\d:\d\d video 7190971, session 5f0c…, 1,048,576 bytes, skip 0\n", line)
 
 
-def test_the_command_shows_reports_on_a_terminal_that_knows_ascii_only():
+def test_command_on_ascii_terminal():
+    """The command prints reports also on a terminal that supports only ASCII."""
     process = run(PYTHONIOENCODING="ascii")
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+", line_of(process)).group()
@@ -801,7 +846,8 @@ def test_the_command_shows_reports_on_a_terminal_that_knows_ascii_only():
         end(process)
 
 
-def test_the_command_ends_when_nobody_reads_its_lines_any_more():
+def test_command_ends_without_reader():
+    """The command ends when its output has no reader any more."""
     process = run()
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+", line_of(process)).group()
@@ -819,7 +865,8 @@ def test_the_command_ends_when_nobody_reads_its_lines_any_more():
 
 
 @pytest.mark.parametrize("secret", ["ab", "abcd", "\x1b[31mred-alert"])
-def test_no_line_shows_a_whole_session_or_a_terminal_s_control_characters(secret):
+def test_printed_lines_mask_sessions(secret):
+    """No line shows a whole session, or control characters of a terminal."""
     lines: list[str] = []
     with StandInServer(print_line=lines.append) as api:
         post(api, session_id=secret)
@@ -827,7 +874,8 @@ def test_no_line_shows_a_whole_session_or_a_terminal_s_control_characters(secret
     assert secret not in lines[0] and "\x1b" not in lines[0]
 
 
-def test_a_port_in_use_is_told_in_one_sentence_with_its_remedy(api):
+def test_port_in_use(api):
+    """A port in use is an error of one sentence, with its remedy."""
     with pytest.raises(UsageError) as told:
         StandInServer("127.0.0.1", api.port).start()
     assert str(told.value) == (
@@ -836,7 +884,8 @@ def test_a_port_in_use_is_told_in_one_sentence_with_its_remedy(api):
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("203.0.113.7", 0)])
-def test_an_address_that_can_not_be_had_is_told(host, port):
+def test_address_not_available(host, port):
+    """An address that can't be used is an error that names it."""
     with pytest.raises(UsageError, match=f"can't listen on port {port} of {host} .*; choose another"):
         StandInServer(host, port).start()
 

@@ -23,7 +23,8 @@ from .commands import Site, fits
 FIGURES = ("captured", "waiting", "sent", "dead", "lost")
 
 
-def test_before_the_first_play_all_is_zero_and_nothing_is_made(site: Site):
+def test_status_zero_before_first_play(site: Site):
+    """Before the first play all figures are zero, and the command makes no state folder."""
     status = site.status()
     assert [status[name] for name in FIGURES] == [0, 0, 0, 0, 0]
     assert status["state"] == "idle"
@@ -46,7 +47,8 @@ def test_every_play_is_counted_where_it_is(site: Site):
         assert any(line.split()[:2] == [name, str(number)] for line in screen.splitlines()), screen
 
 
-def test_what_the_api_denies_is_said_first_with_its_remedy(site: Site):
+def test_status_pause_first_with_remedy(site: Site):
+    """While the API denies the server, the screen shows the pause first, with its remedy."""
     site.api.fault("deny")
     site.play()
     with site.relay() as relay:
@@ -65,7 +67,8 @@ def test_what_the_api_denies_is_said_first_with_its_remedy(site: Site):
     assert site.status()["apis"][""]["state"] == "well"
 
 
-def test_an_outage_is_told_with_its_begin_and_its_reason(site: Site):
+def test_status_outage_with_reason(site: Site):
+    """During an outage, the screen shows when it began and its reason."""
     site.api.fault("status", status=503)
     site.play(6)
     with site.relay():
@@ -77,7 +80,8 @@ def test_an_outage_is_told_with_its_begin_and_its_reason(site: Site):
         assert until(lambda: site.status()["state"] == "idle")
 
 
-def test_without_a_relay_it_says_who_is_to_start_one(site: Site):
+def test_status_without_relay(site: Site):
+    """Without a relay, the screen shows how one is started: by which command, and by whom."""
     site.play(2)
     assert site.status()["state"] == "no_relay"
     assert "'t23-middleware relay --once' delivers now" in " ".join(site.run("status").stdout.split())
@@ -85,7 +89,8 @@ def test_without_a_relay_it_says_who_is_to_start_one(site: Site):
     assert "with T23_RELAY=external you have to run 't23-middleware relay'" in external
 
 
-def test_lines_that_no_relay_has_taken_in_are_told_in_bytes(site: Site):
+def test_status_unread_journal_bytes(site: Site):
+    """Journal lines that no relay has read yet are shown in bytes."""
     site.play(3)
     size = sum(path.stat().st_size for path in site.folder.journals.glob("*.journal"))
     status = site.status()
@@ -95,7 +100,8 @@ def test_lines_that_no_relay_has_taken_in_are_told_in_bytes(site: Site):
     assert site.status()["journal_bytes"] == 0
 
 
-def test_open_responses_and_what_is_counted_aside_are_shown(site: Site):
+def test_status_open_responses_and_counters(site: Site):
+    """Open responses are shown, and the counters of what is not reported."""
     with living(site.folder, digest=site.digest()) as writer, site.relay():
         now = transfer(7, 0).opening._replace(started_ns=0)
         writer.write(now)
@@ -106,7 +112,8 @@ def test_open_responses_and_what_is_counted_aside_are_shown(site: Site):
     assert "journal_torn" in site.run("status").stdout
 
 
-def test_each_look_adds_up_while_a_relay_takes_in_and_delivers(site: Site):
+def test_status_adds_up_during_delivery(site: Site):
+    """The figures add up at each read while a relay ingests and delivers."""
     settings = Settings(environ=site.environ)
     with site.relay():
         for _ in range(10):
@@ -134,7 +141,8 @@ sys.stdin.read()
 """
 
 
-def test_a_writer_that_looks_at_the_status_still_counts_as_alive(site: Site):
+def test_status_keeps_writer_lock(site: Site):
+    """A writer that has read the status still has its journal's lock, and so counts as alive."""
     site.folder.create()
     process = start(LOOKING_WRITER, str(site.folder.path))
     try:
@@ -156,7 +164,8 @@ def test_watch_shows_it_again_until_ctrl_c(site: Site):
         process.communicate()
 
 
-def test_a_database_that_is_none_is_an_error_with_a_remedy(site: Site):
+def test_status_outbox_not_a_database(site: Site):
+    """An outbox that is not a database is an error with a remedy, and its file is not changed."""
     site.folder.create()
     site.folder.outbox.write_bytes(b"this is no database, and long enough to be one" * 100)
     done = site.run("status")
@@ -165,7 +174,8 @@ def test_a_database_that_is_none_is_an_error_with_a_remedy(site: Site):
     assert site.folder.outbox.read_bytes().startswith(b"this is no database")
 
 
-def test_an_outbox_of_another_version_is_not_guessed_at(site: Site):
+def test_status_outbox_of_another_version(site: Site):
+    """An outbox of another version is an error. The command does not guess at its content."""
     site.folder.create()
     SQLiteOutbox(site.folder.outbox).close()
     as_if_of_version(99, site.folder.outbox)
@@ -174,13 +184,15 @@ def test_an_outbox_of_another_version_is_not_guessed_at(site: Site):
     assert "another version" in done.stderr
 
 
-def test_wrong_settings_are_told_and_end_with_2(site: Site):
+def test_status_wrong_settings(site: Site):
+    """Wrong settings are named, and the exit code is 2."""
     done = site.run("status", T23_API_URL="nowhere")
     assert done.returncode == 2
     assert "T23_API_URL" in done.stderr
 
 
-def test_a_corrupt_outbox_of_which_not_all_can_be_counted_is_said(site: Site):
+def test_status_uncounted_corrupt_outbox(site: Site):
+    """The screen and the JSON show that not all reports of a corrupt outbox could be counted."""
     site.folder.create()
     site.folder.outbox.write_bytes(b"this is no database, and long enough to be one" * 100)
     SQLiteOutbox(site.folder.outbox).close()
@@ -190,7 +202,8 @@ def test_a_corrupt_outbox_of_which_not_all_can_be_counted_is_said(site: Site):
     assert found["counters"] == {"outbox_corrupt": 1, "outbox_uncounted": 1}
 
 
-def test_switched_off_without_a_site_the_settings_are_shown_and_the_rest_says_what_it_lacks(site: Site):
+def test_commands_disabled_without_api_url(site: Site):
+    """Disabled and without a site, ``config`` shows the settings, and each other command names what it lacks."""
     off = {"T23_ENABLED": "0", "T23_API_URL": ""}
     shown = site.run("config", **off)
     assert (shown.returncode, shown.stderr) == (0, "")
@@ -211,7 +224,8 @@ def need_root() -> None:
 NOBODY = 65534
 
 
-def test_root_acts_as_the_owner_of_the_folder(site: Site, tmp_path: Path):
+def test_status_root_acts_as_owner(site: Site, tmp_path: Path):
+    """Root acts as the owner of the folder: no file in it gets another owner."""
     need_root()
     site.play(2)
     site.deliver()
@@ -228,7 +242,8 @@ def give_to_nobody(site: Site, tmp_path: Path) -> None:
         os.chown(path, NOBODY, NOBODY)
 
 
-def test_who_may_not_look_into_the_folder_is_told_whom_to_be(site: Site):
+def test_status_without_folder_permission(site: Site):
+    """A user who may not read the folder gets an error that names the users who may."""
     need_root()
     site.folder.create()
     done = site.python(
@@ -259,7 +274,8 @@ def test_durations_are_told_in_one_unit(seconds: float, shown: str):
     assert text.duration(seconds) == shown
 
 
-def test_the_screen_on_a_terminal_does_not_scroll(site: Site):
+def test_status_watch_does_not_scroll(site: Site):
+    """On a terminal, ``--watch`` writes each screen over the former one, without scrolling."""
     with site.on_terminal("status", "--watch") as (process, terminal):
         seen = ""
         while seen.count("Ctrl-C ends") < 2:

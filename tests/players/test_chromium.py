@@ -16,7 +16,8 @@ def skips(reports: list[tuple[int, int]]) -> list[int]:
     return [skip for skip, _ in reports]
 
 
-def test_a_viewing_is_one_play_and_each_scrub_one_report(page, site, film):
+def test_viewing_with_two_scrubs(page, site, film):
+    """A viewing is one play, and each scrub is one report."""
     page.open(rate=LINK)
     session = page.session
     page.click_play()
@@ -36,7 +37,8 @@ def test_a_viewing_is_one_play_and_each_scrub_one_report(page, site, film):
         assert all(sent >= least for (_, sent), least in zip(reports, needed, strict=True))
 
 
-def test_a_pause_and_a_scrub_to_what_the_player_has_are_no_reports(page, site, film):
+def test_pause_and_buffered_scrub_unreported(page, site, film):
+    """A pause, and a scrub to a place that the player has already, make no report."""
     page.open()
     session = page.session
     page.click_play()
@@ -54,7 +56,8 @@ def test_a_pause_and_a_scrub_to_what_the_player_has_are_no_reports(page, site, f
     assert film.bytes_between(0, 20) <= sent <= film.size
 
 
-def test_a_reload_with_a_session_of_its_own_is_a_play_of_its_own(page, site, film):
+def test_reload_with_new_session(page, site, film):
+    """A reload with its own session is a play of its own."""
     page.open(rate=LINK)
     sessions = []
     for _ in range(2):
@@ -69,7 +72,8 @@ def test_a_reload_with_a_session_of_its_own_is_a_play_of_its_own(page, site, fil
         assert sent >= film.bytes_between(0, STAY)
 
 
-def test_a_reload_in_the_same_session_is_a_second_play(page, site, film):
+def test_reload_in_same_session(page, site, film):
+    """A reload in the same session is a second play."""
     page.open("/cookie", rate=LINK)
     session = page.session
     for _ in range(2):
@@ -84,7 +88,8 @@ def test_a_reload_in_the_same_session_is_a_second_play(page, site, film):
         assert skips(reports) == [0, 0]
 
 
-def test_a_download_from_the_page_is_one_report_with_its_very_bytes(page, site, film, chromium):
+def test_page_download_is_one_report(page, site, film, chromium):
+    """A download from the page is one report with exactly its bytes."""
     page.open()
     session = page.session
     page.click_download()

@@ -51,14 +51,16 @@ def interrupt(command: str, url: str, folder: Path, at: int) -> int:
 
 
 @pytest.mark.parametrize("tool", DOWNLOADERS)
-def test_a_whole_download_is_one_report_with_its_very_bytes(tool, site, film, folder):
+def test_whole_download_is_one_report(tool, site, film, folder):
+    """A whole download is one report with exactly its bytes."""
     run(DOWNLOADERS[tool], site.url(f"whole-{tool}"), folder)
     assert (folder / "film.mp4").read_bytes() == film.content
     assert site.reports(f"whole-{tool}") == [(0, film.size)]
 
 
 @pytest.mark.parametrize("tool", DOWNLOADERS)
-def test_a_resumed_download_belongs_to_what_was_interrupted(tool, site, film, folder):
+def test_resumed_download_joins_interrupted_one(tool, site, film, folder):
+    """A resumed download belongs to the interrupted one: together they are one play."""
     session = f"resumed-{tool}"
     kept = interrupt(DOWNLOADERS[tool], site.url(session, LINK), folder, at=2 * LINK)
     run(f"{DOWNLOADERS[tool]} {RESUMING[tool]}", site.url(session), folder)
@@ -71,12 +73,14 @@ def test_a_resumed_download_belongs_to_what_was_interrupted(tool, site, film, fo
     assert sorted(reports) == ([(0, cut + rest)] if site.is_per_stream else [(0, cut), (1, rest)])
 
 
-def test_ffmpeg_that_decodes_the_film_is_one_play_with_its_very_bytes(site, film, folder):
+def test_ffmpeg_decodes_whole_film(site, film, folder):
+    """ffmpeg that decodes the whole film is one play with exactly its bytes."""
     run("ffmpeg -nostdin -v error -i URL -f null -", site.url("decoded"), folder)
     assert site.reports("decoded") == [(0, film.size)]
 
 
-def test_ffmpeg_that_begins_in_the_middle_is_one_play(site, film, folder):
+def test_ffmpeg_starts_in_the_middle(site, film, folder):
+    """ffmpeg that starts in the middle of the film is one play."""
     run("ffmpeg -nostdin -v error -ss 60 -i URL -f null -", site.url("middle"), folder)
     reports = site.reports("middle")
     assert skips(reports).count(0) == 1
@@ -85,7 +89,8 @@ def test_ffmpeg_that_begins_in_the_middle_is_one_play(site, film, folder):
         assert skips(reports) == [0]
 
 
-def test_a_download_over_four_connections_is_one_play(site, film, folder):
+def test_parallel_download_is_one_play(site, film, folder):
+    """A download over four connections is one play."""
     aria2 = "aria2c --no-conf -q -x4 -s4 -k1M -o film.mp4 URL"
     run(aria2, site.url("parallel", LINK), folder)
     assert (folder / "film.mp4").read_bytes() == film.content

@@ -22,7 +22,8 @@ def _small_kernel() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_waitress_held_as_the_client_left_is_not_counted(way: str, waitress: Site) -> None:
+def test_waitress_unsent_bytes_not_counted(way: str, waitress: Site) -> None:
+    """What waitress has not sent when the client disconnects is not counted."""
     session = waitress.session()
     with waitress.client(buffer=SMALL_BUFFER) as client:
         client.request("GET", play(f"/{way}/film.mp4", session))
@@ -33,9 +34,8 @@ def test_what_waitress_held_as_the_client_left_is_not_counted(way: str, waitress
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_waitress_held_for_a_client_that_came_back_is_counted_once_it_has_gone(
-    way: str, waitress: Site
-) -> None:
+def test_waitress_buffered_bytes_counted_later(way: str, waitress: Site) -> None:
+    """What waitress buffers for a client that stalls and goes on is counted once it has been sent."""
     session = waitress.session()
     with waitress.client(buffer=SMALL_BUFFER) as client:
         client.request("GET", play(f"/{way}/film.mp4", session))

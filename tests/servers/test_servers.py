@@ -43,7 +43,8 @@ COMPLETE = {
 
 
 @pytest.mark.parametrize("case", COMPLETE)
-def test_a_complete_answer_is_the_bare_apps_and_counted_to_the_byte(case: str, site: Site) -> None:
+def test_complete_answer_unchanged_and_counted(case: str, site: Site) -> None:
+    """A complete answer is the same as the bare app's, and counted to the byte."""
     path, headers = COMPLETE[case]
     session = site.session()
     answer = site.ask("GET", path, session, **headers)
@@ -83,7 +84,8 @@ def both_hang(site: Site, path: str) -> bool:
     return cut == [True, True]
 
 
-def test_an_empty_body_is_the_bare_apps_and_counted_as_nothing(site: Site) -> None:
+def test_empty_body_counts_zero(site: Site) -> None:
+    """An empty body is the same as the bare app's, and counted as 0 bytes."""
     session = site.session()
     answer = site.ask("GET", "/empty", session)
     assert answer == site.bare("GET", "/empty")
@@ -91,7 +93,8 @@ def test_an_empty_body_is_the_bare_apps_and_counted_as_nothing(site: Site) -> No
     assert site.sent(session) == [0]
 
 
-def test_what_write_sent_is_counted_with_what_was_returned(site: Site) -> None:
+def test_write_bytes_are_counted(site: Site) -> None:
+    """What ``write()`` sent is counted together with the body that the app returned."""
     session = site.session()
     answer = site.ask("GET", "/write/film.mp4", session)
     assert answer == site.bare("GET", "/write/film.mp4")
@@ -101,7 +104,8 @@ def test_what_write_sent_is_counted_with_what_was_returned(site: Site) -> None:
         assert answer.status in (0, 500), "the app calls None"
 
 
-def test_a_body_whose_close_fails_is_counted_as_it_was_sent(site: Site) -> None:
+def test_failing_close_is_counted(site: Site) -> None:
+    """A body whose ``close()`` fails is counted as it was sent."""
     session = site.session()
     answer = site.ask("GET", "/close-fails", session)
     assert (answer.status, answer.body) == (200, bytes(2 << 16))
@@ -109,7 +113,8 @@ def test_a_body_whose_close_fails_is_counted_as_it_was_sent(site: Site) -> None:
     assert site.sent(session) == [2 << 16]
 
 
-def test_an_app_that_raises_midway_is_counted_as_far_as_it_came(site: Site) -> None:
+def test_app_raises_midway(site: Site) -> None:
+    """An app that raises in the middle of its body is counted up to there."""
     session = site.session()
     answer = site.ask("GET", "/raises-midway", session)
     (sent,) = site.sent(session)
@@ -130,14 +135,16 @@ NOT_COUNTED = {
 
 
 @pytest.mark.parametrize("case", NOT_COUNTED)
-def test_an_answer_that_is_no_play_is_the_bare_apps_and_not_counted(case: str, site: Site) -> None:
+def test_other_answers_not_counted(case: str, site: Site) -> None:
+    """An answer that is not a play is the same as the bare app's, and not counted."""
     method, path, headers = NOT_COUNTED[case]
     session = site.session()
     assert site.ask(method, path, session, **headers) == site.bare(method, path, **headers)
     assert_not_opened(site, session)
 
 
-def test_a_304_is_the_bare_apps_and_not_counted(site: Site) -> None:
+def test_304_is_not_counted(site: Site) -> None:
+    """A 304 is the same as the bare app's, and not counted."""
     etag = site.bare("GET", "/flask/film.mp4").header("ETag")
     assert etag is not None
     session = site.session()
@@ -152,7 +159,8 @@ def assert_not_opened(site: Site, session: str) -> None:
     assert not site.opened(session)
 
 
-def test_two_requests_on_one_connection_are_counted_apart(site: Site) -> None:
+def test_kept_alive_requests_counted_apart(site: Site) -> None:
+    """Two requests on one connection are counted separately."""
     first, second = site.session(), site.session()
     with site.client() as client:
         one = client.ask("GET", play("/flask/film.mp4", first), {"Range": "bytes=0-99999"})
@@ -161,8 +169,11 @@ def test_two_requests_on_one_connection_are_counted_apart(site: Site) -> None:
     assert (site.sent(first), site.sent(second)) == ([100_000], [FILM_BYTES])
 
 
-def test_transfers_at_the_same_time_are_counted_apart(site: Site) -> None:
-    """uWSGI's threads share a process, whose account of bytes read must not be taken for a thread's."""
+def test_parallel_transfers_counted_apart(site: Site) -> None:
+    """Transfers at the same time are counted separately.
+
+    uWSGI's threads share a process, whose count of bytes read must not be taken for a thread's.
+    """
     sessions = {site.session(): way for way in ("wrapper", "generator", "flask", "wrapper", "flask")}
 
     def fetch(session: str) -> int:
@@ -180,7 +191,8 @@ BIG = {
 }
 
 
-def test_a_server_that_hides_who_left_is_noticed(site: Site) -> None:
+def test_server_without_disconnects_noticed(site: Site) -> None:
+    """A server that does not report disconnects to the app is noticed and counted."""
     session = site.session()
     site.ask("GET", "/generator/film.mp4", session)
     assert site.sent(session)
@@ -189,7 +201,8 @@ def test_a_server_that_hides_who_left_is_noticed(site: Site) -> None:
 
 
 @pytest.mark.parametrize("way", BIG)
-def test_a_client_that_leaves_early_is_counted_with_no_less_than_it_got(way: str, site: Site) -> None:
+def test_disconnect_counts_received_bytes(way: str, site: Site) -> None:
+    """A client that disconnects early is counted with no fewer bytes than it got."""
     session = site.session()
     with site.client(buffer=SMALL_BUFFER) as client:
         client.request("GET", play(BIG[way], session))
@@ -256,7 +269,8 @@ def test_pipelined_responses_counted_apart(site: Site) -> None:
 
 
 @pytest.mark.parametrize("way", BIG)
-def test_a_client_that_never_reads_is_not_counted_as_if_it_had(way: str, site: Site) -> None:
+def test_client_that_never_reads(way: str, site: Site) -> None:
+    """A client that never reads is not counted like one that has read."""
     session = site.session()
     with site.client(buffer=SMALL_BUFFER) as client:
         client.request("GET", play(BIG[way], session))
@@ -275,7 +289,8 @@ def wait_until_opened(site: Site, session: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["wrapper", "generator", "flask"])
-def test_a_client_that_stalls_and_goes_on_is_counted_to_the_byte(way: str, site: Site) -> None:
+def test_stalled_client_is_counted(way: str, site: Site) -> None:
+    """A client that stalls and goes on is counted to the byte."""
     session = site.session()
     with site.client(buffer=SMALL_BUFFER) as client:
         client.request("GET", play(f"/{way}/film.mp4", session))
@@ -294,5 +309,6 @@ def stall(client: Client) -> None:
         before, now = now, client.kernel_bytes()
 
 
-def test_after_all_of_that_no_response_has_two_close_lines(site: Site) -> None:
+def test_one_close_line_per_response(site: Site) -> None:
+    """After all tests of this file, no response has two close lines."""
     assert {session: often for session, often in Counter(site.closes()).items() if often != 1} == {}
