@@ -151,8 +151,11 @@ def at(time_ms: int, session: str = "s") -> Report:
     return report(0)._replace(time_ms=time_ms, session_id=session)
 
 
-def test_a_report_from_before_the_hosts_clock_was_set_is_as_old_as_its_ingestion(world):
-    """Both at boot: the worker's clock said 1970, and the relay's says better already."""
+def test_age_counts_from_ingestion(world):
+    """A report from before the host's clock was set is as old as the time since its ingestion.
+
+    Both happen at boot: the worker's clock shows 1970, the relay's is right already.
+    """
     limits = world.limits(max_age=3600)
     limits.ingest(batch(at(5_000), at(7_000), at(6_000, "t"), report(1)))
     limits.ingest(batch(at(8_000)))
@@ -165,7 +168,8 @@ def test_a_report_from_before_the_hosts_clock_was_set_is_as_old_as_its_ingestion
     assert world.stats() == Stats(5, 0, 0, 0, 5)
 
 
-def test_what_came_in_before_the_clock_was_set_gets_its_age_when_it_is(world):
+def test_age_corrected_when_clock_is_set(world):
+    """A report that was stored before the clock was set gets its right age when it is set."""
     limits = world.limits(max_age=3600)
     world.now_ms = 9_000
     limits.ingest(batch(*(at(1_000 + n) for n in range(4))))
@@ -185,7 +189,8 @@ def test_what_came_in_before_the_clock_was_set_gets_its_age_when_it_is(world):
     assert world.stats() == Stats(4, 0, 0, 1, 3)
 
 
-def test_what_is_older_than_the_bound_is_lost_and_counted_by_day_with_its_bytes(world, caplog):
+def test_too_old_reports_are_lost(world, caplog):
+    """A report that is older than the limit is lost, and counted by day with its bytes."""
     limits = world.limits(max_age=7 * 86_400)
     for n in range(4):
         limits.ingest(batch(report(n, NOW + n * DAY_MS, sent=10**n)))
@@ -254,8 +259,11 @@ def test_a_note_that_is_damaged_begins_anew():
         assert Elapsed({"elapsed": text}, "boot", lambda: 7.0).now_ms() in (0, 1)
 
 
-def test_a_report_that_is_sent_again_is_young(world):
-    """Who sends a refused report again after weeks wants it to arrive."""
+def test_retried_dead_letter_is_young(world):
+    """A dead letter that is sent again gets a new age.
+
+    An operator who sends a refused report again after weeks wants it to arrive.
+    """
     world.outbox.ingest(batch(report(1)))
     world.bury(1, NOW)
     limits = world.limits()
@@ -270,7 +278,8 @@ def test_a_report_that_is_sent_again_is_young(world):
     assert world.stats() == Stats(1, 0, 0, 0, 1)
 
 
-def test_what_is_in_flight_is_not_dropped_and_counts_as_sent(world):
+def test_report_in_flight_is_kept(world):
+    """A report in flight is not dropped, and counts as sent when it arrives."""
     limits = world.limits(max_bytes=1)
     limits.ingest(batch(*[report(n) for n in range(3)]))
     flying = world.claim(1)
@@ -281,7 +290,8 @@ def test_what_is_in_flight_is_not_dropped_and_counts_as_sent(world):
     assert world.stats() == Stats(3, 0, 1, 0, 2)
 
 
-def test_the_age_of_all_is_looked_at_once_a_minute_and_more_often_where_reports_age_fast(world):
+def test_ages_checked_once_a_minute(world):
+    """The ages of all reports are checked once a minute, and more often if the limit is short."""
     slow, fast = world.limits(max_age=61), world.limits(max_age=1)
     world.outbox.ingest(batch(report(1), since_ms=0))
     slow.enforce()
@@ -297,7 +307,8 @@ def test_the_age_of_all_is_looked_at_once_a_minute_and_more_often_where_reports_
     assert world.waiting() == []
 
 
-def test_a_large_backlog_goes_in_pieces_and_at_once(world, monkeypatch):
+def test_large_backlog_dropped_in_pieces(world, monkeypatch):
+    """A large backlog is dropped in pieces, without a pause between them."""
     monkeypatch.setattr(module, "MOST_AT_ONCE", 10)
     limits = world.limits()
     limits.ingest(batch(*[report(n) for n in range(35)]))
@@ -318,7 +329,8 @@ def full(world: World, count: int = 6000) -> int:
     return world.outbox.size()
 
 
-def test_beyond_the_bound_the_oldest_go_until_it_is_kept_and_no_more(world, caplog):
+def test_full_outbox_drops_oldest(world, caplog):
+    """Above the byte limit the oldest reports are dropped until the outbox is within it, and no more."""
     size, count = full(world), 6000
     bound = size * 3 // 4
     limits = world.limits(max_bytes=bound)
@@ -331,7 +343,8 @@ def test_beyond_the_bound_the_oldest_go_until_it_is_kept_and_no_more(world, capl
     assert len(errors(caplog)) == 1
 
 
-def test_a_bound_that_other_tables_fill_leaves_reports_a_quarter_of_it(world):
+def test_reports_keep_quarter_of_limit(world):
+    """If other tables fill the limit, a quarter of it is left for reports."""
     full(world, 3000)
     viewings = [(("", f"s{n}", "1"), "x" * 1000) for n in range(1000)]
     world.outbox.ingest(batch(viewings=viewings))
@@ -341,7 +354,8 @@ def test_a_bound_that_other_tables_fill_leaves_reports_a_quarter_of_it(world):
     assert world.stats().waiting == bound // 4 // 128
 
 
-def test_a_file_that_was_emptied_shrinks_and_keeps_some_free_pages(world):
+def test_emptied_file_shrinks(world):
+    """The file of an emptied outbox shrinks and keeps some free pages."""
     full(world, 80_000)
     world.outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     before = world.folder.outbox.stat().st_size
@@ -355,8 +369,11 @@ def test_a_file_that_was_emptied_shrinks_and_keeps_some_free_pages(world):
     assert world.stats() == Stats(80_000, 0, 80_000, 0, 0)
 
 
-def test_a_file_shrinks_by_little_at_once_while_the_disk_is_short_of_room(world):
-    """What is moved is first in the log, which has no room to grow."""
+def test_file_shrinks_slowly_without_space(world):
+    """The file shrinks in small steps while the disk is short of space.
+
+    Pages that move are written to the write-ahead log first, which has no space to grow.
+    """
     full(world, 20_000)
     while ids := world.claim(2000):
         world.outbox.settle([Acked(id) for id in ids], NOW)
@@ -370,7 +387,8 @@ def test_a_file_shrinks_by_little_at_once_while_the_disk_is_short_of_room(world)
     assert pages[-1] < pages[0] / 2
 
 
-def test_one_large_transaction_does_not_keep_the_log_large(world):
+def test_write_ahead_log_shrinks_again(world):
+    """The write-ahead log does not stay large after one large transaction."""
     full(world, 60_000)
     log = world.folder.outbox.with_name("outbox.db-wal")
     assert log.stat().st_size > 3 << 20
@@ -382,7 +400,8 @@ def test_one_large_transaction_does_not_keep_the_log_large(world):
 # Dead letters.
 
 
-def test_dead_letters_go_after_thirty_days_and_before_all_that_waits(world):
+def test_dead_letters_dropped_after_30_days(world):
+    """Dead letters are dropped after 30 days, and before all reports that wait."""
     world.outbox.ingest(batch(*[report(n, NOW + 31 * DAY_MS, sent=10**n) for n in range(3)]))
     limits = world.limits(max_age=60 * 86_400)
     world.bury(1, NOW)
@@ -396,7 +415,8 @@ def test_dead_letters_go_after_thirty_days_and_before_all_that_waits(world):
     assert world.losses() == [Loss("2025-12-24", "dead_too_old", 1, 1)]
 
 
-def test_of_dead_letters_ten_thousand_stay_the_latest(world):
+def test_newest_ten_thousand_dead_letters_kept(world):
+    """Of the dead letters the latest ten thousand are kept."""
     world.outbox.ingest(batch(*[report(n, sent=1) for n in range(MOST_DEAD + 5)]))
     world.bury(MOST_DEAD, NOW + 1)
     world.bury(5, NOW)  # refused before the others
@@ -423,11 +443,13 @@ def test_of_dead_letters_ten_thousand_stay_the_latest(world):
         (DiskSpace(4 << 10, 4 << 20), 0),
     ],
 )
-def test_the_outbox_grows_by_half_of_the_room_at_a_time(space, growth):
+def test_outbox_grows_by_half_of_space(space, growth):
+    """The outbox may grow by half of the free disk space at a time."""
     assert space.growth == growth
 
 
-def test_what_the_outbox_has_no_room_for_stays_in_the_journals_and_acknowledgements_go_on(world):
+def test_full_disk_leaves_journals_unread(world):
+    """What does not fit in the outbox stays in the journals, and acknowledgements are still stored."""
     limits = world.limits()
     limits.ingest(batch(*[report(n) for n in range(300)]))
     world.disk = DiskSpace(0, 1 << 40)
@@ -443,7 +465,8 @@ def test_what_the_outbox_has_no_room_for_stays_in_the_journals_and_acknowledgeme
     assert world.stats() == Stats(5100, 4800, 300, 0, 0)
 
 
-def test_on_a_full_disk_nothing_is_taken_in_until_delivered_reports_have_left_room(world, monkeypatch):
+def test_full_disk_waits_for_deliveries(world, monkeypatch):
+    """On a full disk nothing is read until delivered reports have made space in the outbox."""
     monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
     limits = world.limits()
     assert (limits.has_room(), limits.piece_bytes) == (True, PIECE)
@@ -458,8 +481,11 @@ def test_on_a_full_disk_nothing_is_taken_in_until_delivered_reports_have_left_ro
     limits.ingest(batch(*[report(n) for n in range(100)]))
 
 
-def test_a_full_disk_with_an_empty_outbox_gives_up_the_reserve_for_what_is_new(world):
-    """Else nothing would ever go on, where it is the journals that fill the disk."""
+def test_full_disk_uses_reserve(world):
+    """A full disk with an empty outbox uses the reserve for new reports.
+
+    Otherwise nothing would ever be delivered if the journals fill the disk.
+    """
     limits = world.limits()
     world.keep(limits)
     world.disk = DiskSpace(0, 1 << 40)
@@ -472,9 +498,8 @@ def test_a_full_disk_with_an_empty_outbox_gives_up_the_reserve_for_what_is_new(w
     assert world.stats().waiting == 1000
 
 
-def test_the_reserve_is_made_where_there_is_room_and_said_once_when_it_goes_and_when_it_is_back(
-    world, caplog
-):
+def test_reserve_made_and_logged(world, caplog):
+    """The reserve is created if there is space. Its removal and its return are logged once each."""
     limits = world.limits()
     world.disk = DiskSpace((64 << 20) + (512 << 10) - 1, 1 << 40)
     world.keep(limits)
@@ -495,13 +520,16 @@ def test_the_reserve_is_made_where_there_is_room_and_said_once_when_it_goes_and_
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
-def test_a_reserve_that_was_cut_short_is_made_anew(world):
+def test_short_reserve_is_replaced(world):
+    """A reserve file that is too short is replaced."""
     world.folder.reserve.write_bytes(b"short")
     world.keep(world.limits())
     assert world.folder.reserve.stat().st_size == 512 << 10
 
 
-def test_a_reserve_that_the_disk_does_not_take_after_all_leaves_nothing(world, monkeypatch):
+def test_failed_reserve_leaves_no_file(world, monkeypatch):
+    """A reserve that the disk refuses while it is written leaves no file."""
+
     def refused(descriptor: int, data: Any) -> int:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
@@ -543,8 +571,11 @@ def test_a_write_that_failed_means_full(world, monkeypatch):
     assert asked == [PLENTY.growth]
 
 
-def test_a_reserve_that_went_though_there_is_room(world, monkeypatch, caplog):
-    """It is tried again seldom, and made only where a quota has twice its size."""
+def test_reserve_under_quota(world, monkeypatch, caplog):
+    """A reserve that was removed although there is free space is tried again seldom.
+
+    It is created only if the quota has twice its size.
+    """
     limits = world.limits()
     limits.ingest(batch(report(0)))
     limits.enforce()
@@ -696,7 +727,8 @@ def test_who_keeps_the_log_is_named(world, reader, caplog):
     assert readers(world.folder.outbox) == []
 
 
-def test_a_disk_that_is_full_takes_the_reserve_for_acknowledgements_but_not_for_what_is_new(world):
+def test_reserve_kept_for_acknowledgements(world):
+    """A full disk uses the reserve for acknowledgements but not for new reports."""
     limits = world.limits()
     world.keep(limits)
     limits.ingest(batch(*[report(n) for n in range(300)]))
@@ -725,7 +757,8 @@ def test_a_locked_outbox_is_no_full_disk(world):
 # Journals.
 
 
-def test_journals_beyond_their_bound_are_given_up_only_while_the_outbox_takes_nothing(world, monkeypatch):
+def test_journals_dropped_above_limit(world, monkeypatch):
+    """Journals above their limit are dropped only while the outbox refuses new reports."""
     monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
     path = journal(world.folder, "1-dead", b"x" * 20_000)
     limits = world.limits()
@@ -743,7 +776,8 @@ def test_journals_beyond_their_bound_are_given_up_only_while_the_outbox_takes_no
     assert world.stats() == Stats(3300, 300, 0, 0, 3000)
 
 
-def test_what_can_not_even_be_counted_is_not_given_up(world, monkeypatch):
+def test_uncounted_loss_is_not_dropped(world, monkeypatch):
+    """A report whose loss can't be counted is not dropped."""
     monkeypatch.setattr(module, "MOST_UNREAD", 10_000)
     journal(world.folder, "1-dead", b"x" * 20_000)
     limits = world.limits()
@@ -755,7 +789,8 @@ def test_what_can_not_even_be_counted_is_not_given_up(world, monkeypatch):
     assert (world.stats(), world.losses()) == (Stats(0, 0, 0, 0, 0), [])
 
 
-def test_plays_that_workers_lost_are_captured_and_lost(world):
+def test_worker_losses_captured_and_lost(world):
+    """Plays that workers lost count as captured and as lost."""
     counts = Counter({"capture_lost": 3, "capture_lost_bytes": 999, "no_session": 2})
     losses = take_losses(counts)
     assert losses == [EarlyLoss("capture_lost", 3, 999)]
@@ -783,7 +818,8 @@ def relay(state: Path) -> Callable[..., Relay]:
     return made
 
 
-def test_a_relay_drops_what_is_too_old_sends_the_rest_and_its_figures_add_up(relay, state):
+def test_relay_drops_old_sends_rest(relay, state):
+    """A relay drops the reports that are too old and sends the rest, and its figures add up."""
     folder = StateFolder(state)
     folder.create()
     ages = [8 * DAY_MS, 7 * DAY_MS + 1, 6 * DAY_MS, 0]
@@ -808,7 +844,8 @@ def test_a_relay_drops_what_is_too_old_sends_the_rest_and_its_figures_add_up(rel
     assert folder.reserve.exists()
 
 
-def test_a_relay_whose_api_is_away_keeps_within_its_bytes(relay, state, monkeypatch):
+def test_relay_without_api_keeps_limit(relay, state, monkeypatch):
+    """A relay whose API is down keeps the outbox within its byte limit."""
     folder = StateFolder(state)
     folder.create()
     # Of the boot before, so that their viewings are over however long this machine has been up.
@@ -845,7 +882,8 @@ def test_a_relay_whose_api_is_away_keeps_within_its_bytes(relay, state, monkeypa
     ("name", "text"),
     [("T23_MAX_AGE", "0"), ("T23_MAX_AGE", "a week"), ("T23_MAX_BYTES", "65535"), ("T23_MAX_BYTES", "256M")],
 )
-def test_bounds_that_make_no_sense_are_refused_with_what_to_write(name, text):
+def test_invalid_limits_are_refused(name, text):
+    """Invalid limits are refused with an example of a valid value."""
     with pytest.raises(ConfigurationError, match=f"{name}.+write for example"):
         Settings(environ={"T23_API_URL": "https://a.example", name: text})
 

@@ -225,7 +225,8 @@ def error_of(client: AnalyticsClient, report: Report = REPORT) -> DeliveryError:
 # What is sent.
 
 
-def test_a_report_is_one_post_of_its_form(serve: Any, client_for: Any) -> None:
+def test_report_is_one_form_post(serve: Any, client_for: Any) -> None:
+    """A report is one POST of a form with its fields."""
     server = serve(always(answer()))
     got = client_for(server.url).send(REPORT)
     assert got == Accepted(False, "The download was reported", got.seconds)
@@ -249,7 +250,8 @@ def test_a_report_is_one_post_of_its_form(serve: Any, client_for: Any) -> None:
     }
 
 
-def test_the_report_goes_to_the_path_and_host_that_the_settings_name(serve: Any, client_for: Any) -> None:
+def test_report_uses_configured_path_and_host(serve: Any, client_for: Any) -> None:
+    """The report goes to the path and the host that the settings name."""
     server = serve(always(answer()))
     client = client_for(
         f"http://{{host}}:{server.port}", hosts="127.0.0.1", report_path="/api/analytics/report/download"
@@ -271,9 +273,8 @@ def test_the_report_goes_to_the_path_and_host_that_the_settings_name(serve: Any,
         ("\ud800", "?"),
     ],
 )
-def test_the_cookie_stays_raw_but_for_what_no_cookie_may_hold(
-    serve: Any, client_for: Any, session: str, sent: str
-) -> None:
+def test_cookie_escapes_only_invalid_characters(serve: Any, client_for: Any, session: str, sent: str) -> None:
+    """The cookie's value is sent raw, except for characters that a cookie may not contain."""
     server = serve(always(answer()))
     client_for(server.url, report_cookie="ad_session_id").send(REPORT._replace(session_id=session))
     [(_, headers, _)] = server.requests
@@ -281,7 +282,8 @@ def test_the_cookie_stays_raw_but_for_what_no_cookie_may_hold(
     assert "x-evil" not in headers
 
 
-def test_cookies_that_the_api_sets_are_not_sent_back(serve: Any, client_for: Any) -> None:
+def test_api_cookies_are_not_returned(serve: Any, client_for: Any) -> None:
+    """Cookies that the API sets are not sent back."""
     server = serve(always(answer(OK, "200 OK", "Set-Cookie: uuid=someone; Path=/", "Set-Cookie: ;;==;\x01")))
     client = client_for(server.url)
     client.send(REPORT)
@@ -289,7 +291,8 @@ def test_cookies_that_the_api_sets_are_not_sent_back(serve: Any, client_for: Any
     assert ["cookie" in headers for _, headers, _ in server.requests] == [False, False]
 
 
-def test_a_thread_keeps_its_connection_and_eight_threads_have_their_own(serve: Any, client_for: Any) -> None:
+def test_each_thread_has_its_connection(serve: Any, client_for: Any) -> None:
+    """A thread keeps its connection: eight threads use no more than eight."""
     server = serve(always(answer()))
     client = client_for(server.url)
     with ThreadPoolExecutor(8) as pool:
@@ -307,7 +310,8 @@ def test_a_refusal_keeps_the_connection(serve: Any, client_for: Any) -> None:
     assert server.connections == 1
 
 
-def test_a_connection_that_the_server_closed_meanwhile_is_not_used(serve: Any, client_for: Any) -> None:
+def test_closed_connection_not_reused(serve: Any, client_for: Any) -> None:
+    """A connection that the server has closed in the meantime is not used again."""
     server = serve(once(answer()))
     client = client_for(server.url)
     for _ in range(5):
@@ -316,9 +320,8 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used(serve: Any, c
     assert server.connections == 5
 
 
-def test_a_connection_that_was_idle_is_not_used(
-    serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_idle_connection_not_reused(serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that was idle for too long is not used again."""
     monkeypatch.setattr(client_module, "IDLE_SECONDS", -1.0)
     server = serve(always(answer()))
     client = client_for(server.url)
@@ -327,9 +330,8 @@ def test_a_connection_that_was_idle_is_not_used(
     assert server.connections == 2
 
 
-def test_close_ends_the_connections_of_all_threads_and_later_reports_open_new_ones(
-    serve: Any, client_for: Any
-) -> None:
+def test_close_ends_all_connections(serve: Any, client_for: Any) -> None:
+    """``close()`` ends the connections of all threads. Later reports open new ones."""
     server = serve(always(answer()))
     client = client_for(server.url)
     sent, done = threading.Event(), threading.Event()
@@ -392,7 +394,8 @@ def test_a_name_without_address_is_unreachable(client_for: Any, monkeypatch: pyt
     assert "Name or service not known" in str(error)
 
 
-def test_a_server_that_does_not_accept_is_unreachable(client_for: Any) -> None:
+def test_server_without_accept_is_unreachable(client_for: Any) -> None:
+    """A server that does not accept the connection is unreachable."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -407,9 +410,8 @@ def test_a_server_that_does_not_accept_is_unreachable(client_for: Any) -> None:
     assert "timed out" in str(error)
 
 
-def test_a_report_whose_time_was_up_before_it_left_is_unreachable(
-    serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_connect_is_unreachable(serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report whose time was over before it was sent fails as unreachable."""
     server = serve(always(answer()))
     connect = socket.socket.connect
 
@@ -439,13 +441,15 @@ def test_an_api_that_hangs_gives_no_answer(serve: Any, client_for: Any) -> None:
     assert len(server.requests) == 1
 
 
-def test_a_reset_after_the_report_gives_no_answer(serve: Any, client_for: Any) -> None:
+def test_reset_gives_no_answer(serve: Any, client_for: Any) -> None:
+    """A reset of the connection after the report gives no answer."""
     server = serve(lambda connection, number: reset(connection))
     assert isinstance(error_of(client_for(server.url)), NoAnswer)
     assert len(server.requests) == 1
 
 
-def test_a_connection_closed_without_a_word_gives_no_answer(serve: Any, client_for: Any) -> None:
+def test_closed_connection_gives_no_answer(serve: Any, client_for: Any) -> None:
+    """A connection that the server closes without an answer gives no answer, and nothing is sent again."""
     server = serve(lambda connection, number: None)
     error = error_of(client_for(server.url))
     assert isinstance(error, NoAnswer)
@@ -468,14 +472,16 @@ def test_a_connection_closed_without_a_word_gives_no_answer(serve: Any, client_f
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
     ],
 )
-def test_an_answer_that_is_cut_off_is_none(serve: Any, client_for: Any, cut: bytes) -> None:
+def test_cut_answer_gives_no_answer(serve: Any, client_for: Any, cut: bytes) -> None:
+    """An answer that is cut off gives no answer, wherever the cut is."""
     server = serve(once(cut))
     assert isinstance(error_of(client_for(server.url)), NoAnswer)
     assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("cut", [answer()[:-1], b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n" + OK])
-def test_even_an_ok_is_no_answer_where_the_rest_is_missing(serve: Any, client_for: Any, cut: bytes) -> None:
+def test_cut_ok_gives_no_answer(serve: Any, client_for: Any, cut: bytes) -> None:
+    """Even an ``ok`` gives no answer if the rest of the body is missing, and the error names the cut."""
     error = error_of(client_for(serve(once(cut)).url))
     assert isinstance(error, NoAnswer)
     assert "cut off" in str(error)
@@ -487,7 +493,8 @@ def test_what_is_no_http_gives_no_answer(serve: Any, client_for: Any, garbage: b
 
 
 @pytest.mark.parametrize("header", ["X: " + "y" * 70_000, "\r\n".join(["X: y"] * 300)])
-def test_headers_that_no_server_sends_give_no_answer(serve: Any, client_for: Any, header: str) -> None:
+def test_oversized_headers_give_no_answer(serve: Any, client_for: Any, header: str) -> None:
+    """Headers that no server sends, too long or too many, give no answer."""
     server = serve(once(f"HTTP/1.1 200 OK\r\n{header}\r\n\r\n".encode() + OK))
     assert isinstance(error_of(client_for(server.url)), NoAnswer)
 
@@ -503,7 +510,9 @@ def test_an_answer_of_two_lengths_is_none(serve: Any, client_for: Any) -> None:
 @pytest.mark.parametrize(
     "start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n", b"HTTP/1.1 200 OK\r\n"]
 )
-def test_an_answer_that_drips_ends_at_the_deadline(serve: Any, client_for: Any, start: bytes) -> None:
+def test_slow_answer_ends_at_deadline(serve: Any, client_for: Any, start: bytes) -> None:
+    """An answer that comes byte by byte ends at the deadline."""
+
     def manner(connection: socket.socket, number: int) -> None:
         connection.sendall(start)
         drip(connection, b"HTTP/1.1 200 OK\r\nX: " + b"y" * 480)  # 15 s, each byte within the timeout
@@ -514,7 +523,9 @@ def test_an_answer_that_drips_ends_at_the_deadline(serve: Any, client_for: Any, 
     assert time.monotonic() - began < 10
 
 
-def test_an_endless_answer_is_given_up_and_its_connection_closed(serve: Any, client_for: Any) -> None:
+def test_endless_answer_closes_connection(serve: Any, client_for: Any) -> None:
+    """An endless answer is not read to its end, and its connection is closed."""
+
     def manner(connection: socket.socket, number: int) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000000\r\n\r\n")
         for _ in range(10_000):
@@ -525,13 +536,15 @@ def test_an_endless_answer_is_given_up_and_its_connection_closed(serve: Any, cli
     assert server.closed.acquire(timeout=10)
 
 
-def test_the_longest_answer_is_read_and_one_byte_more_is_not(serve: Any, client_for: Any) -> None:
+def test_longest_answer_is_read(serve: Any, client_for: Any) -> None:
+    """An answer of the maximum length is read; one that is a byte longer is not."""
     room = LONGEST_ANSWER - len(OK)
     assert client_for(serve(always(answer(OK + b" " * room))).url).send(REPORT).message
     assert isinstance(error_of(client_for(serve(always(answer(OK + b" " * (room + 1)))).url)), NoAnswer)
 
 
-def test_a_chunked_answer_and_one_that_ends_with_its_connection_are_read(serve: Any, client_for: Any) -> None:
+def test_chunked_and_unframed_answers_read(serve: Any, client_for: Any) -> None:
+    """A chunked answer and one that ends with its connection are read."""
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     server = serve(always(chunked + b"4\r\n" + OK[:4] + b"\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(OK) - 4, OK[4:])))
     client = client_for(server.url)
@@ -543,7 +556,8 @@ def test_a_chunked_answer_and_one_that_ends_with_its_connection_are_read(serve: 
 # Redirects.
 
 
-def test_a_redirect_is_not_followed_and_names_its_target_and_the_remedy(serve: Any, client_for: Any) -> None:
+def test_redirect_names_remedy(serve: Any, client_for: Any) -> None:
+    """A redirect is not followed. The error names its target and the remedy, without password and session."""
     other = serve(always(answer()))
     target = f"http://user:pw@127.0.0.1:{other.port}/api/analytics/report/play?session_id={SESSION}#x"
     server = serve(always(answer(b"moved", "307 Temporary Redirect", f"Location: {target}")))
@@ -555,7 +569,9 @@ def test_a_redirect_is_not_followed_and_names_its_target_and_the_remedy(serve: A
     assert "session_id=" not in str(error)
 
 
-def test_the_body_of_a_redirect_is_not_read_without_end(serve: Any, client_for: Any) -> None:
+def test_endless_redirect_body(serve: Any, client_for: Any) -> None:
+    """The body of a redirect is not read without end, and its connection is closed."""
+
     def manner(connection: socket.socket, number: int) -> None:
         connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 10000000000\r\n\r\n")
         for _ in range(10_000):
@@ -567,7 +583,8 @@ def test_the_body_of_a_redirect_is_not_read_without_end(serve: Any, client_for: 
 
 
 @pytest.mark.parametrize("location", ["http://[::1", "//", "\x01", "http://\xff/", "http://a:b:c/"])
-def test_a_redirect_to_nowhere_is_told_without_failing(serve: Any, client_for: Any, location: str) -> None:
+def test_invalid_redirect_target(serve: Any, client_for: Any, location: str) -> None:
+    """A redirect to an invalid target is reported as not accepted, without another error."""
     server = serve(always(answer(b"", "301 Moved", f"Location: {location}")))
     assert isinstance(error_of(client_for(server.url)), NotAccepted)
 
@@ -601,9 +618,8 @@ def test_no_proxy_keeps_the_proxy_out(
     assert proxy.requests == []
 
 
-def test_a_proxy_that_will_not_tunnel_means_that_nothing_was_sent(
-    serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusing_proxy_sends_nothing(serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that refuses the tunnel is an error that means that nothing was sent, and shows no password."""
     proxy = serve(once(b"HTTP/1.1 403 Forbidden\r\n\r\n"))
     monkeypatch.setenv("https_proxy", f"http://user:pw@127.0.0.1:{proxy.port}")
     error = error_of(client_for("https://video.invalid"))
@@ -614,9 +630,8 @@ def test_a_proxy_that_will_not_tunnel_means_that_nothing_was_sent(
     assert proxy.requests[0][0].startswith("CONNECT video.invalid:443 ")
 
 
-def test_a_proxy_that_drips_its_leave_to_tunnel_means_that_nothing_was_sent(
-    serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_proxy_sends_nothing(serve: Any, client_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that answers CONNECT byte by byte is an error that means that nothing was sent, at the deadline."""
     proxy = serve(lambda connection, number: drip(connection, b"HTTP/1.1 200 OK\r\nX: " + b"y" * 480))
     monkeypatch.setenv("https_proxy", proxy.url)
     began = time.monotonic()
@@ -625,9 +640,8 @@ def test_a_proxy_that_drips_its_leave_to_tunnel_means_that_nothing_was_sent(
 
 
 @pytest.mark.parametrize("proxy", ["http://user:pw@", "http://user:pw@[::1", "http://u:pw@127.0.0.1:1"])
-def test_a_proxy_that_fails_is_told_without_its_password(
-    client_for: Any, monkeypatch: pytest.MonkeyPatch, proxy: str
-) -> None:
+def test_failing_proxy_hides_password(client_for: Any, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    """A proxy that fails is reported without its password."""
     monkeypatch.setenv("http_proxy", proxy)
     error = error_of(client_for("http://video.invalid"))
     assert isinstance(error, Unreachable)
@@ -635,9 +649,8 @@ def test_a_proxy_that_fails_is_told_without_its_password(
     assert "proxy" in str(error)
 
 
-def test_a_socks_proxy_that_fails_or_has_no_library_means_that_nothing_was_sent(
-    client_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_socks_proxy_sends_nothing(client_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A SOCKS proxy that fails, or whose library is missing, is an error that means that nothing was sent."""
     monkeypatch.setenv("all_proxy", "socks5://user:pw@127.0.0.1:1")
     error = error_of(client_for("http://video.invalid"))
     assert isinstance(error, Unreachable)
@@ -682,7 +695,7 @@ def test_an_untrusted_certificate_is_not_sent_anything(
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"])
-def test_an_authority_that_the_environment_names_is_trusted(
+def test_environment_ca_file_is_trusted(
     serve: Any,
     client_for: Any,
     tls: ssl.SSLContext,
@@ -690,6 +703,7 @@ def test_an_authority_that_the_environment_names_is_trusted(
     monkeypatch: pytest.MonkeyPatch,
     variable: str,
 ) -> None:
+    """A certificate authority that the environment names is trusted."""
     monkeypatch.setenv(variable, str(certificate.with_name("cert.pem")))
     server = serve(always(answer()), tls=tls)
     client = client_for(server.url)
@@ -697,13 +711,14 @@ def test_an_authority_that_the_environment_names_is_trusted(
     assert server.connections == 1
 
 
-def test_a_certificate_of_another_host_is_not_trusted_whoever_signed_it(
+def test_certificate_for_another_host(
     serve: Any,
     client_for: Any,
     tls: ssl.SSLContext,
     certificate: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A certificate for another host is not trusted, also if its authority is trusted."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate.with_name("cert.pem")))
     server = serve(always(answer()), tls=tls)
     error = error_of(client_for(f"https://localhost:{server.port}"))
@@ -712,13 +727,14 @@ def test_a_certificate_of_another_host_is_not_trusted_whoever_signed_it(
     assert "REQUESTS_CA_BUNDLE" not in str(error)
 
 
-def test_an_answer_that_drips_over_tls_ends_at_the_deadline(
+def test_slow_tls_answer_ends_at_deadline(
     serve: Any,
     client_for: Any,
     tls: ssl.SSLContext,
     certificate: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """An answer that comes byte by byte over TLS ends at the deadline."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate.with_name("cert.pem")))
     server = serve(lambda connection, number: drip(connection, b"HTTP/1.1 200 OK\r\n" + b"y" * 480), tls=tls)
     began = time.monotonic()
@@ -726,16 +742,16 @@ def test_an_answer_that_drips_over_tls_ends_at_the_deadline(
     assert time.monotonic() - began < 10
 
 
-def test_a_file_of_authorities_that_is_missing_is_named(
-    client_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_ca_file_is_named(client_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of certificate authorities that does not exist is named in the error."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/authorities.pem")
     error = error_of(client_for("https://127.0.0.1:1"))
     assert isinstance(error, Unreachable)
     assert "/nowhere/authorities.pem" in str(error)
 
 
-def test_a_tls_handshake_that_hangs_means_that_nothing_was_sent(client_for: Any) -> None:
+def test_hanging_tls_handshake_sends_nothing(client_for: Any) -> None:
+    """A TLS handshake that hangs is an error that means that nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         error = error_of(client_for(f"https://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3))
     assert isinstance(error, Unreachable)
@@ -763,7 +779,8 @@ def test_a_site_without_tls_is_told_so(client_for: Any) -> None:
 # With the stand-in, which answers as the documentation says.
 
 
-def test_the_stand_in_records_a_report_and_knows_it_again(api: StandInServer, client_for: Any) -> None:
+def test_stand_in_detects_repeated_report(api: StandInServer, client_for: Any) -> None:
+    """The stand-in API records a report and detects that it is sent again."""
     client = client_for(api.url)
     assert client.send(REPORT).cached is False
     assert client.send(REPORT).cached is True
@@ -789,13 +806,14 @@ def test_the_stand_in_records_a_report_and_knows_it_again(api: StandInServer, cl
         ("error", {"code": "on_strike", "message": "why not"}, Unexplained),
     ],
 )
-def test_each_fault_of_the_stand_in_is_the_error_that_it_should_be(
+def test_stand_in_faults_give_errors(
     api: StandInServer,
     client_for: Any,
     kind: str,
     options: dict[str, Any],
     kind_of_error: type[DeliveryError],
 ) -> None:
+    """Each fault of the stand-in API gives its kind of error, and after the fault reports are accepted."""
     client = client_for(api.url, timeout=0.5)
     api.fault(kind, **options)
     assert type(error_of(client)) is kind_of_error
@@ -803,7 +821,8 @@ def test_each_fault_of_the_stand_in_is_the_error_that_it_should_be(
     assert AnalyticsClient.send(client_for(api.url), REPORT).message
 
 
-def test_retry_after_of_the_stand_in_is_told(api: StandInServer, client_for: Any) -> None:
+def test_stand_in_retry_after(api: StandInServer, client_for: Any) -> None:
+    """The Retry-After of the stand-in API is passed on with the error."""
     api.fault("status", status=503, retry_after="7")
     error = error_of(client_for(api.url))
     assert isinstance(error, Busy)
@@ -980,7 +999,8 @@ def test_strange_answers_end_the_connection(strange: bytes, serve: Any, client_f
     ],
 )
 @pytest.mark.parametrize("status", [200, 404, 500, 503, 302])
-def test_ok_is_success_in_every_form_and_with_every_status(body: bytes, cached: bool, status: int) -> None:
+def test_ok_accepted_with_any_status(body: bytes, cached: bool, status: int) -> None:
+    """``ok`` is success in every form and with every HTTP status."""
     assert judge(status, {}, body).cached is cached
 
 
@@ -990,7 +1010,8 @@ def xml(code: str, message: str = "Words") -> bytes:
 
 @pytest.mark.parametrize("code", ["permission_denied", "invalid_signature", "invalid_method"])
 @pytest.mark.parametrize("status", [200, 400, 404, 500])
-def test_what_every_report_would_meet_is_not_accepted(code: str, status: int) -> None:
+def test_permission_errors_are_not_accepted(code: str, status: int) -> None:
+    """An error that every report would get is ``NotAccepted``, and names its code, the URL and the remedy."""
     for body in (said(status="error", code=code, message="Words"), xml(code)):
         with pytest.raises(NotAccepted) as caught:
             judge(status, {}, body, URL)
@@ -1018,7 +1039,8 @@ def test_what_every_report_would_meet_is_not_accepted(code: str, status: int) ->
     ],
 )
 @pytest.mark.parametrize("status", [200, 302, 401, 404, 500])
-def test_a_documented_code_refuses_the_report_whatever_the_status(code: str, status: int) -> None:
+def test_documented_code_refuses_report(code: str, status: int) -> None:
+    """A documented error code refuses the report, whatever the HTTP status."""
     for body in (said(status="error", code=code, message="Words"), xml(code)):
         with pytest.raises(Refused) as caught:
             judge(status, {}, body, URL)
@@ -1067,9 +1089,8 @@ UNKNOWN_CODE = said(status="error", code="on_strike")
     [(status, kind, body) for status, kind in BY_STATUS for body in NOT_THE_API]
     + [(status, kind, UNKNOWN_CODE) for status, kind in BY_STATUS if status >= 300],
 )
-def test_the_http_status_decides_where_the_api_does_not(
-    status: int, kind: type[DeliveryError], body: bytes
-) -> None:
+def test_status_decides_without_api_answer(status: int, kind: type[DeliveryError], body: bytes) -> None:
+    """The HTTP status decides if the body is not an answer of the API or has an unknown code."""
     with pytest.raises(DeliveryError) as caught:
         judge(status, {"Location": "/login"}, body, URL)
     assert type(caught.value) is kind
@@ -1115,13 +1136,15 @@ def test_the_http_status_decides_where_the_api_does_not(
         b"a" * 65_000 + b"(",
     ],
 )
-def test_what_the_api_would_not_say_with_200_is_no_answer(body: bytes) -> None:
+def test_invalid_body_gives_no_answer(body: bytes) -> None:
+    """A body that the API would not send with status 200 gives no answer."""
     with pytest.raises(NoAnswer) as caught:
         judge(200, {}, body, URL)
     assert URL in str(caught.value)
 
 
-def test_the_entities_of_a_billion_laughs_are_never_expanded() -> None:
+def test_xml_entities_never_expanded() -> None:
+    """The XML entities of a "billion laughs" document are never expanded."""
     entities = "".join(f'<!ENTITY l{n + 1} "{f"&l{n};" * 10}">' for n in range(9))
     body = f'<!DOCTYPE r [<!ENTITY l0 "lol">{entities}]><response status="ok" message="&l9;"/>'
     with pytest.raises(NoAnswer):
@@ -1151,13 +1174,15 @@ NOW = "Tue, 24 Nov 2026 12:00:00 GMT"
         ("Tue, 24 Nov 2026 12:00:30 +99999999999999999999", None),
     ],
 )
-def test_retry_after_is_seconds_or_a_date_by_the_servers_own_clock(text: str, seconds: float | None) -> None:
+def test_retry_after_seconds_or_date(text: str, seconds: float | None) -> None:
+    """Retry-After is a number of seconds, or a date that is compared with the server's own clock."""
     with pytest.raises(Busy) as caught:
         judge(503, {"Retry-After": text, "Date": NOW}, b"")
     assert caught.value.retry_after == seconds
 
 
-def test_retry_after_as_a_date_works_without_a_date_of_the_answer() -> None:
+def test_retry_after_without_date_header() -> None:
+    """Retry-After as a date also works if the answer has no ``Date`` header."""
     with pytest.raises(Busy) as caught:
         judge(429, {"Retry-After": "Tue, 24 Nov 2099 12:00:30 GMT"}, b"")
     assert caught.value.retry_after == 3600.0
@@ -1182,7 +1207,8 @@ def test_a_redirect_says_what_to_set(location: str, told: str) -> None:
     assert told in str(caught.value)
 
 
-def test_messages_hold_neither_the_session_nor_line_breaks_nor_more_than_200_characters() -> None:
+def test_messages_are_short_and_private() -> None:
+    """Messages contain neither the session nor line breaks, and have at most about 200 characters."""
     words = f"No {SESSION} here,\r\n\x1b[31m nor {SESSION.upper()} nor s3cr3t-Session%2F42 " + "x" * 500
     for body in (
         said(status="ok", message=words),
@@ -1199,13 +1225,15 @@ def test_messages_hold_neither_the_session_nor_line_breaks_nor_more_than_200_cha
         assert len(told) <= 220
 
 
-def test_a_session_across_the_cut_of_a_message_leaves_no_part_of_itself() -> None:
+def test_session_across_message_cut() -> None:
+    """A session that crosses the cut of a long message leaves no part of itself."""
     with pytest.raises(Refused) as caught:
         judge(200, {}, said(status="error", code="invalid_input", message="x" * 190 + SESSION), URL, SESSION)
     assert "s3cr" not in str(caught.value)
 
 
-def test_a_session_in_a_redirect_is_not_told() -> None:
+def test_session_in_redirect_is_hidden() -> None:
+    """A session in the target of a redirect is not shown."""
     with pytest.raises(NotAccepted) as caught:
         judge(302, {"Location": f"/s/{SESSION}/x"}, b"", URL, SESSION)
     assert "s3cr" not in str(caught.value)
@@ -1326,9 +1354,8 @@ headers_of = st.dictionaries(st.sampled_from(["Retry-After", "Location", "Date"]
 
 @given(status=st.integers(100, 999), headers=headers_of, body=bodies)
 @hypothesis_settings(deadline=None, max_examples=500)
-def test_whatever_comes_is_an_answer_or_a_delivery_error(
-    status: int, headers: dict[str, str], body: bytes
-) -> None:
+def test_any_answer_is_judged(status: int, headers: dict[str, str], body: bytes) -> None:
+    """Any status, headers and body give an accepted report or a ``DeliveryError``."""
     try:
         told = judge(status, headers, body, URL, SESSION).message
     except DeliveryError as error:

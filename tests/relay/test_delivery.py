@@ -203,14 +203,16 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
 # One report.
 
 
-def test_what_the_api_took_is_acknowledged_and_sent_once(bench):
+def test_accepted_reports_sent_once(bench):
+    """Each report that the API accepted is acknowledged and sent once."""
     bench.add(100)
     bench.turn()
     assert bench.stats() == Stats(100, 0, 100, 0, 0)
     assert set(bench.api.sessions().values()) == {1}
 
 
-def test_an_answer_from_the_cache_on_the_first_try_sends_the_report_once_more_with_a_later_time(bench):
+def test_cached_first_answer_sends_again(bench):
+    """If the first send is answered from the cache, the report is sent once more with a later time."""
     bench.add()
     bench.api.says = then(CACHED, OK)
     bench.run(1)
@@ -220,7 +222,8 @@ def test_an_answer_from_the_cache_on_the_first_try_sends_the_report_once_more_wi
     assert bench.stats() == Stats(1, 0, 1, 0, 0)
 
 
-def test_the_later_time_is_later_even_where_the_clock_is_behind_the_report(bench):
+def test_later_time_with_slow_clock(bench):
+    """The later time is later than the report's time also if the clock is behind the report."""
     bench.add()
     bench.clock.set_ms = -3_600_000
     bench.api.says = then(CACHED, OK)
@@ -229,7 +232,8 @@ def test_the_later_time_is_later_even_where_the_clock_is_behind_the_report(bench
     assert second.time_ms == first.time_ms + 1
 
 
-def test_an_answer_from_the_cache_on_a_retry_means_that_the_first_try_had_arrived(bench):
+def test_cached_retry_means_accepted(bench):
+    """An answer from the cache to a retry means that the first send had arrived."""
     bench.add()
     bench.api.says = then(NoAnswer("timed out"), CACHED)
     bench.run(5)
@@ -238,7 +242,8 @@ def test_an_answer_from_the_cache_on_a_retry_means_that_the_first_try_had_arrive
     assert bench.stats() == Stats(1, 0, 1, 0, 0)
 
 
-def test_an_answer_from_the_cache_after_a_try_that_was_never_sent_is_one_on_the_first(bench):
+def test_cached_after_unreachable_is_first(bench):
+    """An answer from the cache after an attempt that sent nothing is treated as one to the first send."""
     bench.add()
     bench.api.says = then(Unreachable("refused"), CACHED, OK)
     bench.run(5)
@@ -246,7 +251,8 @@ def test_an_answer_from_the_cache_after_a_try_that_was_never_sent_is_one_on_the_
     assert bench.stats() == Stats(1, 0, 1, 0, 0)
 
 
-def test_an_answer_from_the_cache_to_the_later_time_too_is_a_dead_letter(bench):
+def test_cached_later_time_is_dead_letter(bench):
+    """An answer from the cache also to the later time makes a dead letter."""
     bench.add()
     bench.api.says = then(CACHED, CACHED)
     bench.run(5)
@@ -255,7 +261,8 @@ def test_an_answer_from_the_cache_to_the_later_time_too_is_a_dead_letter(bench):
     assert (code, "cache" in str(answer)) == ("cached", True)
 
 
-def test_the_later_time_keeps_its_report_alive_through_a_lost_answer(bench):
+def test_later_time_survives_lost_answer(bench):
+    """After a lost answer the report is retried with the same later time and counts as sent."""
     bench.add()
     bench.api.says = then(CACHED, NoAnswer("timed out"), CACHED)
     bench.run(5)
@@ -267,7 +274,8 @@ def test_the_later_time_keeps_its_report_alive_through_a_lost_answer(bench):
 @pytest.mark.parametrize(
     "error", [Unreachable("refused"), NoAnswer("timed out"), busy()], ids=lambda e: type(e).__name__
 )
-def test_what_found_no_api_is_sent_again_a_second_later_and_the_same(error, bench):
+def test_retry_after_one_second(error, bench):
+    """A report that did not reach the API is retried a second later, unchanged."""
     bench.add()
     bench.api.says = then(error, OK)
     bench.run(0.9, 0.1)
@@ -277,7 +285,8 @@ def test_what_found_no_api_is_sent_again_a_second_later_and_the_same(error, benc
     assert bench.stats() == Stats(1, 0, 1, 0, 0)
 
 
-def test_a_lost_answer_is_a_lost_report_where_nothing_may_be_sent_twice(make):
+def test_lost_answer_without_ambiguous_retry(make):
+    """A lost answer is a lost report if nothing may be sent twice. Other errors are retried."""
     bench = make(retry_ambiguous=False)
     bench.add(3)
     bench.api.says = then(NoAnswer("timed out"), Unreachable("refused"), busy(), OK)
@@ -287,7 +296,8 @@ def test_a_lost_answer_is_a_lost_report_where_nothing_may_be_sent_twice(make):
     assert sorted(bench.api.sessions().values()) == [1, 2, 2]
 
 
-def test_what_the_api_refuses_is_a_dead_letter_with_its_answer_and_closes_nothing(bench):
+def test_refused_report_is_dead_letter(bench):
+    """A report that the API refuses is a dead letter with its answer, and does not open the breaker."""
     bench.add(20)
     bench.api.says = raising(Refused("no_such_photo", "x" * 1000))
     bench.turn()
@@ -298,7 +308,8 @@ def test_what_the_api_refuses_is_a_dead_letter_with_its_answer_and_closes_nothin
     }
 
 
-def test_what_nobody_documents_is_tried_five_times_within_more_than_an_hour(bench):
+def test_unexplained_answer_retried_five_times(bench):
+    """A report with an undocumented answer is sent five times within more than an hour."""
     bench.add()
     bench.api.says = raising(Unexplained("odd", "what?"))
     bench.run(2 * 3600, 5)
@@ -317,7 +328,8 @@ def test_what_nobody_documents_can_still_arrive(bench):
     assert bench.stats() == Stats(1, 0, 1, 0, 0)
 
 
-def test_a_report_that_fails_alone_is_tried_less_and_less_and_holds_up_no_other(bench, caplog):
+def test_single_failing_report_backs_off(bench, caplog):
+    """One report that always fails is retried less and less often, and does not delay the others."""
     bench.add(session="poison")
 
     def says(report: Report) -> Accepted:
@@ -339,7 +351,8 @@ def test_a_report_that_fails_alone_is_tried_less_and_less_and_holds_up_no_other(
     assert bench.stats().waiting == 0
 
 
-def test_an_error_of_our_own_while_sending_is_told_and_ends_nothing(bench, caplog):
+def test_internal_error_is_logged(bench, caplog):
+    """An error in the middleware's own code while sending is logged and ends nothing."""
     bench.add(50)
     bench.api.says = then(ZeroDivisionError("our fault"), OK)
     bench.run(5)
@@ -350,7 +363,8 @@ def test_an_error_of_our_own_while_sending_is_told_and_ends_nothing(bench, caplo
 # An API that is down.
 
 
-def test_the_fifth_failure_in_a_row_opens_the_breaker_and_a_success_between_does_not(bench, caplog):
+def test_breaker_opens_at_fifth_failure(bench, caplog):
+    """The fifth failure in a row opens the breaker. A success in between prevents that."""
     bench.api.says = then(*[busy()] * 4, OK, *[busy()] * 4, OK)
     bench.add()
     bench.run(60)
@@ -364,7 +378,8 @@ def test_the_fifth_failure_in_a_row_opens_the_breaker_and_a_success_between_does
     assert len(errors(caplog)) == 1
 
 
-def test_an_outage_of_four_hours_costs_two_probes_a_minute_and_nobodys_attempts(bench, caplog):
+def test_outage_sends_two_probes_a_minute(bench, caplog):
+    """An outage of four hours costs two probes a minute and no report's attempts."""
     bench.add(200)
     bench.api.says = raising(Unreachable("refused"))
     bench.run(4 * 3600, 1)
@@ -382,7 +397,8 @@ def test_an_outage_of_four_hours_costs_two_probes_a_minute_and_nobodys_attempts(
     assert "delivered again" in caplog.text
 
 
-def test_an_outage_with_one_report_waiting_is_found_over_as_early_as_with_many(bench):
+def test_outage_end_found_with_one_report(bench):
+    """The end of an outage is noticed as early with one waiting report as with many."""
     bench.add()
     bench.api.says = raising(busy())
     bench.run(4 * 3600, 5)
@@ -391,7 +407,8 @@ def test_an_outage_with_one_report_waiting_is_found_over_as_early_as_with_many(b
     assert bench.stats().waiting == 0
 
 
-def test_probes_come_after_1_2_4_seconds_and_so_on_to_60_each_half_to_full():
+def test_probe_delays_double_to_60_seconds():
+    """Probes come after 1, 2, 4 seconds and so on up to 60, each after half to all of that time."""
     asked: list[tuple[float, float]] = []
 
     def jitter(low: float, high: float) -> float:
@@ -417,7 +434,8 @@ def test_probes_come_after_1_2_4_seconds_and_so_on_to_60_each_half_to_full():
     assert breaker.allows(now) is None
 
 
-def test_after_a_success_the_probes_begin_at_a_second_again():
+def test_probe_delay_reset_by_success():
+    """After a success the delay of the probes starts at a second again."""
     breaker = Breaker("", lambda low, high: high)
     for _ in range(2):
         for id in range(FAILURES_TO_OPEN):
@@ -428,7 +446,8 @@ def test_after_a_success_the_probes_begin_at_a_second_again():
         breaker.worked()
 
 
-def test_what_was_under_way_when_the_api_failed_neither_lengthens_the_wait_nor_takes_the_probes_place():
+def test_late_failures_ignored_by_breaker():
+    """Reports that were being sent when the breaker opened neither delay its probe nor count as the probe."""
     breaker = Breaker("", lambda low, high: high)
     for id in range(FAILURES_TO_OPEN):
         breaker.failed(id, 0.0, busy())
@@ -444,13 +463,15 @@ def test_what_was_under_way_when_the_api_failed_neither_lengthens_the_wait_nor_t
 
 
 @pytest.mark.parametrize(("asked", "obeyed"), [(120.0, 120.0), (100_000.0, 3600.0)])
-def test_retry_after_is_obeyed_up_to_an_hour_from_the_first_failure_on(asked, obeyed):
+def test_retry_after_obeyed_to_an_hour(asked, obeyed):
+    """Retry-After is obeyed from the first failure on, up to an hour."""
     breaker = Breaker("")
     breaker.failed(1, 0.0, busy(asked))
     assert (breaker.allows(obeyed - 0.1), breaker.allows(obeyed)) == (0, None)
 
 
-def test_retry_after_of_a_busy_api_stops_all_its_reports(bench):
+def test_retry_after_pauses_all_reports(bench):
+    """Retry-After of a busy API pauses all of its reports."""
     bench.add()
     bench.api.says = then(busy(30.0), OK)
     bench.turn()
@@ -461,7 +482,8 @@ def test_retry_after_of_a_busy_api_stops_all_its_reports(bench):
     assert bench.stats() == Stats(51, 0, 51, 0, 0)
 
 
-def test_an_api_that_hangs_is_asked_for_no_more_than_its_senders_hold_and_the_rest_goes_back(bench):
+def test_hanging_api_gets_limited_reports(bench):
+    """A hanging API gets no more reports than there are senders. The other claimed reports are returned."""
     bench.add(100)
     gates: dict[str, threading.Event] = defaultdict(threading.Event)
 
@@ -495,7 +517,8 @@ def wait_for(true: Callable[[], bool]) -> None:
 # An API that takes nothing from this server.
 
 
-def test_a_server_that_is_not_accepted_pauses_with_a_probe_each_5_minutes_and_one_error(bench, caplog):
+def test_not_accepted_pauses_delivery(bench, caplog):
+    """If the API does not accept this server, sending pauses: one probe every 5 minutes and one ERROR."""
     bench.add(200)
     bench.api.says = raising(NotAccepted("not whitelisted"))
     bench.turn()
@@ -516,7 +539,8 @@ def test_a_server_that_is_not_accepted_pauses_with_a_probe_each_5_minutes_and_on
     assert len(errors(caplog)) == 2
 
 
-def test_one_error_is_told_per_change_however_the_api_changes(bench, caplog):
+def test_one_error_per_change(bench, caplog):
+    """One ERROR is logged per change of state, however often the API's answer changes."""
     bench.add(50)
     for answer in (busy(), NotAccepted("no"), busy(), NotAccepted("no")):
         bench.api.says = raising(answer)
@@ -751,7 +775,8 @@ def test_each_site_proves_itself(bench):
 # Several APIs.
 
 
-def test_an_api_that_is_down_holds_up_no_other(bench, caplog):
+def test_failing_api_delays_no_other(bench, caplog):
+    """An API that is down or refuses this server does not delay the reports to another one."""
     bench.add(60, host="a.example.com")
     bench.add(60, host="b.example.com")
     bench.add(60, host="c.example.com")
@@ -783,7 +808,8 @@ def test_an_api_that_is_down_holds_up_no_other(bench, caplog):
 
 
 @pytest.mark.parametrize("kinds", [("settle",), ("settle", "claim")], ids=" and ".join)
-def test_what_cannot_be_acknowledged_stops_all_claims_and_is_acknowledged_later(kinds, bench, caplog):
+def test_failed_settle_stops_claims(kinds, bench, caplog):
+    """While results can't be stored nothing more is claimed. They are stored later, and nothing is sent twice."""
     bench.add(100)
     bench.delivery.step()
     bench.outbox.fails = kinds
@@ -802,7 +828,8 @@ def test_what_cannot_be_acknowledged_stops_all_claims_and_is_acknowledged_later(
     assert set(bench.api.sessions().values()) == {1}
 
 
-def test_acknowledgements_go_through_where_only_claims_find_no_room(bench, caplog):
+def test_failed_claim_keeps_acknowledgements(bench, caplog):
+    """If only claims fail for lack of space, acknowledgements are still stored."""
     bench.add(100)
     bench.delivery.step()
     bench.outbox.fails = ("claim",)
@@ -818,7 +845,8 @@ def test_acknowledgements_go_through_where_only_claims_find_no_room(bench, caplo
     assert set(bench.api.sessions().values()) == {1}
 
 
-def test_a_disk_full_of_pages_loses_and_doubles_nothing(bench):
+def test_full_disk_loses_nothing(bench):
+    """A full disk neither loses a report nor sends one twice."""
     bench.add(300)
     bench.api.says = then(*[Refused("invalid_input", "x" * 400)] * 200, OK)
     (pages,) = bench.rows("PRAGMA page_count")[0]
@@ -833,7 +861,9 @@ def test_a_disk_full_of_pages_loses_and_doubles_nothing(bench):
     assert set(bench.api.sessions().values()) == {1}
 
 
-def test_a_store_that_cannot_be_read_keeps_the_relay_here(bench, monkeypatch):
+def test_unreadable_outbox_keeps_relay_running(bench, monkeypatch):
+    """An outbox that can't be read does not end the relay."""
+
     def unreadable() -> list[str]:
         raise OutboxError("the outbox can't be used: disk I/O error")
 
@@ -842,8 +872,11 @@ def test_a_store_that_cannot_be_read_keeps_the_relay_here(bench, monkeypatch):
     assert bench.delivery.step() is False
 
 
-def test_the_faster_the_api_the_more_is_at_hand_up_to_a_bound(bench):
-    """Or its senders would have nothing to do whenever what they brought is written down."""
+def test_claim_limit_grows_with_api(bench):
+    """The faster the API, the more reports are claimed at a time, up to a limit.
+
+    Otherwise the senders would have nothing to do while their results are stored.
+    """
     bench.add(2000)
     least, held = MOST_SENDERS * CLAIMED_PER_SENDER, []
     for _ in range(5):
@@ -858,7 +891,8 @@ def test_the_faster_the_api_the_more_is_at_hand_up_to_a_bound(bench):
     assert bench.delivery._claim_limit == least
 
 
-def test_no_more_is_at_hand_than_must_be_where_what_may_have_arrived_is_given_up(tmp_path):
+def test_claim_limit_fixed_without_retry(tmp_path):
+    """If a report with a lost answer is not retried, the number of claimed reports does not grow."""
     bench = Bench(tmp_path / "outbox.db", retry_ambiguous=False)
     bench.add(500)
     for _ in range(4):
@@ -881,7 +915,8 @@ print("came back")
 """
 
 
-def test_a_wait_ends_though_its_thread_sleeps_until_the_time_is_up():
+def test_wait_ends_while_thread_sleeps():
+    """``wait()`` ends although a thread sleeps until the time is over."""
     done = subprocess.run(
         [sys.executable, "-c", _INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
     )
@@ -891,7 +926,8 @@ def test_a_wait_ends_though_its_thread_sleeps_until_the_time_is_up():
 # The end.
 
 
-def test_stopping_waits_for_what_is_under_way_and_claims_nothing_more(bench):
+def test_stop_waits_for_open_sends(bench):
+    """``stop()`` waits for the sends that have begun and claims nothing more."""
     bench.delivery._monotonic = time.monotonic
     bench.add(100)
     gate = threading.Event()
@@ -909,7 +945,8 @@ def test_stopping_waits_for_what_is_under_way_and_claims_nothing_more(bench):
     assert bench.rows("SELECT DISTINCT leased, tries FROM reports") == [(0, 0)]
 
 
-def test_stopping_takes_no_longer_than_it_may_while_the_api_hangs(bench):
+def test_stop_ends_while_api_hangs(bench):
+    """``stop()`` takes no longer than its limit while the API hangs."""
     bench.delivery._monotonic = time.monotonic
     bench.add(100)
     gate = threading.Event()
@@ -932,7 +969,8 @@ def test_stopping_takes_no_longer_than_it_may_while_the_api_hangs(bench):
     gate.set()
 
 
-def test_stopping_tries_again_to_write_down_what_the_store_refused(bench):
+def test_stop_retries_failed_settle(bench):
+    """``stop()`` tries again to store the results that the outbox refused."""
     bench.delivery._monotonic = time.monotonic
     bench.add(3)
     bench.delivery.step()
@@ -956,7 +994,9 @@ def test_after_a_stop_it_can_go_on(bench):
         assert bench.stats().sent == 5 * (turn + 1)
 
 
-def test_senders_are_started_as_they_are_needed_and_end_with_the_delivery(bench):
+def test_senders_start_and_end(bench):
+    """Sender threads are started when they are needed and end with the delivery."""
+
     def senders() -> int:
         return sum(thread.name.startswith("t23-sender") for thread in threading.enumerate())
 

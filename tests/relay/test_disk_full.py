@@ -221,7 +221,8 @@ class Site:
 # The disk is full.
 
 
-def test_while_the_disk_is_full_the_app_answers_and_what_waits_is_delivered_once(disk, api, full_seconds):
+def test_full_disk_delivers_waiting_once(disk, api, full_seconds):
+    """While the disk is full the app answers, and the waiting reports are delivered once."""
     before, after = named("before", 240), named("after", 20)
     meanwhile = named("meanwhile", 100 + int(5 * full_seconds))  # two workers keep 500 plays each in memory
     api.fault("latency", seconds=0.4)
@@ -251,7 +252,8 @@ def test_while_the_disk_is_full_the_app_answers_and_what_waits_is_delivered_once
     assert "Traceback" not in server.log()
 
 
-def test_what_memory_can_not_hold_on_a_full_disk_is_lost_and_counted_to_the_byte(disk, api, base):
+def test_full_memory_loss_is_counted(disk, api, base):
+    """What does not fit in memory while the disk is full is lost, and counted to the byte."""
     with relay(disk.path, api.url), Site(disk.path, api.url, base / "site.log") as site:
         site.play("before", 5)
         api.wait_for(5, PATIENCE)
@@ -279,8 +281,11 @@ def test_what_memory_can_not_hold_on_a_full_disk_is_lost_and_counted_to_the_byte
     assert changes in (["ERROR", "WARNING"], ["ERROR", "WARNING"] * 2), site.log()
 
 
-def test_a_disk_that_the_plays_themselves_fill_is_emptied_again(disk, api, base):
-    """With nobody's help: what lies in the journals is taken in as what waits leaves."""
+def test_disk_filled_by_plays_recovers(disk, api, base):
+    """A disk that the plays themselves fill is emptied again.
+
+    Nobody has to help: what is in the journals is read as the waiting reports leave.
+    """
     disk.resize("3m")
     count = 0
     api.fault("latency", seconds=0.5)
@@ -308,7 +313,8 @@ def test_a_disk_that_the_plays_themselves_fill_is_emptied_again(disk, api, base)
     assert found.stats.sent > 5000
 
 
-def test_a_relay_that_starts_on_a_full_disk_delivers_what_waits_there(disk, api, base):
+def test_relay_starts_on_full_disk(disk, api, base):
+    """A relay that starts on a full disk delivers the reports that wait there."""
     api.fault("status", status=503)
     log = disk.path.with_suffix(".relay.log")
     with relay(disk.path, api.url), living(disk.state) as writer:
@@ -333,7 +339,8 @@ def test_a_relay_that_starts_on_a_full_disk_delivers_what_waits_there(disk, api,
 # The folder takes nothing, is gone, or is somebody else's.
 
 
-def test_a_read_only_folder_is_said_once_and_all_is_delivered_when_it_can_be_written(disk, api, base):
+def test_read_only_folder_logged_once(disk, api, base):
+    """A read-only folder is logged once, and all plays are delivered when it is writable again."""
     disk.remount("ro")
     with Site(disk.path, api.url, base / "site.log") as site:
         site.play("meanwhile", 400)
@@ -354,7 +361,8 @@ def test_a_read_only_folder_is_said_once_and_all_is_delivered_when_it_can_be_wri
     assert sessions(api) == once_each(*named("meanwhile", 400), *named("after", 5))
 
 
-def test_a_folder_that_is_removed_while_all_runs_is_said_once_and_begun_anew(base, api):
+def test_removed_folder_is_created_again(base, api):
+    """A folder that is removed at run time is logged once and created again."""
     state = StateFolder(base / "removed")
     with running(GUNICORN.replace("-w 2", "-w 1"), state.path, api.url) as server:
         play_all(server, named("before", 10))
@@ -380,7 +388,8 @@ def test_a_folder_that_is_removed_while_all_runs_is_said_once_and_begun_anew(bas
     assert "Traceback" not in server.log()
 
 
-def test_another_users_folder_is_left_alone_by_app_and_relay(base, api):
+def test_folder_of_another_user(base, api):
+    """A folder of another user is left alone by the app and by the relay."""
     folder = base / "theirs"
     folder.mkdir(mode=0o777)
     folder.chmod(0o777)

@@ -80,7 +80,8 @@ def count(path: Path, query: str) -> int:
 # What is added.
 
 
-def test_a_report_is_captured_in_the_minute_that_it_tells_of(outbox: SQLiteOutbox, path: Path):
+def test_report_counted_in_its_minute(outbox: SQLiteOutbox, path: Path):
+    """A report is counted as captured in the minute of its own time."""
     take(outbox, report(1), report(2, NOW - 1, skip=1), report(3, NOW - 30 * MINUTE, sent=5))
     found = seen(path)
     assert found.hour.of("captured")[-1] == 1
@@ -90,7 +91,8 @@ def test_a_report_is_captured_in_the_minute_that_it_tells_of(outbox: SQLiteOutbo
     assert (found.totals["captured"], found.totals["plays"], found.totals["bytes"]) == (3, 2, 205)
 
 
-def test_what_becomes_of_reports_is_counted_with_the_answers(outbox: SQLiteOutbox, path: Path):
+def test_outcomes_and_answers_are_counted(outbox: SQLiteOutbox, path: Path):
+    """The outcomes of reports are counted, and the API's answers with them."""
     ids = take(outbox, *(report(n) for n in range(5)))
     outbox.settle(
         [
@@ -124,7 +126,8 @@ def test_what_becomes_of_reports_is_counted_with_the_answers(outbox: SQLiteOutbo
     ]
 
 
-def test_a_report_whose_transaction_fails_is_not_in_the_history(outbox: SQLiteOutbox, path: Path):
+def test_failed_transaction_leaves_no_history(outbox: SQLiteOutbox, path: Path):
+    """A report whose transaction fails is not in the history."""
     with pytest.raises(RuntimeError), outbox.atomic():
         take(outbox, report(1))
         raise RuntimeError
@@ -132,7 +135,8 @@ def test_a_report_whose_transaction_fails_is_not_in_the_history(outbox: SQLiteOu
     assert outbox.stats() == (0, 0, 0, 0, 0)
 
 
-def test_the_sizes_are_what_there_is_through_all_that_happens_to_reports(outbox: SQLiteOutbox, path: Path):
+def test_sizes_match_tables(outbox: SQLiteOutbox, path: Path):
+    """The stored sizes match the tables after everything that happens to reports."""
     ids = take(outbox, *(report(n) for n in range(20)))
     outbox.settle([Acked(id) for id in ids[:5]] + [Lost(id, "ambiguous") for id in ids[5:7]], NOW)
     outbox.settle([Dead(id, "code", "words") for id in ids[7:12]], NOW)
@@ -149,7 +153,8 @@ def test_the_sizes_are_what_there_is_through_all_that_happens_to_reports(outbox:
     assert seen(path).hour.total("lost:purged") == 1
 
 
-def test_an_outbox_from_before_the_history_goes_on(outbox: SQLiteOutbox, path: Path):
+def test_outbox_without_history_tables(outbox: SQLiteOutbox, path: Path):
+    """An outbox from before the history continues and gets its tables."""
     ids = take(outbox, *(report(n) for n in range(4)))
     outbox.settle([Dead(ids[0], "code", "words"), Acked(ids[1])], NOW)
     outbox.close()
@@ -172,7 +177,8 @@ def test_an_outbox_from_before_the_history_goes_on(outbox: SQLiteOutbox, path: P
 # What is watched most.
 
 
-def test_videos_are_ranked_by_bytes_and_by_plays_over_a_day(outbox: SQLiteOutbox, path: Path):
+def test_videos_ranked_by_bytes_and_plays(outbox: SQLiteOutbox, path: Path):
+    """Videos are ranked by bytes and by plays of a day."""
     take(
         outbox,
         report(1, photo="1", sent=1000),
@@ -186,7 +192,8 @@ def test_videos_are_ranked_by_bytes_and_by_plays_over_a_day(outbox: SQLiteOutbox
     assert [video.photo_id for video in found.by_plays] == ["2", "1"]
 
 
-def test_of_very_many_videos_those_that_matter_are_kept(outbox: SQLiteOutbox, path: Path):
+def test_most_relevant_videos_are_kept(outbox: SQLiteOutbox, path: Path):
+    """Of a very large number of videos, the ones with the most bytes and plays are kept."""
     most = history.MOST_VIDEOS
     take(outbox, *(report(n, photo=str(n), sent=n, skip=1) for n in range(3 * most)))
     take(outbox, *(report(n, photo=str(n), sent=0) for n in range(10)))
@@ -200,7 +207,8 @@ def test_of_very_many_videos_those_that_matter_are_kept(outbox: SQLiteOutbox, pa
 # What is forgotten.
 
 
-def test_two_days_are_kept_and_what_a_wrong_clock_wrote_is_not(outbox: SQLiteOutbox, path: Path):
+def test_two_days_are_kept(outbox: SQLiteOutbox, path: Path):
+    """Two days are kept. Minutes that a wrong clock wrote, older or in the future, are not."""
     kept = history.KEPT_MINUTES
     ages = (0, kept, kept + 1, 10 * kept, -30, -100, -(10**7))
     take(outbox, *(report(n, NOW - age * MINUTE) for n, age in enumerate(ages)))
@@ -221,7 +229,8 @@ def test_each_minute_tells_how_full_it_is(outbox: SQLiteOutbox, path: Path):
     assert hour.of("oldest_seconds")[-2:] == [0, 90]
 
 
-def test_over_a_day_counts_add_up_and_of_gauges_the_highest_counts(outbox: SQLiteOutbox, path: Path):
+def test_day_sums_counts_keeps_highest_gauge(outbox: SQLiteOutbox, path: Path):
+    """Over a day counts are added up, and of a gauge the highest value is used."""
     for ago, number in ((3, 9), (2, 4), (1, 6)):
         take(outbox, report(ago, NOW - ago * MINUTE))
         outbox.begin_minute(NOW - ago * MINUTE, number)
@@ -234,14 +243,16 @@ def test_over_a_day_counts_add_up_and_of_gauges_the_highest_counts(outbox: SQLit
 # What is made of it, pure.
 
 
-def test_steps_outside_the_time_are_left_out_and_what_never_happened_is_nothing():
+def test_steps_outside_range_left_out():
+    """Steps outside the range are left out, and a name that never occurred has only zeros."""
     series = in_steps([(9, "sent", 1), (10, "sent", 2), (12, "open", 3), (13, "sent", 4)], 10, 1, 3)
     assert series.of("sent") == [2, 0, 0]
     assert series.of("open") == [None, None, 3]
     assert series.of("unheard of") == [0, 0, 0]
 
 
-def test_no_history_is_as_long_as_any_other():
+def test_empty_history_has_full_length():
+    """An empty history has as many steps as any other."""
     empty = nothing(NOW)
     assert (len(empty.hour), len(empty.day)) == (60, 96)
     assert empty.hour.of("open") == [None] * 60
@@ -258,11 +269,13 @@ def test_no_history_is_as_long_as_any_other():
         (-5, "took:0.1"),
     ],
 )
-def test_a_time_falls_into_the_first_step_that_holds_it(took_ms: int, name: str):
+def test_time_falls_into_first_bucket(took_ms: int, name: str):
+    """A time is counted in the first step that contains it."""
     assert bucket(took_ms) == name
 
 
-def test_quantiles_lie_between_the_bounds_of_their_steps():
+def test_quantiles_lie_within_steps():
+    """Quantiles lie between the limits of their steps."""
     assert quantile({}, 0.5) is None
     assert quantile({"took:1": 10}, 0.5) == pytest.approx(0.75)
     assert quantile({"took:0.1": 90, "took:10": 10}, 0.5) == pytest.approx(0.1 * 50 / 90)
@@ -282,7 +295,8 @@ def test_the_times_of_tries_add_up():
 # Troubles.
 
 
-def test_a_change_is_a_trouble_and_the_same_state_is_none():
+def test_state_change_is_a_trouble():
+    """A change of state is a trouble, and the same state with another reason is not."""
     well, down = Health(WELL, "", 1, 1), Health(FAILING, "HTTP 503", 2, 1)
     assert grown_troubles([], {}, {"": well}) == []
     troubles = grown_troubles([], {"": well}, {"": down})
@@ -301,12 +315,14 @@ def test_only_so_many_troubles_are_kept():
     assert grown[-1].at_ms == 99
 
 
-def test_troubles_are_noted_where_there_are_new_ones_and_read_back():
+def test_new_troubles_stored_and_read_back():
+    """Troubles are stored only if there are new ones, and are read back."""
     troubles = [Trouble(1, "", FAILING, "why")]
     assert troubles_note(troubles, troubles) == {}
     assert troubles_of(troubles_note(troubles, [])) == troubles
 
 
 @pytest.mark.parametrize("text", ["", "7", "{}", "[7]", '[["x"]]', '[[1, "", "", 7]]', "null"])
-def test_troubles_that_can_not_be_read_are_left_out(text: str):
+def test_unreadable_troubles_are_skipped(text: str):
+    """Stored troubles that can't be read are skipped."""
     assert troubles_of({"troubles": text}) == []

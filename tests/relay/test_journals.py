@@ -52,22 +52,25 @@ def is_opening(fact: module.Fact) -> bool:
 # Order.
 
 
-def test_the_lines_of_two_writers_are_merged_in_the_order_of_their_time(folder):
+def test_two_writers_merged_by_time(folder):
+    """The lines of two writers are merged in the order of their time."""
     start = now() - 10**9
     journal(folder, "1-a", *[transfer(n, start + n * MS) for n in (0, 2, 4)])
     journal(folder, "2-b", *[transfer(n, start + n * MS) for n in (1, 3, 5)])
     assert numbers(take(Journals(folder, {}))) == [0, 1, 2, 3, 4, 5]
 
 
-def test_lines_of_threads_that_overtook_each_other_are_judged_in_the_order_of_their_time(folder):
+def test_overtaking_threads_sorted_by_time(folder):
+    """Lines of threads that overtook each other are returned in the order of their time."""
     start = now() - 10**9
     journal(folder, "1-a", *[transfer(n, start + n * MS) for n in (1, 0, 3, 2)])
     assert numbers(take(Journals(folder, {}))) == [0, 1, 2, 3]
 
 
-def test_a_line_younger_than_the_limit_waits_so_that_a_late_one_of_another_writer_still_comes_before_it(
+def test_young_line_waits_for_others(
     folder,
 ):
+    """A line after the limit waits, so that a late line of another writer still comes before it."""
     limit = now() - 10**9
     with living(folder) as first, living(folder) as second:
         first.write(transfer(1, limit - MS), transfer(3, limit + 2 * MS))
@@ -79,7 +82,8 @@ def test_a_line_younger_than_the_limit_waits_so_that_a_late_one_of_another_write
         assert journals.all_read()
 
 
-def test_what_a_dead_writer_wrote_a_moment_ago_waits_for_its_turn_too(folder):
+def test_dead_writer_line_waits_too(folder):
+    """A line that a dead writer wrote after the limit also waits until the limit passes it."""
     limit = now() - 10**9
     journal(folder, "1-a", transfer(2, limit + 2 * MS))
     journal(folder, "2-b", transfer(1, limit + MS))
@@ -89,8 +93,8 @@ def test_what_a_dead_writer_wrote_a_moment_ago_waits_for_its_turn_too(folder):
     assert numbers(take(journals, limit + 5 * MS)) == [1, 2]
 
 
-def test_a_backlog_of_several_mb_from_four_writers_comes_in_pieces_in_order_and_each_line_once(folder):
-    """Four with rotated files, of which one is ten times as busy and one wrote only at the end."""
+def test_backlog_read_in_ordered_pieces(folder):
+    """A backlog of several MB from four writers is read in pieces, in order, and each line once."""
     start, total = now() - 3600 * 10**9, 16_000
     owners = [0 if n % 10 else 1 + n // 10 % 2 for n in range(total)]
     owners[-600:] = [3] * 600
@@ -109,8 +113,11 @@ def test_a_backlog_of_several_mb_from_four_writers_comes_in_pieces_in_order_and_
     assert [each.until_ns for each in readings] == sorted(each.until_ns for each in readings)
 
 
-def test_of_a_backlog_no_more_is_decoded_than_can_be_judged(folder, monkeypatch):
-    """Else a night without a relay costs the square of what was written, and all of it in memory at once."""
+def test_backlog_decoded_once(folder, monkeypatch):
+    """Each line of a backlog is decoded about once.
+
+    Otherwise a night without a relay costs the square of what was written, and all of it in memory at once.
+    """
     start, each = now() - 3600 * 10**9, 3000
     for sequence in range(6):
         lines = [transfer(n, start + n * MS) for n in range(sequence * each, (sequence + 1) * each)]
@@ -128,7 +135,8 @@ def test_of_a_backlog_no_more_is_decoded_than_can_be_judged(folder, monkeypatch)
     assert decoded < 1.5 * 6 * each
 
 
-def test_a_reading_says_up_to_when_it_tells_all(folder):
+def test_reading_has_complete_until_time(folder):
+    """A reading names the time up to which it contains every line."""
     start = now() - 3600 * 10**9
     journal(folder, "1-a", *[transfer(n, start + n * MS) for n in range(3000)])
     journal(folder, "2-b", transfer(10_000, start + 2_999_500_000))
@@ -142,7 +150,8 @@ def test_a_reading_says_up_to_when_it_tells_all(folder):
 # Half lines, torn lines, and what is no line.
 
 
-def test_a_half_line_of_a_living_writer_waits_for_its_end(folder):
+def test_half_line_of_live_writer(folder):
+    """Half a line of a live writer waits for its end."""
     line = encode(transfer(1, now() - MS))
     path = journal(folder, "1-a", line[:50])
     with alive(folder, "1-a"):
@@ -155,7 +164,8 @@ def test_a_half_line_of_a_living_writer_waits_for_its_end(folder):
         assert journals.remove_finished() == []
 
 
-def test_a_half_line_of_a_dead_writer_is_torn_and_keeps_nothing(folder):
+def test_half_line_of_dead_writer(folder):
+    """Half a line of a dead writer is counted as torn and does not keep its journal."""
     path = journal(folder, "1-a", transfer(1, now() - MS), encode(transfer(2, now()))[:50])
     journals = Journals(folder, {})
     reading = take(journals)
@@ -164,7 +174,8 @@ def test_a_half_line_of_a_dead_writer_is_torn_and_keeps_nothing(folder):
     assert not path.exists()
 
 
-def test_a_half_header_of_a_dead_writer_is_torn_and_keeps_nothing(folder):
+def test_half_header_of_dead_writer(folder):
+    """Half a header of a dead writer is counted as torn and does not keep its journal."""
     path = journal(folder, "1-a")
     path.write_bytes(path.read_bytes()[:20])
     journals = Journals(folder, {})
@@ -172,7 +183,8 @@ def test_a_half_header_of_a_dead_writer_is_torn_and_keeps_nothing(folder):
     assert journals.remove_finished() == [path.name]
 
 
-def test_an_empty_journal_is_kept_while_its_writer_lives(folder):
+def test_empty_journal_of_live_writer(folder):
+    """An empty journal is kept while its writer lives and removed afterwards."""
     path = journal(folder, "1-a")
     path.write_bytes(b"")
     journals = Journals(folder, {})
@@ -204,14 +216,16 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize(("bad", "counter"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_line_that_is_none_is_counted_and_stops_nothing(bad, counter, folder):
+def test_bad_line_is_counted(bad, counter, folder):
+    """A line that is not valid is counted and stops nothing."""
     start = now() - 10**9
     journal(folder, "1-a", transfer(1, start), bad, transfer(2, start + MS))
     reading = take(Journals(folder, {}))
     assert (numbers(reading), reading.counts) == ([1, 2], Counter({counter: 1}))
 
 
-def test_the_newline_that_keeps_a_torn_line_apart_is_no_event(folder):
+def test_blank_lines_are_no_events(folder):
+    """The newline that separates a torn line from the next one is neither an event nor counted."""
     start = now() - 10**9
     journal(folder, "1-a", b"\n", transfer(1, start), b"\n\n", transfer(2, start + MS))
     reading = take(Journals(folder, {}))
@@ -220,7 +234,8 @@ def test_the_newline_that_keeps_a_torn_line_apart_is_no_event(folder):
 
 
 @pytest.mark.parametrize("writer_lives", [True, False])
-def test_a_mb_of_rubbish_without_a_newline_is_passed_over(writer_lives, folder):
+def test_rubbish_without_newline_is_skipped(writer_lives, folder):
+    """A MB of rubbish without a newline is skipped."""
     start = now() - 10**9
     path = journal(folder, "1-a", transfer(1, start), b"\xff" * (1 << 20))
     if writer_lives:
@@ -254,7 +269,8 @@ def test_counts_are_added_up(folder):
 # Places.
 
 
-def test_another_relay_goes_on_where_the_last_one_was(folder):
+def test_restart_continues_at_offset(folder):
+    """Another relay goes on at the offset of the last one."""
     start = now() - 10**9
     path = journal(folder, "1-a", transfer(1, start))
     first = take(Journals(folder, {}))
@@ -263,7 +279,8 @@ def test_another_relay_goes_on_where_the_last_one_was(folder):
     assert numbers(take(Journals(folder, first.offsets))) == [2]
 
 
-def test_a_reading_that_was_not_kept_is_read_again(folder):
+def test_uncommitted_reading_read_again(folder):
+    """A reading that was not committed is read again."""
     path = journal(folder, "1-a", transfer(1, now() - MS))
     lost = Journals(folder, {}).read(now())
     again = Journals(folder, {}).read(now())
@@ -271,7 +288,8 @@ def test_a_reading_that_was_not_kept_is_read_again(folder):
     assert path.exists()
 
 
-def test_after_a_kill_between_keeping_and_unlinking_the_journal_goes_unread(folder):
+def test_kill_before_unlink(folder):
+    """After a kill between the commit and the unlink, the journal is removed without being read again."""
     path = journal(folder, "1-a", transfer(1, now() - MS))
     kept = take(Journals(folder, {}))
     journals = Journals(folder, kept.offsets)
@@ -281,21 +299,24 @@ def test_after_a_kill_between_keeping_and_unlinking_the_journal_goes_unread(fold
     assert not path.exists()
 
 
-def test_after_a_kill_between_unlinking_and_forgetting_the_place_is_named_again(folder):
+def test_kill_after_unlink(folder):
+    """After a kill between the unlink and the removal of the offset, the removed journal is named again, once."""
     journals = Journals(folder, {"1-gone.000000.journal": 500})
     take(journals)
     assert journals.remove_finished() == ["1-gone.000000.journal"]
     assert journals.remove_finished() == []
 
 
-def test_a_place_beyond_the_end_is_what_a_power_cut_leaves(folder):
+def test_offset_beyond_end(folder):
+    """An offset beyond the end of a journal, as after a power cut, makes no line, and the journal is removed."""
     path = journal(folder, "1-a", transfer(1, now() - MS))
     journals = Journals(folder, {path.name: path.stat().st_size + 4096})
     assert numbers(take(journals)) == []
     assert journals.remove_finished() == [path.name]
 
 
-def test_a_journal_that_somebody_removed_is_no_error(folder):
+def test_removed_journal_is_no_error(folder):
+    """A journal that somebody else removed is not an error."""
     path = journal(folder, "1-a", transfer(1, now() - MS))
     journals = Journals(folder, {})
     take(journals)
@@ -304,7 +325,8 @@ def test_a_journal_that_somebody_removed_is_no_error(folder):
     assert journals.remove_finished() == [path.name]
 
 
-def test_what_is_no_journal_of_ours_is_left_alone(folder):
+def test_foreign_files_are_left_alone(folder):
+    """Files that are not journals are neither read nor removed."""
     strangers = ["notes.txt", "a.b.journal", "a.journal", "a.000000.more.journal"]
     for name in strangers:
         (folder.journals / name).write_text("hello\n")
@@ -315,7 +337,8 @@ def test_what_is_no_journal_of_ours_is_left_alone(folder):
     assert sorted(path.name for path in folder.journals.iterdir()) == sorted(strangers)
 
 
-def test_a_journal_that_cannot_be_read_is_told_once_kept_and_holds_up_nobody(folder, caplog):
+def test_unreadable_journal_is_logged_once(folder, caplog):
+    """A journal that can't be read is logged once and kept, and blocks no other journal."""
     (folder.journals / "1-a.000000.journal").mkdir()
     journal(folder, "2-b", transfer(1, now() - MS))
     journals = Journals(folder, {})
@@ -331,7 +354,8 @@ def test_a_journal_that_cannot_be_read_is_told_once_kept_and_holds_up_nobody(fol
 # Who lives.
 
 
-def test_a_journal_is_removed_only_when_its_writer_is_dead_and_then_with_its_lock(folder):
+def test_journal_removed_after_writer_death(folder):
+    """A journal is removed only when its writer is dead, and then together with its lock."""
     with living(folder) as writer:
         writer.write(transfer(1, now()))
         journals = Journals(folder, {})
@@ -358,7 +382,8 @@ def test_only_locks_of_the_dead_are_removed(folder):
         assert [path.name for path in folder.journals.iterdir()] == ["3-b.lock"]
 
 
-def test_a_lock_stays_as_long_as_a_journal_of_its_writer(folder):
+def test_lock_kept_with_its_journal(folder):
+    """A lock file stays as long as a journal of its writer exists."""
     path = journal(folder, "1-a")
     path.write_bytes(encode(header("1-a", format=FORMAT + 1)))
     lock = folder.journals / "1-a.lock"
@@ -369,7 +394,8 @@ def test_a_lock_stays_as_long_as_a_journal_of_its_writer(folder):
     assert lock.exists()
 
 
-def test_a_writer_that_begins_between_the_two_looks_is_not_taken_for_dead(folder, monkeypatch):
+def test_writer_starts_between_checks(folder, monkeypatch):
+    """A writer that starts between the search for files and the check of the locks is not taken for dead."""
     with living(folder) as writer:
         journals = Journals(folder, {})
         find = Journals._find
@@ -387,7 +413,8 @@ def test_a_writer_that_begins_between_the_two_looks_is_not_taken_for_dead(folder
         assert journals.remove_finished() == []
 
 
-def test_a_writer_that_begins_right_after_the_look_at_who_lives_is_seen_at_the_next(folder):
+def test_writer_starts_after_check(folder):
+    """A writer that starts right after the check of the locks is found by the next one."""
     journals = Journals(folder, {})
     take(journals)
     with living(folder) as writer:
@@ -397,8 +424,11 @@ def test_a_writer_that_begins_right_after_the_look_at_who_lives_is_seen_at_the_n
         assert journals.remove_finished() == []
 
 
-def test_a_writer_is_dead_only_when_all_its_journals_are_read(folder, monkeypatch):
-    """One that began its next file after the look for files, and died before the look at who lives."""
+def test_writer_dead_when_journals_read(folder, monkeypatch):
+    """A writer is dead only when all its journals are read.
+
+    This one began its next file after the search for files, and died before the check of the locks.
+    """
     journal(folder, "1-a", opening(1, now() - 5 * MS))
     journals = Journals(folder, {})
     look = Journals._check_writers
@@ -415,7 +445,8 @@ def test_a_writer_is_dead_only_when_all_its_journals_are_read(folder, monkeypatc
     assert journals.dead_writers({"1-a", "2-unheard-of"}) == {"1-a", "2-unheard-of"}
 
 
-def test_a_journal_is_kept_until_its_living_writer_is_two_rotations_on(folder):
+def test_journal_kept_for_two_rotations(folder):
+    """A journal is kept until its live writer is two rotations further."""
     start = now() - 10**9
     paths = [journal(folder, "1-a", transfer(0, start))]
     with alive(folder, "1-a"):
@@ -442,7 +473,8 @@ def test_former_journal_goes_in_time(folder: StateFolder, monkeypatch: pytest.Mo
         assert journals.remove_finished() == []
 
 
-def test_a_rotation_that_is_only_found_while_the_dead_are_counted_ends_no_file_unread(folder):
+def test_rotation_found_during_dead_check(folder):
+    """A rotation that is found only while dead writers are checked ends no file before it is read."""
     first = journal(folder, "1-a", transfer(0, now() - 10 * MS))
     with alive(folder, "1-a"):
         journals = Journals(folder, {})
@@ -456,7 +488,8 @@ def test_a_rotation_that_is_only_found_while_the_dead_are_counted_ends_no_file_u
         assert numbers(take(journals)) == [1]
 
 
-def test_a_real_writer_rotates_under_a_reader_and_nothing_is_lost_or_left(folder):
+def test_rotation_by_real_writer(folder):
+    """A real writer rotates while its files are read, and no line is lost and no old file is left."""
     with living(folder) as writer:
         journals, seen = Journals(folder, {}), []
         for first in range(0, 30_000, 20):
@@ -471,7 +504,8 @@ def test_a_real_writer_rotates_under_a_reader_and_nothing_is_lost_or_left(folder
         assert len(list(folder.journals.glob("*.journal"))) == 2 < journals._newest[writer.name]
 
 
-def test_the_writer_that_began_last_comes_last_among_the_living(folder):
+def test_newest_live_writer_comes_last(folder):
+    """The writer that started last comes last in the live writers."""
     with living(folder, digest="old") as old:
         old.write(transfer(1, now()))
         with living(folder, digest="new") as new:
@@ -481,7 +515,8 @@ def test_the_writer_that_began_last_comes_last_among_the_living(folder):
             assert [each.digest for each in journals.live_writers()] == ["old", "new"]
 
 
-def test_news_is_a_living_writer_or_a_line_that_was_not_taken(folder):
+def test_news_needs_writer_or_line(folder):
+    """There is news if a writer lives or a line was not read yet."""
     journals = Journals(folder, {})
     take(journals)
     assert not journals.has_news()
@@ -505,8 +540,11 @@ def placed(*readings: Reading) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("days", [0, 3650], ids=["this boot", "before this boot"])
-def test_journals_of_another_boot_are_placed_by_their_wall_clock(days, folder):
-    """Even where that was before this boot, so that their time on its axis is negative."""
+def test_other_boot_uses_wall_clock(days, folder):
+    """Journals of another boot are ordered by their wall clock.
+
+    This also holds before this boot, where their time on the clock of this boot is negative.
+    """
     then_ms = time.time_ns() // MS - 10_000 - days * 86_400_000
     other = [transfer(n, 10**18 - n, at_ms=then_ms + n) for n in range(3000)]
     journal(folder, "1-old", *other, boot="another")
@@ -516,8 +554,11 @@ def test_journals_of_another_boot_are_placed_by_their_wall_clock(days, folder):
     assert [at for at, _ in placed(*readings)] == sorted(at for at, _ in placed(*readings))
 
 
-def test_a_clock_that_was_set_back_in_another_boot_stops_no_backlog(folder):
-    """The first line of a piece is then later than its last."""
+def test_clock_set_back_in_other_boot(folder):
+    """A clock that was set back in another boot does not stop a backlog.
+
+    The first line of a piece is then later than its last.
+    """
     then_ms = time.time_ns() // MS - 7_200_000
     ahead = [transfer(n, n, at_ms=then_ms + 3_600_000 + n) for n in range(50)]
     back = [transfer(n, n, at_ms=then_ms + n) for n in range(50, 6000)]
@@ -532,7 +573,8 @@ def test_a_clock_that_was_set_back_in_another_boot_stops_no_backlog(folder):
 
 
 @pytest.mark.parametrize("writer_lives", [True, False])
-def test_a_time_that_has_not_come_yet_holds_up_nothing(writer_lives, folder):
+def test_future_time_blocks_nothing(writer_lives, folder):
+    """A line with a time in the future blocks nothing."""
     journal(folder, "1-a", transfer(1, now() + 10**15), transfer(2, now() - MS))
     if writer_lives:
         with alive(folder, "1-a"):
@@ -541,14 +583,16 @@ def test_a_time_that_has_not_come_yet_holds_up_nothing(writer_lives, folder):
         assert sorted(numbers(take(Journals(folder, {})))) == [1, 2]
 
 
-def test_a_journal_without_a_readable_header_is_read_as_one_of_this_boot(folder):
+def test_unreadable_header_means_this_boot(folder):
+    """A journal without a readable header is read as one of this boot."""
     path = journal(folder, "1-a")
     path.write_bytes(b"rubbish\n" + encode(transfer(1, now() - MS)))
     reading = take(Journals(folder, {}))
     assert (numbers(reading), reading.counts) == ([1], Counter(journal_torn=1))
 
 
-def test_a_journal_in_another_format_is_not_read_not_removed_and_keeps_no_relay(folder):
+def test_other_format_is_left_alone(folder):
+    """A journal in another format is neither read nor removed, and does not keep the relay running."""
     path = journal(folder, "1-a")
     path.write_bytes(encode(header("1-a", format=FORMAT + 1)) + b"whatever it says\n")
     journals = Journals(folder, {})
@@ -585,9 +629,8 @@ texts = st.one_of(
     cuts=st.lists(st.integers(0, 5000), max_size=12),
     restarts=st.sets(st.integers(0, 12)),
 )
-def test_however_the_bytes_arrive_and_the_relay_restarts_each_whole_line_is_read_once(
-    shared, lines, cuts, restarts
-):
+def test_split_writes_and_restarts(shared, lines, cuts, restarts):
+    """However the bytes arrive and the relay restarts, each whole line is read once."""
     path = journal(shared, "1-alive")
     data = b"".join(lines)
     journals, offsets, seen, begin = Journals(shared, {}), {}, [], 0

@@ -81,7 +81,8 @@ def adds_up(outbox: SQLiteOutbox) -> Stats:
 # What is taken in.
 
 
-def test_a_batch_is_kept_with_its_places_viewings_and_counts(outbox, path):
+def test_batch_is_stored_whole(outbox, path):
+    """A batch is stored with its offsets, viewings and counts."""
     outbox.ingest(
         batch(report(1), viewings=[(KEY, "state")], offsets={"a": 10}, counts={"late": 2, "none": 0})
     )
@@ -97,7 +98,8 @@ def test_a_batch_is_kept_with_its_places_viewings_and_counts(outbox, path):
     again.close()
 
 
-def test_a_viewing_that_is_dropped_and_a_journal_that_is_gone_are_forgotten(outbox):
+def test_dropped_viewing_and_journal_removed(outbox):
+    """A viewing that was dropped and a journal that was removed are deleted."""
     outbox.ingest(batch(viewings=[(KEY, "state")], offsets={"a": 10, "b": 20}))
     outbox.ingest(batch(viewings=[(KEY, None)]))
     outbox.forget_journals(["a", "unheard of"])
@@ -105,7 +107,8 @@ def test_a_viewing_that_is_dropped_and_a_journal_that_is_gone_are_forgotten(outb
     assert (list(outbox.viewings()), outbox.offsets()) == ([], {"b": 20})
 
 
-def test_a_batch_that_fails_at_its_end_leaves_nothing(outbox):
+def test_failed_batch_stores_nothing(outbox):
+    """A batch that fails at its end stores nothing."""
     with pytest.raises(OverflowError):
         outbox.ingest(batch(report(1), viewings=[(KEY, "x")], offsets={"a": 1}, counts={"late": 1 << 70}))
     assert (outbox.offsets(), list(outbox.viewings()), outbox.stats()) == ({}, [], Stats(0, 0, 0, 0, 0))
@@ -113,7 +116,8 @@ def test_a_batch_that_fails_at_its_end_leaves_nothing(outbox):
     assert adds_up(outbox).waiting == 1
 
 
-def test_what_is_done_together_happens_whole_or_not_at_all(outbox):
+def test_atomic_stores_all_or_nothing(outbox):
+    """What is done within ``atomic()`` is stored as a whole or not at all."""
     outbox.ingest(batch(report(1), report(2)))
     first, _ = claimed(outbox)
     with pytest.raises(RuntimeError), outbox.atomic():
@@ -136,7 +140,8 @@ class Interrupted(sqlite3.Connection):
         return super().execute(query, *values)
 
 
-def test_what_is_committed_has_not_failed_whatever_fails_after(path, monkeypatch):
+def test_error_after_commit_is_ignored(path, monkeypatch):
+    """A batch that was committed has not failed, whatever fails afterwards."""
     monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Interrupted))
     with closing(SQLiteOutbox(path)) as outbox:
         with outbox.growing_by(1 << 20):
@@ -147,14 +152,16 @@ def test_what_is_committed_has_not_failed_whatever_fails_after(path, monkeypatch
 # What is claimed.
 
 
-def test_the_oldest_go_first_and_none_goes_twice(outbox):
+def test_oldest_claimed_first(outbox):
+    """The oldest reports are claimed first, and none is claimed twice."""
     outbox.ingest(batch(*map(report, range(5))))
     assert [entry.report for entry in claimed(outbox, 2)] == [report(0), report(1)]
     assert [entry.report for entry in claimed(outbox)] == [report(2), report(3), report(4)]
     assert claimed(outbox) == []
 
 
-def test_the_oldest_of_all_hosts_asked_for_go_first_and_no_others(outbox):
+def test_oldest_claimed_for_given_hosts(outbox):
+    """The oldest reports of all given hosts are claimed first, and none of other hosts."""
     outbox.ingest(batch(*[report(n, host) for n, host in enumerate("abcabc")]))
     assert outbox.hosts() == ["a", "b", "c"]
     assert [entry.report for entry in claimed(outbox, 3, hosts=("c", "a"))] == [
@@ -191,8 +198,11 @@ def test_a_flood_holds_up_nobody(kind, outbox):
     assert seen == 40
 
 
-def test_a_flood_that_goes_on_holds_up_nobody(outbox):
-    """Also after a restart, and while more of it comes than leaves."""
+def test_continuing_flood_delays_no_other(outbox):
+    """A flood that continues does not delay other reports.
+
+    This also holds after a restart, and while more of the flood arrives than is sent.
+    """
     path = Path(outbox._path)
     outbox.ingest(batch(*[of(f"bot-{n}", "7") for n in range(5000)]))
     outbox.close()
@@ -247,7 +257,8 @@ def test_dead_letters_of_a_flood_go_first(outbox):
     assert viewers == 20
 
 
-def test_a_report_that_was_put_back_is_claimed_when_it_is_due_and_in_its_old_turn(outbox):
+def test_retried_report_claimed_when_due(outbox):
+    """A report that was returned for a retry is claimed when it is due, in its old position."""
     outbox.ingest(batch(*map(report, range(3))))
     first = claimed(outbox, 1)[0]
     outbox.settle([Retry(first.id, NOW + 1000, 1, 2)], NOW)
@@ -257,14 +268,16 @@ def test_a_report_that_was_put_back_is_claimed_when_it_is_due_and_in_its_old_tur
     assert after.report == report(2)
 
 
-def test_a_new_time_is_kept_with_the_report(outbox):
+def test_new_time_is_stored(outbox):
+    """A new time is stored with the report."""
     outbox.ingest(batch(report(1)))
     first = claimed(outbox)[0]
     outbox.settle([Retry(first.id, NOW, 0, 0, NOW + 77)], NOW)
     assert claimed(outbox) == [Entry(first.id, report(1)._replace(time_ms=NOW + 77), 0, 0, True)]
 
 
-def test_a_clock_that_was_set_back_keeps_nothing_waiting_for_what_was_the_future(outbox):
+def test_clock_set_back_delays_nothing(outbox):
+    """A clock that was set back does not delay a retry until a time that was in the future."""
     outbox.ingest(batch(report(1)))
     outbox.settle([Retry(claimed(outbox)[0].id, NOW + 60_000, 0)], NOW)
     a_year_before = NOW - 365 * 86_400_000
@@ -276,7 +289,8 @@ def test_a_clock_that_was_set_back_keeps_nothing_waiting_for_what_was_the_future
 # What becomes of it.
 
 
-def test_the_figures_add_up_whatever_becomes_of_the_reports(outbox):
+def test_figures_add_up(outbox):
+    """The figures add up for every outcome of the reports."""
     outbox.ingest(batch(*[report(n, sent=10**n) for n in range(6)]))
     ids = [entry.id for entry in claimed(outbox)]
     outbox.settle(
@@ -295,7 +309,8 @@ def test_the_figures_add_up_whatever_becomes_of_the_reports(outbox):
     assert rows == [("2025-11-24", "age", 1, 10**5), ("2025-11-24", "ambiguous", 2, 10**2 + 10**4)]
 
 
-def test_a_dead_letter_keeps_the_report_and_the_answer(outbox):
+def test_dead_letter_has_report_and_answer(outbox):
+    """A dead letter contains the report and the answer."""
     outbox.ingest(batch(report(1)))
     (entry,) = claimed(outbox)
     outbox.settle([Dead(entry.id, "no_such_photo", "There is no such photo")], NOW + 5)
@@ -313,7 +328,8 @@ def test_what_is_settled_twice_counts_once(outbox):
     assert adds_up(outbox) == Stats(4, 1, 1, 1, 1)
 
 
-def test_leases_of_a_dead_relay_are_sent_again_as_what_may_have_arrived(outbox, path):
+def test_leases_of_dead_relay_sent_again(outbox, path):
+    """Reports that a dead relay leased are sent again and marked as possibly sent before."""
     outbox.ingest(batch(*map(report, range(3))))
     claimed(outbox, 2)
     outbox.close()
@@ -329,7 +345,8 @@ def test_leases_of_a_dead_relay_are_sent_again_as_what_may_have_arrived(outbox, 
     last.close()
 
 
-def test_leases_of_a_dead_relay_are_lost_where_nothing_may_be_sent_twice(outbox):
+def test_leases_of_dead_relay_lost(outbox):
+    """Reports that a dead relay leased are lost if nothing may be sent twice."""
     outbox.ingest(batch(*map(report, range(3))))
     claimed(outbox, 2)
     assert outbox.recover_leases(False, NOW) == 2
@@ -345,7 +362,8 @@ def test_only_its_owner_may_read_it(outbox, path):
 
 
 @pytest.mark.parametrize("damage", ["rubbish", "header", "pages"])
-def test_a_corrupt_file_is_set_aside_and_a_new_one_begins(damage, outbox, path, caplog):
+def test_corrupt_file_is_replaced(damage, outbox, path, caplog):
+    """A corrupt file is renamed, one ERROR is logged, and a new outbox is created."""
     outbox.ingest(batch(*map(report, range(2000))))
     outbox.close()
     content = bytearray(path.read_bytes())
@@ -375,8 +393,11 @@ def test_an_empty_file_is_a_new_outbox(path):
     outbox.close()
 
 
-def test_two_processes_that_make_it_at_the_same_moment_both_get_it(path):
-    """The other is a command, which comes between this one's look for tables and its making of them."""
+def test_two_processes_create_outbox(path):
+    """Two processes that create the outbox at the same moment both get it.
+
+    The other is a command, which comes between this one's search for tables and its creation of them.
+    """
     script = "import sys; from pathlib import Path; from tests.relay.test_outbox import *; SQLiteOutbox(Path(sys.argv[1])).close()"
     root = Path(__file__).parent.parent.parent
     makers = [subprocess.Popen([sys.executable, "-c", script, str(path)], cwd=root) for _ in range(4)]
@@ -390,7 +411,8 @@ def test_two_processes_that_make_it_at_the_same_moment_both_get_it(path):
     outbox.close()
 
 
-def test_a_file_that_turns_corrupt_while_it_is_open_says_so(outbox, path):
+def test_file_corrupted_while_open(outbox, path):
+    """A file that becomes corrupt while it is open raises ``OutboxCorrupt``."""
     outbox.ingest(batch(*map(report, range(2000))))
     outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     outbox._db.execute("PRAGMA cache_size = 0")
@@ -409,8 +431,11 @@ def as_if_of_version(version: int, path: Path) -> None:
         db.execute(f"PRAGMA application_id = {schema._seal(version)}")
 
 
-def test_a_file_of_an_older_version_is_refused(outbox, path):
-    """Its tables are other ones; it is neither damaged nor to be set aside."""
+def test_older_version_is_refused(outbox, path):
+    """A file of an older version is refused.
+
+    Its tables are different; it is neither damaged nor renamed.
+    """
     outbox.close()
     as_if_of_version(SCHEMA_VERSION - 1, path)
     with pytest.raises(OutboxError, match="older version"):
@@ -418,7 +443,8 @@ def test_a_file_of_an_older_version_is_refused(outbox, path):
     assert list(path.parent.glob("*corrupt*")) == []
 
 
-def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(outbox, path):
+def test_newer_version_is_refused(outbox, path):
+    """A file of a newer version is refused and stays as it is."""
     outbox.ingest(batch(report(1)))
     outbox.close()
     as_if_of_version(SCHEMA_VERSION + 1, path)
@@ -429,7 +455,8 @@ def test_a_file_of_a_newer_version_is_refused_and_left_as_it_is(outbox, path):
 
 #: Where SQLite's header has the two numbers, four bytes each (sqlite.org/fileformat2.html).
 @pytest.mark.parametrize("place", [60, 68], ids=["user_version", "application_id"])
-def test_any_one_bit_of_the_version_that_flips_costs_nothing(place, outbox, path, caplog):
+def test_version_bit_flip_is_repaired(place, outbox, path, caplog):
+    """Any flipped bit in the version is repaired without a loss and without a log line."""
     outbox.ingest(batch(report(1)))
     outbox.close()
     whole = path.read_bytes()
@@ -446,7 +473,8 @@ def test_any_one_bit_of_the_version_that_flips_costs_nothing(place, outbox, path
     assert caplog.records == []
 
 
-def test_a_schema_that_is_no_text_any_more_is_a_corrupt_file(outbox, path, caplog):
+def test_unreadable_schema_is_corrupt(outbox, path, caplog):
+    """A file whose schema is not valid text any more is corrupt."""
     outbox.ingest(batch(*map(report, range(3))))
     outbox.close()
     path.write_bytes(path.read_bytes().replace(b"CREATE TABLE reports (", b"CREATE TABL\xc1 reports ("))
@@ -459,7 +487,8 @@ def test_a_schema_that_is_no_text_any_more_is_a_corrupt_file(outbox, path, caplo
     assert "more that can't be counted" in caplog.text
 
 
-def test_a_version_that_is_damaged_in_both_places_is_a_corrupt_file(outbox, path):
+def test_damaged_version_fields_are_corrupt(outbox, path):
+    """A file whose version is damaged in both places is corrupt."""
     outbox.ingest(batch(report(1)))
     outbox.close()
     path.write_bytes(path.read_bytes()[:60] + b"\x7f" * 12 + path.read_bytes()[72:])
@@ -468,7 +497,8 @@ def test_a_version_that_is_damaged_in_both_places_is_a_corrupt_file(outbox, path
     new.close()
 
 
-def test_what_can_be_read_of_a_corrupt_file_counts_as_lost(outbox, path, caplog):
+def test_corrupt_readable_reports_are_lost(outbox, path, caplog):
+    """The reports that can be read in a corrupt file count as lost."""
     outbox.ingest(batch(*map(report, range(20_000))))
     outbox.settle([Acked(1)], NOW)
     outbox.settle([Dead(id, "no_such_photo", "no") for id in (2, 3)], NOW)
@@ -493,7 +523,8 @@ def test_what_can_be_read_of_a_corrupt_file_counts_as_lost(outbox, path, caplog)
     assert "more that can't be counted" in record.message
 
 
-def test_a_corrupt_file_whose_reports_can_all_be_read_leaves_nothing_unknown(outbox, path, caplog):
+def test_corrupt_file_with_all_reports(outbox, path, caplog):
+    """A corrupt file in which all reports can be read leaves no unknown number of reports."""
     outbox.ingest(batch(*map(report, range(50))))
     outbox.settle([Dead(1, "no_such_photo", "no")], NOW)
     outbox.close()
@@ -506,13 +537,15 @@ def test_a_corrupt_file_whose_reports_can_all_be_read_leaves_nothing_unknown(out
     assert "more that can't be counted" not in caplog.text
 
 
-def test_a_path_that_can_hold_no_file_is_an_error_with_its_name(path):
+def test_unusable_path_is_named(path):
+    """A path that can't be a file raises an error with its name."""
     path.mkdir()
     with pytest.raises(OutboxError, match="outbox.db"):
         SQLiteOutbox(path)
 
 
-def test_a_full_disk_refuses_whole_batches_and_takes_acknowledgements(outbox):
+def test_full_disk_refuses_whole_batches(outbox):
+    """A full disk refuses whole batches and still stores acknowledgements."""
     outbox.ingest(batch(*map(report, range(300))))
     (pages,) = outbox._db.execute("PRAGMA page_count").fetchone()
     outbox._db.execute(f"PRAGMA max_page_count = {pages}")
@@ -526,8 +559,11 @@ def test_a_full_disk_refuses_whole_batches_and_takes_acknowledgements(outbox):
     assert adds_up(outbox) == Stats(5000, 4800, 200, 0, 0)
 
 
-def test_a_claim_that_cannot_be_written_did_not_happen(outbox, path):
-    """Another connection holds the lock for longer than SQLite waits."""
+def test_failed_claim_changes_nothing(outbox, path):
+    """A claim that can't be written did not happen.
+
+    Another connection holds the lock for longer than SQLite waits.
+    """
     outbox.ingest(batch(report(1)))
     other = SQLiteOutbox(path)
     outbox._db.execute("PRAGMA busy_timeout = 1")
@@ -537,8 +573,11 @@ def test_a_claim_that_cannot_be_written_did_not_happen(outbox, path):
     other.close()
 
 
-def test_what_was_acknowledged_to_the_caller_survives_a_kill(path):
-    """The process dies by its own hand right after each kind of write, with nothing closed."""
+def test_commits_survive_kill(path):
+    """What the outbox has committed survives a kill.
+
+    The process kills itself right after each kind of write, with nothing closed.
+    """
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -561,8 +600,8 @@ def test_what_was_acknowledged_to_the_caller_survives_a_kill(path):
     outbox.close()
 
 
-def test_a_disk_that_fails_is_an_outbox_error(outbox, monkeypatch):
-    """Whatever sqlite3 makes of it."""
+def test_failing_disk_is_outbox_error(outbox, monkeypatch):
+    """A failing disk raises ``OutboxError``, whichever error sqlite3 raises."""
 
     class Failing:
         in_transaction = False
@@ -714,14 +753,18 @@ def test_the_outbox_does_what_its_model_does(tmp_path):
     )
 
 
-def test_no_statement_needs_a_newer_sqlite_than_is_promised():
-    """Of what the outbox might use: DO UPDATE without its key and RETURNING came with SQLite 3.35."""
+def test_statements_run_on_promised_sqlite():
+    """No statement needs a newer SQLite than the documented one.
+
+    Of what the outbox might use: DO UPDATE without its key and RETURNING came with SQLite 3.35.
+    """
     source = "".join(path.read_text() for path in Path(outbox_module.__file__).parent.glob("*.py")).upper()
     assert "ON CONFLICT DO UPDATE" not in source
     assert " RETURNING " not in source
 
 
-def test_a_look_shows_the_latest_that_wait_and_which_are_on_their_way(outbox: SQLiteOutbox, path: Path):
+def test_view_shows_latest_waiting(outbox: SQLiteOutbox, path: Path):
+    """A view shows the latest waiting reports and which of them are being sent."""
     outbox.ingest(batch(*(report(number) for number in range(5))))
     claimed = outbox.claim(4, NOW + 10, [""])
     outbox.settle([Acked(claimed[0].id)], NOW + 10)

@@ -103,10 +103,12 @@ MODES = pytest.mark.parametrize("per", ["response", "stream"])
 
 
 class TestPerResponse:
-    def test_the_first_response_is_a_play_and_what_follows_belongs_to_it(self) -> None:
+    def test_first_response_is_play(self) -> None:
+        """The first response of a viewing is a play. Those that follow belong to it."""
         assert told(replay(PLAY_AND_TWO_SCRUBS)) == [(0, 3_000_000), (1, 2_500_000), (1, 4_000_000)]
 
-    def test_each_report_comes_with_the_close_and_has_its_time(self) -> None:
+    def test_report_at_close(self) -> None:
+        """Each report is made when its response closes and has the time of that close."""
         playback = Playback()
         for fact in facts_of(PLAY_AND_TWO_SCRUBS):
             reports = feed(playback, [fact])
@@ -115,23 +117,28 @@ class TestPerResponse:
             else:
                 assert reports == []
 
-    def test_a_report_carries_what_the_request_said_of_the_player(self) -> None:
+    def test_report_has_player_fields(self) -> None:
+        """A report contains the player fields that the request named."""
         play = Play("s", "1", "video.example.com", None, "html5", "2.1", "1920x1080")
         (report,) = replay([response(1, 0, 5, 0, 700_000, play=play)])
         assert report == Report(5000, "video.example.com", "s", "1", 700_000, 0, "html5", "2.1", "1920x1080")
 
-    def test_a_range_from_beyond_256_kib_without_a_known_viewing_is_a_skip_whatever_its_size(self) -> None:
+    def test_range_beyond_beginning_is_skip(self) -> None:
+        """A range from beyond 256 KiB without a known viewing is a skip, whatever its size."""
         assert told(replay([response(1, 0, 5, BEGINNING + 1, 9_000_000)])) == [(1, 9_000_000)]
         assert told(replay([response(1, 0, 5, BEGINNING + 1, 3)])) == [(1, 3)]
 
-    def test_a_range_from_256_kib_without_a_known_viewing_is_a_play(self) -> None:
+    def test_range_at_256_kib_is_play(self) -> None:
+        """A range that starts at 256 KiB without a known viewing is a play."""
         assert told(replay([response(1, 0, 5, BEGINNING, 9_000_000)])) == [(0, 9_000_000)]
 
-    def test_what_starts_after_the_middle_of_something_unknown_is_a_play(self) -> None:
+    def test_beginning_after_unknown_middle(self) -> None:
+        """A response from the beginning is a play if only the middle of an unknown viewing came before it."""
         middle, start = response(1, 0, 5, 9_000_000, 600_000), response(2, 6, 9, 0, 700_000)
         assert told(replay([middle, start])) == [(1, 600_000), (0, 700_000)]
 
-    def test_empty_responses_and_ranges_of_one_or_two_bytes_are_counted_but_not_reported(self) -> None:
+    def test_probes_counted_not_reported(self) -> None:
+        """Empty responses and ranges of one or two bytes are counted but not reported."""
         playback = Playback()
         probes = [
             response(1, 0, 0.1, 0, 2, last=1),
@@ -142,10 +149,12 @@ class TestPerResponse:
         assert playback.counts == Counter(ignored_probe=2, ignored_empty=1)
         assert told(feed(playback, facts_of([response(4, 1, 2, 0, 3, last=2)]))) == [(0, 3)]
 
-    def test_a_probe_that_was_answered_with_more_than_it_says_is_reported(self) -> None:
+    def test_probe_answered_with_more_bytes(self) -> None:
+        """A probe that was answered with more bytes than its range names is reported."""
         assert told(replay([response(1, 0, 3, 0, 5_000_000, last=1)])) == [(0, 5_000_000)]
 
-    def test_a_reload_that_asks_twice_is_one_more_play(self) -> None:
+    def test_reload_asks_twice(self) -> None:
+        """A reload that sends two requests is one more play."""
         reload = [
             response(1, 0, 5.6, 0, 3_300_000),
             response(2, 5.631, 5.645, 0, 8192, last=3_317_759),
@@ -153,15 +162,18 @@ class TestPerResponse:
         ]
         assert told(replay(reload)) == [(0, 3_300_000), (0, 8192), (1, 4_900_000)]
 
-    def test_of_two_that_start_together_the_first_is_the_play_whichever_ends_first(self) -> None:
+    def test_parallel_starts_first_is_play(self) -> None:
+        """Of two responses that start together the first is the play, whichever of them ends first."""
         both = [response(1, 0, 9, 0, 5_000_000), response(2, 0.1, 2, 9_000_000, 800_000)]
         assert told(replay(both)) == [(1, 800_000), (0, 5_000_000)]
 
-    def test_a_start_that_handed_over_nothing_leaves_the_play_to_the_next(self) -> None:
+    def test_empty_start_leaves_play(self) -> None:
+        """A first response that sent no bytes leaves the play to the next response."""
         tries = [response(1, 0, 0.1, 0, 0), response(2, 0.05, 4, 0, 900_000)]
         assert told(replay(tries)) == [(0, 900_000)]
 
-    def test_a_restart_that_handed_over_nothing_never_was(self) -> None:
+    def test_empty_restart_ignored(self) -> None:
+        """A restart from byte 0 that sent no bytes changes nothing: the next response goes on in the old viewing."""
         transfers = [
             response(1, 0, 5, 0, 3_000_000),
             response(2, 6, 6.1, 0, 0),
@@ -170,7 +182,8 @@ class TestPerResponse:
         ]
         assert [skip for skip, _ in told(replay(transfers))] == [0, 1, 0]
 
-    def test_the_app_s_own_word_beats_the_judgement(self) -> None:
+    def test_app_skip_overrides_decision(self) -> None:
+        """The skip value that the app sets overrides the decision of the relay."""
         first, later = PLAY._replace(skip=1), PLAY._replace(skip=0)
         transfers = [
             response(1, 0, 5, 0, 3_000_000, play=first),
@@ -185,7 +198,8 @@ class TestPerResponse:
         transfers = [response(n, n, n + 2.5, 0, 900_000, play=play) for n, play in enumerate(plays)]
         assert [skip for skip, _ in told(replay(transfers))] == [0, 0, 0, 0]
 
-    def test_half_an_hour_without_a_request_or_an_open_response_ends_the_viewing(self) -> None:
+    def test_viewing_ends_after_30_minutes(self) -> None:
+        """Half an hour without a request or an open response ends the viewing."""
         start = response(1, 0, 5, 0, 3_000_000)
         within, after = 5 + 1800 - 0.001, 5 + 1800
         assert told(replay([start, response(2, within, within + 3, 100_000, 700_000)]))[1] == (1, 700_000)
@@ -200,14 +214,16 @@ class TestPerResponse:
         assert told(feed(playback, [Fact(long.ended_ns, "w", long)])) == [(0, 30_000_000)]
         assert list(playback.open_responses()) == []
 
-    def test_two_reports_of_one_viewing_never_have_the_same_time(self) -> None:
+    def test_report_times_are_distinct(self) -> None:
+        """Two reports of one viewing never have the same time."""
         transfers = [response(n, 0, 1, 100 * n, 1000 + n) for n in range(5)]
         times = [report.time_ms for report in replay(transfers)]
         assert times == [1000, 1001, 1002, 1003, 1004]
 
 
 class TestAWriterThatDied:
-    def test_what_it_had_open_makes_no_report_and_what_follows_is_a_skip(self) -> None:
+    def test_open_response_not_reported(self) -> None:
+        """The open response of a dead writer makes no report, and what follows it is a skip."""
         playback = Playback()
         feed(playback, [Fact(0, "dead", response(1, 0, 9, 0, 1).opening)])
         assert list(playback.open_responses()) == [("dead", 1)]
@@ -216,38 +232,45 @@ class TestAWriterThatDied:
         assert playback.counts["interrupted_unknown"] == 1
         assert told(feed(playback, facts_of([response(2, 4, 9, 1_000_000, 2_000_000)]))) == [(1, 2_000_000)]
 
-    def test_the_play_stays_with_the_response_that_started_it(self) -> None:
+    def test_play_stays_with_first_response(self) -> None:
+        """The play stays with the response that started it when the writer of a later one dies."""
         playback = Playback()
         start, other = response(1, 0, 9, 0, 4_000_000), response(2, 1, 9, 0, 1)
         feed(playback, [Fact(0, "lives", start.opening), Fact(S, "dead", other.opening)])
         playback.writer_died("dead", 2, 3 * S, 3000)
         assert told(feed(playback, [Fact(start.ended_ns, "lives", start)])) == [(0, 4_000_000)]
 
-    def test_a_stream_is_told_with_the_bytes_that_are_known(self) -> None:
+    def test_stream_reports_known_bytes(self) -> None:
+        """A stream whose first writer died is reported with the bytes that are known."""
         playback = Playback(per="stream")
         feed(playback, [Fact(0, "dead", response(1, 0, 9, 0, 1).opening)])
         playback.writer_died("dead", 1, 3 * S, 3000)
         assert feed(playback, facts_of([response(2, 4, 9, 1_000_000, 2_000_000)])) == []
         assert told(playback.advance(AFTER, 0)) == [(0, 2_000_000)]
 
-    def test_a_response_that_is_not_open_can_be_lost_without_harm(self) -> None:
+    def test_unknown_response_lost(self) -> None:
+        """A response that is not open can be lost: nothing is reported or counted."""
         playback = Playback()
         assert playback.writer_died("nobody", 1, 0, 0) == []
         assert playback.counts == Counter()
 
 
 class TestPerStream:
-    def test_a_viewing_and_each_scrub_make_one_report(self) -> None:
+    def test_one_report_per_scrub(self) -> None:
+        """A viewing makes one report, and each scrub in it makes one more."""
         assert told(replay(PLAY_AND_TWO_SCRUBS, "stream")) == [(0, 3_000_000), (1, 2_500_000), (1, 4_000_000)]
 
-    def test_probes_and_returns_are_folded_into_the_play(self) -> None:
+    def test_probes_join_the_play(self) -> None:
+        """The bytes of probes and of returns to an earlier offset are added to the play."""
         assert told(replay(INDEX_AT_THE_END, "stream")) == [(0, 49_152 + 102_731 + 3_300_000)]
 
-    def test_a_segment_is_told_when_the_next_one_opens(self) -> None:
+    def test_segment_reported_at_next_open(self) -> None:
+        """A segment is reported when the next one opens."""
         playback = Playback(per="stream")
         assert told(feed(playback, facts_of(PLAY_AND_TWO_SCRUBS[:2]))) == [(0, 3_000_000)]
 
-    def test_a_segment_waits_for_what_started_in_it(self) -> None:
+    def test_segment_waits_for_open_responses(self) -> None:
+        """A segment is reported after the last response that started in it has closed."""
         playback = Playback(per="stream")
         play, slow = response(1, 0, 5, 0, 3_000_000), response(2, 1, 12, 300_000, 100)
         facts = facts_of([play, slow, response(3, 5.01, 6.9, 20_000_000, 900_000)])
@@ -256,7 +279,8 @@ class TestPerStream:
         assert told(reports) == [(0, 3_000_100)]
         assert reports[0].time_ms == 12_000
 
-    def test_the_last_segment_is_told_when_it_has_been_idle(self) -> None:
+    def test_last_segment_reported_when_idle(self) -> None:
+        """The last segment is reported, once, when it has been idle for ``idle_s``."""
         playback = Playback(per="stream", idle_s=30)
         feed(playback, facts_of(PLAY_AND_TWO_SCRUBS[:1]))
         assert playback.advance(35 * S - 1, 0) == []
@@ -269,14 +293,16 @@ class TestPerStream:
         feed(playback, [Fact(6 * S, "w", response(9, 6, 999, 3_000_000, 1).opening)])
         assert playback.advance(600 * S, 0) == []
 
-    def test_what_can_be_told_is_told_at_shutdown_and_not_again_by_the_next_relay(self) -> None:
+    def test_shutdown_reports_once(self) -> None:
+        """At shutdown every report that is complete is made, and the next relay does not repeat it."""
         playback = Playback(per="stream")
         feed(playback, facts_of(PLAY_AND_TWO_SCRUBS))
         assert told(playback.conclude(0)) == [(1, 4_000_000)]
         assert playback.conclude(0) == []
         assert restarted(playback, "stream").advance(AFTER, 0) == []
 
-    def test_what_is_open_at_shutdown_is_left_to_the_next_relay(self) -> None:
+    def test_shutdown_leaves_open_responses(self) -> None:
+        """A response that is open at shutdown is left to the next relay."""
         playback = Playback(per="stream")
         long = response(1, 0, 60, 0, 9_000_000)
         feed(playback, [Fact(0, "w0", long.opening)])
@@ -286,20 +312,23 @@ class TestPerStream:
         assert told(successor.conclude(0)) == [(0, 9_000_000)]
 
     @pytest.mark.parametrize("pieces", [1, 3])
-    def test_a_file_that_was_sent_from_its_start_to_its_end_is_told_at_once(self, pieces: int) -> None:
+    def test_whole_file_reported_at_once(self, pieces: int) -> None:
+        """A file that was sent from its start to its end is reported at once, also when it came in several ranges."""
         size = TOTAL // pieces
         transfers = [
             response(n, 3 * n, 3 * n + 2, n * size, size, last=(n + 1) * size - 1) for n in range(pieces)
         ]
         assert told(feed(Playback(per="stream"), facts_of(transfers))) == [(0, TOTAL)]
 
-    def test_a_server_that_caps_ranges_makes_one_report(self) -> None:
+    def test_capped_ranges_make_one_report(self) -> None:
+        """A server that caps the size of ranges causes one report per viewing."""
         transfers = [
             response(n, n, n + 0.9, n * 200_000, 200_000, last=n * 200_000 + 199_999) for n in range(40)
         ]
         assert told(replay(transfers, "stream")) == [(0, 8_000_000)]
 
-    def test_what_folds_into_a_segment_that_was_told_rides_on_the_next_report(self) -> None:
+    def test_late_bytes_join_next_report(self) -> None:
+        """Bytes for a segment that was reported already are added to the next report."""
         transfers = [
             response(1, 0, 5, 0, 3_000_000),
             response(2, 60, 65, 3_000_000, 1_000_000),
@@ -307,7 +336,8 @@ class TestPerStream:
         ]
         assert told(replay(transfers, "stream")) == [(0, 3_000_000), (1, 1_900_000)]
 
-    def test_or_is_told_late_when_the_viewing_is_dropped(self) -> None:
+    def test_late_bytes_reported_at_drop(self) -> None:
+        """Without a next report, such late bytes are reported when the viewing is dropped, and counted as late."""
         playback = Playback(per="stream")
         transfers = [response(1, 0, 5, 0, 3_000_000), response(2, 60, 65, 3_000_000, 1_000_000)]
         reports = feed(playback, facts_of(transfers))
@@ -316,19 +346,22 @@ class TestPerStream:
         assert told(playback.advance((65 + 1800) * S, 0)) == [(1, 1_000_000)]
         assert playback.counts == Counter(late=1)
 
-    def test_a_viewing_under_the_minimum_makes_no_report_and_is_counted(self) -> None:
+    def test_viewing_below_minimum(self) -> None:
+        """A viewing below the minimum number of bytes makes no report and is counted."""
         playback = Playback(per="stream")
         feed(playback, facts_of([response(1, 0, 5, 0, 524_287)]))
         assert playback.advance(AFTER, 0) == []
         assert playback.counts["below_minimum"] == 1
         assert told(replay([response(1, 0, 5, 0, 524_288)], "stream")) == [(0, 524_288)]
 
-    def test_the_minimum_of_a_small_file_is_an_eighth_of_it(self) -> None:
+    def test_minimum_of_small_file(self) -> None:
+        """The minimum for a small file is an eighth of its size."""
         small = {"last": 799_999, "total": 800_000}
         assert replay([response(1, 0, 5, 0, 99_999, **small)], "stream") == []
         assert told(replay([response(1, 0, 5, 0, 100_000, **small)], "stream")) == [(0, 100_000)]
 
-    def test_the_operator_s_minimum_holds_for_the_whole_viewing(self) -> None:
+    def test_configured_minimum_per_viewing(self) -> None:
+        """The minimum that the operator set is compared with the bytes of the whole viewing."""
         assert told(replay(PLAY_AND_TWO_SCRUBS, "stream", 9_500_000)) == [
             (0, 3_000_000),
             (1, 2_500_000),
@@ -336,14 +369,16 @@ class TestPerStream:
         ]
         assert replay(PLAY_AND_TWO_SCRUBS, "stream", 9_500_001) == []
 
-    def test_a_preload_of_the_metadata_that_a_fast_network_filled_is_no_play(self) -> None:
+    def test_fast_preload_is_not_play(self) -> None:
+        """A metadata preload that a fast network filled with megabytes is not a play."""
         assert replay([response(1, 0, 0.1, 0, 6_100_000)], "stream") == []
         assert told(replay([response(1, 0, 0.1, 0, 6_100_000)], "stream", 1)) == [(0, 6_100_000)]
 
     def test_a_quick_download_is_a_play(self) -> None:
         assert told(replay([response(1, 0, 0.1, 0, TOTAL)], "stream")) == [(0, TOTAL)]
 
-    def test_the_app_s_own_word_opens_and_keeps_segments(self) -> None:
+    def test_app_skip_opens_segments(self) -> None:
+        """The skip value that the app sets opens a segment, or keeps the current one open."""
         scrub, start = PLAY._replace(skip=1), PLAY._replace(skip=0)
         transfers = [
             response(1, 0, 5, 0, 3_000_000),
@@ -353,11 +388,13 @@ class TestPerStream:
         assert sorted(told(replay(transfers, "stream"))) == [(0, 3_000_000), (1, 1_700_000)]
         assert told(replay([response(1, 0, 5, 9_000_000, 700_000, play=start)], "stream")) == [(0, 700_000)]
 
-    def test_a_start_that_the_app_calls_a_skip_makes_one_report(self) -> None:
+    def test_app_calls_start_a_skip(self) -> None:
+        """A start that the app calls a skip makes one report, a skip."""
         start = response(1, 0, 5, 0, 3_000_000, play=PLAY._replace(skip=1))
         assert told(replay([start, response(2, 6, 9, 3_000_000, 900_000)], "stream")) == [(1, 3_900_000)]
 
-    def test_the_middle_of_something_unknown_is_one_skip(self) -> None:
+    def test_unknown_middle_is_one_skip(self) -> None:
+        """Responses from the middle of an unknown viewing make one report, a skip."""
         transfers = [response(1, 0, 1, 9_000_000, 1000), response(2, 2, 5, 12_000_000, 900_000)]
         assert told(replay(transfers, "stream")) == [(1, 901_000)]
 
@@ -371,7 +408,8 @@ class TestWhatIsAScrub:
         assert sum(report.sent for report in reports) == sent + sum(transfer.sent for transfer in transfers)
         return len(reports) - 1
 
-    def test_what_starts_near_the_end_of_what_was_handed_over_goes_on(self) -> None:
+    def test_near_offset_continues_playback(self) -> None:
+        """A response that starts within 1/64 of the file from the end of the bytes sent so far is not a scrub."""
         near = TOTAL // 64
         assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 - near, 900_000)) == 0
         assert self.scrubs_after_play(response(2, 15, 20, 3_000_000 + near, 900_000)) == 0
@@ -386,10 +424,12 @@ class TestWhatIsAScrub:
             assert self.scrubs_after_play(response(2, start, start + 5, 3_000_000 + held, 900_000)) == 0
             assert self.scrubs_after_play(response(2, start, start + 5, 3_000_001 + held, 900_000)) == 1
 
-    def test_what_lies_inside_goes_on_after_a_pause(self) -> None:
+    def test_inside_after_pause_continues(self) -> None:
+        """After a pause, a response that starts inside the bytes sent so far goes on with the same segment."""
         assert self.scrubs_after_play(response(2, 15, 20, 1_500_000, 900_000)) == 0
 
-    def test_what_lies_inside_is_a_scrub_where_it_replaced_what_played(self) -> None:
+    def test_inside_replacing_playback_is_scrub(self) -> None:
+        """A response that starts inside the bytes sent so far is a scrub if it replaces the response that played."""
         assert self.scrubs_after_play(response(2, 5.03, 20, 1_500_000, 900_000)) == 1
         assert self.scrubs_after_play(response(2, 4.9, 20, 1_500_000, 900_000)) == 1
 
@@ -411,16 +451,19 @@ class TestWhatIsAScrub:
         sent = int(share * 1_000_000)
         assert self.scrubs_after_play(response(2, 5.01, 20, 13_533_184, 4_000_000), sent=sent) == scrubs
 
-    def test_a_second_look_at_the_header_is_none(self) -> None:
+    def test_second_header_read_is_not_scrub(self) -> None:
+        """A second response from the header of the file is not a scrub."""
         assert self.scrubs_after_play(response(2, 5.01, 20, 194_165, 900_000)) == 0
 
     def test_a_small_response_decides_nothing(self) -> None:
         assert self.scrubs_after_play(response(2, 6, 9, 20_000_000, 500_000)) == 0
 
-    def test_a_response_that_was_given_up_at_once_decides_nothing(self) -> None:
+    def test_aborted_response_is_not_scrub(self) -> None:
+        """A response that the player aborts within 1.5 s does not count as a scrub."""
         assert self.scrubs_after_play(response(2, 6, 7.4, 20_000_000, 6_000_000)) == 0
 
-    def test_a_seek_that_asks_twice_is_one_scrub(self) -> None:
+    def test_seek_asks_twice(self) -> None:
+        """A seek that sends two requests is one scrub."""
         first_try = response(2, 4.985, 5.0, 20_000_000, 8192)
         assert self.scrubs_after_play(first_try, response(3, 4.99, 12, 20_000_000, 4_000_000)) == 1
 
@@ -439,15 +482,18 @@ class TestWhatIsAScrub:
         reports = replay([*parts, late_part], "stream")
         assert told(reports) == [(0, 4 * size + 1_100_000)]
 
-    def test_two_that_run_beside_each_other_for_two_seconds_are_a_download(self) -> None:
+    def test_two_second_overlap_is_download(self) -> None:
+        """Two responses that overlap for two seconds are a download, not a scrub."""
         assert self.scrubs_after_play(response(2, 2.9, 7, 20_000_000, 900_000)) == 0
         assert self.scrubs_after_play(response(2, 3.1, 7, 20_000_000, 900_000)) == 1
 
-    def test_a_seek_that_reads_the_index_first_is_one_scrub(self) -> None:
+    def test_seek_reads_index_first(self) -> None:
+        """A seek that reads the index at the end of the file first is one scrub."""
         index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
         assert self.scrubs_after_play(index, response(3, 5.02, 12, 20_000_000, 4_000_000)) == 1
 
-    def test_so_it_is_where_the_place_that_is_sought_has_been_handed_over(self) -> None:
+    def test_seek_back_reads_index_first(self) -> None:
+        """A seek that reads the index first is one scrub also if the bytes at its target were sent before."""
         index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
         assert self.scrubs_after_play(index) == 1
         assert self.scrubs_after_play(index, response(3, 5.02, 12, 3_000_000, 4_000_000)) == 1
@@ -458,15 +504,18 @@ class TestWhatIsAScrub:
         assert self.scrubs_after_play(index, response(3, 9.4, 15, 20_000_000, 4_000_000)) == 1
         assert self.scrubs_after_play(index, response(3, 10.6, 15, 20_000_000, 4_000_000)) == 2
 
-    def test_a_seek_that_reads_the_index_and_becomes_a_drag_is_one_scrub(self) -> None:
+    def test_index_then_drag_is_one_scrub(self) -> None:
+        """A seek that reads the index and becomes a drag is one scrub."""
         index = response(2, 4.99, 5.005, TOTAL - 21_387, 21_387)
         steps = [response(3 + n, 5.01 + n, 6.02 + n, 8_000_000 + n * 10**6, 73_000) for n in range(4)]
         assert self.scrubs_after_play(index, *steps, response(20, 9, 15, 25_000_000, 3_000_000)) == 1
 
-    def test_an_index_that_is_read_while_nothing_plays_is_none(self) -> None:
+    def test_index_read_while_idle(self) -> None:
+        """An index that is read while nothing plays is not a scrub."""
         assert self.scrubs_after_play(response(2, 10, 10.1, TOTAL - 21_387, 21_387)) == 0
 
-    def test_a_fragmented_file_that_is_read_hop_by_hop_is_one_play(self) -> None:
+    def test_fragmented_file_is_one_play(self) -> None:
+        """A fragmented file that the player reads range by range is one play."""
         hops = [
             response(2 + n, 6 + n, 6.9 + n, 3_000_000 + n * 460_000, 427_000, last=3_426_999 + n * 460_000)
             for n in range(20)
@@ -639,19 +688,22 @@ class TestAfterARestartOfTheHost:
         feed(playback, facts_of([response(1, self.UPTIME - 9, self.UPTIME, 0, 3_000_000)]))
         return playback
 
-    def test_a_viewing_that_goes_on_is_the_same_viewing(self) -> None:
+    def test_viewing_continues_after_reboot(self) -> None:
+        """A viewing that goes on after a restart of the host is the same viewing."""
         playback = self.rebooted(self.played(), pause=100)
         feed(playback, facts_of([response(2, 61, 70, 3_000_000, 4_000_000)]))
         assert told(playback.advance(AFTER, 0)) == [(0, 7_000_000)]
 
-    def test_a_viewing_that_was_over_by_then_is_told_at_once_and_another_one_begins(self) -> None:
+    def test_ended_viewing_reported_after_reboot(self) -> None:
+        """A viewing that ended while the host was down is reported at once. The next response begins another one."""
         playback = self.rebooted(self.played(), pause=3600)
         reports = playback.advance(60 * S, 0)
         assert told(reports) == [(0, 3_000_000)]
         feed(playback, facts_of([response(2, 61, 70, 0, 5_000_000)]))
         assert told(playback.advance(AFTER, 0)) == [(0, 5_000_000)]
 
-    def test_a_response_that_was_open_is_ended_and_its_viewing_forgotten_in_time(self) -> None:
+    def test_open_response_lost_in_reboot(self) -> None:
+        """A response that was open at the restart is ended, and its viewing is dropped after 30 minutes."""
         playback = Playback(per="stream", idle_s=1000)
         playback.opened("w", response(1, self.UPTIME, self.UPTIME + 1, 0, 1).opening)
         playback = self.rebooted(playback, pause=100)
@@ -660,13 +712,15 @@ class TestAfterARestartOfTheHost:
         playback.advance(60 * S + 30 * 60 * S, 0)
         assert dict(playback.changed()) == {("", *PLAY[:2]): None}
 
-    def test_what_was_over_before_a_boot_of_some_seconds_is_told_and_forgotten_at_once(self) -> None:
+    def test_ended_before_recent_boot(self) -> None:
+        """A viewing that ended before a boot some seconds ago is reported and dropped at once."""
         playback = Playback(per="stream", idle_s=1000)
         feed(playback, facts_of([response(1, -3609, -3600, 0, 3_000_000)]))
         assert told(playback.advance(5 * S, 0)) == [(0, 3_000_000)]
         assert dict(playback.changed()) == {("", *PLAY[:2]): None}
 
-    def test_what_is_known_of_an_open_response_is_placed_by_the_wall_clock_too(self) -> None:
+    def test_open_response_times_rebased(self) -> None:
+        """The times in the last line of an open response are also converted by the wall clock."""
         opening = response(1, self.UPTIME, self.UPTIME + 1, 0, 1).opening._replace(started_ms=2_000)
         open_response = OpenResponse.of("w", opening)
         open_response.last_line = encode(Progress(opening, self.UPTIME * S, 3_000, 5)).decode().rstrip()
@@ -674,7 +728,8 @@ class TestAfterARestartOfTheHost:
         moved = Progress(opening._replace(started_ns=3 * S // 2), 5 * S // 2, 3_000, 5)
         assert decode(open_response.last_line.encode()) == moved
 
-    def test_the_line_of_an_open_response_that_was_damaged_is_counted(self) -> None:
+    def test_damaged_open_response_line(self) -> None:
+        """A damaged last line of an open response is counted, and the response is dropped."""
         playback = Playback()
         opening = response(1, 0, 1, 0, 1).opening
         playback.opened("w", opening)
@@ -686,12 +741,14 @@ class TestAfterARestartOfTheHost:
         assert successor.counts == Counter(state_unreadable=1)
         assert not list(successor.open_responses())
 
-    def test_a_wall_clock_that_was_set_back_makes_nothing_happen_in_the_future(self) -> None:
+    def test_wall_clock_set_back_at_reboot(self) -> None:
+        """If the wall clock was set back at a reboot, no stored time lies in the future."""
         playback = self.rebooted(self.played(), pause=-(10**6))
         feed(playback, facts_of([response(2, 61, 70, 3_000_000, 4_000_000)]))
         assert told(playback.advance(1070 * S, 0)) == [(0, 7_000_000)]
 
-    def test_what_is_kept_since_and_restored_in_the_same_boot_stays_where_it_is(self) -> None:
+    def test_same_boot_times_unchanged(self) -> None:
+        """Times that are stored and restored within one boot stay as they are, even if the wall clock is set."""
         playback = self.rebooted(self.played(), pause=100)
         feed(playback, facts_of([response(2, 61, 70, 3_000_000, 4_000_000)]))
         later = "boot b", 5 * S  # somebody set the wall clock; the boot's own clock went on
@@ -708,27 +765,31 @@ class TestAfterARestartOfTheHost:
 
 
 class TestBadInput:
-    def test_a_line_that_is_read_twice_is_told_once(self) -> None:
+    def test_repeated_line_reported_once(self) -> None:
+        """A line that is read twice is reported once and counted as repeated."""
         playback = Playback()
         facts = facts_of(PLAY_AND_TWO_SCRUBS)
         assert len(feed(playback, [fact for fact in facts for _ in range(2)])) == 3
         assert len(feed(playback, facts)) == 0
         assert playback.counts["repeated"] > 0
 
-    def test_a_close_whose_start_was_not_seen_is_judged_as_it_comes(self) -> None:
+    def test_close_without_open_line(self) -> None:
+        """A close line whose open line was not seen is decided when it arrives."""
         playback = Playback()
         start, scrub, _ = PLAY_AND_TWO_SCRUBS
         assert told(playback.closed("w", start)) == [(0, 3_000_000)]
         assert told(playback.closed("w", scrub)) == [(1, 2_500_000)]
         assert playback.counts == Counter()
 
-    def test_a_line_that_comes_later_than_the_relay_waits_is_counted_late(self) -> None:
+    def test_late_line_is_counted(self) -> None:
+        """A line that arrives after the relay's hold-back time is reported and counted as late."""
         playback = Playback()
         playback.advance(10 * S, 10_000)
         assert told(feed(playback, facts_of([response(1, 9, 11, 0, 700_000)]))) == [(0, 700_000)]
         assert playback.counts == Counter(late=1)
 
-    def test_a_clock_that_was_set_back_neither_keeps_nor_loses_anything(self) -> None:
+    def test_clock_set_back(self) -> None:
+        """A clock that was set back neither keeps a viewing longer than its idle time nor loses its bytes."""
         playback = Playback(per="stream")
         future = 10**6
         feed(playback, facts_of([response(1, future, future + 5, 0, 3_000_000)]))
@@ -753,9 +814,8 @@ class TestBadInput:
         ],
     )
     @pytest.mark.parametrize("per", ["response", "stream"])
-    def test_a_part_that_contradicts_itself_or_the_bytes_is_reported_by_its_bytes(
-        self, part: Part, per: str
-    ) -> None:
+    def test_contradictory_part_reports_bytes(self, part: Part, per: str) -> None:
+        """A part that contradicts itself or the number of bytes is reported by the bytes sent."""
         opening = Opening(1, 0, 0, PLAY, part, 206, -7)
         playback = Playback(per=per, min_bytes=1)
         reports = feed(playback, facts_of([Transfer(opening, 5 * S, 5000, 3_000_000)]))
@@ -763,7 +823,8 @@ class TestBadInput:
         assert [report.sent for report in reports] == [3_000_000]
         assert reports[0].skip == (0 if part.first in (0, 500) else 1)
 
-    def test_a_response_that_ended_before_it_started_is_reported(self) -> None:
+    def test_end_before_start_is_reported(self) -> None:
+        """A response that ended before it started is reported."""
         assert told(replay([response(1, 5, 4, 0, 700_000)])) == [(0, 700_000)]
 
     def test_responses_that_never_end_are_given_up(self) -> None:
@@ -776,7 +837,8 @@ class TestBadInput:
         playback.advance(day + 1801 * S, 0)
         assert list(playback.open_responses()) == []
 
-    def test_a_viewing_s_state_does_not_grow_with_what_is_done_in_it(self) -> None:
+    def test_viewing_state_is_bounded(self) -> None:
+        """The stored state of a viewing does not grow with the number of its responses."""
         playback = Playback(per="stream")
         start = [Fact(0, "w", response(0, 0, 1, 0, 1, total=10**12).opening)]
         feed(playback, start)
@@ -786,7 +848,8 @@ class TestBadInput:
         ((_, text),) = playback.changed()
         assert text is not None and len(text) < 200 * MOST_SPANS
 
-    def test_more_sessions_than_are_kept_drop_the_oldest(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_oldest_session_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If there are more sessions than the limit, the oldest are dropped, and their bytes are reported."""
         monkeypatch.setattr(playback_module, "MOST_SESSIONS", 100)
         playback = Playback(per="stream")
         transfers = [response(n, n, n + 2, 0, 700_000, play=Play(f"s{n}", "1")) for n in range(1000)]
@@ -795,7 +858,8 @@ class TestBadInput:
         assert playback.counts["viewings_dropped"] == 900
         assert len([text for _, text in playback.changed() if text is not None]) == 100
 
-    def test_a_row_that_can_t_be_read_is_left_out(self) -> None:
+    def test_unreadable_row_is_skipped(self) -> None:
+        """A stored row that can't be read is skipped and counted."""
         playback = Playback()
         feed(playback, facts_of(PLAY_AND_TWO_SCRUBS)[:3])
         ((key, text),) = playback.changed()
@@ -848,16 +912,18 @@ def _by_session(reports: Iterable[Report]) -> dict[str, list[Report]]:
 
 
 @given(_transfers())
-def test_per_response_each_counted_response_is_told_exactly_once(transfers: list[Transfer]) -> None:
+def test_each_response_reported_once(transfers: list[Transfer]) -> None:
+    """Per response, each counted response is reported exactly once."""
     reports = replay(transfers)
     told_of = Counter((report.session_id, report.sent) for report in reports)
     assert told_of == Counter((each.opening.play.session_id, each.sent) for each in _counted(transfers))
 
 
 @given(_transfers())
-def test_per_stream_no_byte_is_told_twice_and_none_is_lost_but_below_the_minimum(
+def test_stream_bytes_reported_once(
     transfers: list[Transfer],
 ) -> None:
+    """Per stream, no byte is reported twice, and none is lost except those below the minimum."""
     counted: Counter[str] = Counter()
     for each in _counted(transfers):
         counted[each.opening.play.session_id] += each.sent
@@ -890,9 +956,8 @@ def test_times_are_unique_and_grow(per: str, transfers: list[Transfer]) -> None:
 
 @MODES
 @given(transfers=_transfers(), data=st.data())
-def test_a_relay_that_is_killed_at_any_point_decides_the_same(
-    per: str, transfers: list[Transfer], data: st.DataObject
-) -> None:
+def test_relay_killed_at_any_point(per: str, transfers: list[Transfer], data: st.DataObject) -> None:
+    """A relay that is killed at any point makes the same reports after its restart."""
     facts = facts_of(transfers)
     kills = data.draw(st.sets(st.integers(0, len(facts))))
     playback = Playback(per=per)
@@ -935,9 +1000,8 @@ def _through_relay(
 @MODES
 @given(transfers=_transfers(), data=st.data())
 @settings(max_examples=200)
-def test_the_same_lines_give_the_same_reports_in_any_order_that_the_clock_allows(
-    per: str, transfers: list[Transfer], data: st.DataObject
-) -> None:
+def test_line_order_does_not_matter(per: str, transfers: list[Transfer], data: st.DataObject) -> None:
+    """The same lines give the same reports in any order that the hold-back time allows."""
     expected = replay(transfers, per)
     count = 2 * len(transfers)
     delays = data.draw(st.lists(st.integers(0, S // 4), min_size=count, max_size=count))
@@ -966,9 +1030,8 @@ def _wild_transfers(draw: st.DrawFn) -> Transfer:
     transfers=st.lists(_wild_transfers(), max_size=20),
     steps=st.lists(st.sampled_from(["open", "close", "lost", "advance", "restart", "conclude"]), max_size=40),
 )
-def test_nothing_that_a_journal_may_hold_stops_the_relay(
-    per: str, transfers: list[Transfer], steps: list[str]
-) -> None:
+def test_strange_lines_never_stop_relay(per: str, transfers: list[Transfer], steps: list[str]) -> None:
+    """No line that a journal may contain stops the relay."""
     playback = Playback(per=per, min_bytes=1)
     reports: list[Report] = []
     for step, transfer in zip(steps, transfers, strict=False):

@@ -79,7 +79,8 @@ def told(reports: list[Report] | None) -> list[tuple[int, int]]:
     return [(report.skip, report.sent) for report in reports]
 
 
-def test_a_play_is_told_with_its_line_at_the_lines_time():
+def test_play_reported_at_line_time():
+    """A play is reported when its proxy line arrives, with the time of the line."""
     playback = machine()
     first = opening(1, 10)
     assert playback.opened(WRITER, first) == []
@@ -121,7 +122,8 @@ def test_of_two_counts_the_smaller_is_told(app, proxy, bytes):
     assert told(logged(playback, line(1, 11, proxy))) == [(0, bytes)]
 
 
-def test_a_line_that_comes_before_the_app_is_done_waits_for_its_count():
+def test_early_line_waits_for_app_count():
+    """A line that arrives before the app's response has closed waits for the app's count. The first line is used."""
     playback = machine()
     first = opening(1, 10)
     playback.opened(WRITER, first)
@@ -132,7 +134,8 @@ def test_a_line_that_comes_before_the_app_is_done_waits_for_its_count():
     assert (report.sent, report.time_ms) == (90, 11_000)
 
 
-def test_a_line_decides_where_the_writer_died_before_it_said_how_much():
+def test_line_decides_after_writer_death():
+    """The line gives the bytes if the writer died before it logged how many were sent."""
     playback = machine()
     first, second = opening(1, 10), opening(2, 11, session="other")
     for each in (first, second):
@@ -146,7 +149,8 @@ def test_a_line_decides_where_the_writer_died_before_it_said_how_much():
     assert playback.counts == {}
 
 
-def test_without_a_line_the_apps_count_is_told_after_the_wait():
+def test_missing_line_reports_app_count():
+    """Without a line the app's count is reported after the wait, as unconfirmed."""
     playback = machine()
     first = opening(1, 10)
     playback.opened(WRITER, first)
@@ -158,7 +162,8 @@ def test_without_a_line_the_apps_count_is_told_after_the_wait():
     assert logged(playback, line(1, 112, 100)) is None
 
 
-def test_without_a_line_and_after_its_writers_death_what_is_known_is_told():
+def test_missing_line_after_writer_death():
+    """Without a line and after its writer's death, a play is reported with the bytes that are known."""
     playback = machine()
     first, second = opening(1, 10), opening(2, 10, session="other")
     for each in (first, second):
@@ -170,7 +175,8 @@ def test_without_a_line_and_after_its_writers_death_what_is_known_is_told():
     assert playback.counts == {"unconfirmed": 1, "interrupted": 1, "interrupted_unknown": 1}
 
 
-def test_without_a_line_of_an_offloaded_play_nothing_is_known_and_the_next_is_no_play():
+def test_missing_line_of_offloaded_play():
+    """Without its line an offloaded play is counted and not reported: its bytes are unknown. The next response is."""
     playback = machine()
     for number, start in ((1, 10), (2, 12)):
         each = opening(number, start, by=OFFLOADED)
@@ -181,7 +187,8 @@ def test_without_a_line_of_an_offloaded_play_nothing_is_known_and_the_next_is_no
     assert playback.counts == {"no_proxy_line": 1}
 
 
-def test_the_place_of_an_offloaded_play_is_the_logs():
+def test_offloaded_offset_from_log():
+    """The offset of an offloaded play is taken from the log."""
     playback = machine()
     first, second = opening(1, 10, by=OFFLOADED), opening(2, 20, first=20_000_000, by=OFFLOADED)
     for each in (first, second):
@@ -194,7 +201,8 @@ def test_the_place_of_an_offloaded_play_is_the_logs():
 @pytest.mark.parametrize(
     "more", [{"status": 404}, {"status": 416}, {"content_type": "image/jpeg"}, {"content_type": ""}]
 )
-def test_an_offloaded_answer_that_is_no_media_never_was(more):
+def test_offloaded_answer_without_media(more):
+    """An offloaded answer that is not media is ignored: the next response is the play."""
     playback = machine()
     for number in (1, 2):
         each = opening(number, 10 + number, by=OFFLOADED)
@@ -205,7 +213,8 @@ def test_an_offloaded_answer_that_is_no_media_never_was(more):
     assert playback.counts == {"proxy_not_played": 1}
 
 
-def test_what_the_app_never_sent_waits_for_nobody():
+def test_empty_response_awaits_no_line():
+    """A response of which the app sent nothing waits for no line."""
     playback = machine()
     first = opening(1, 10)
     playback.opened(WRITER, first)
@@ -214,7 +223,8 @@ def test_what_the_app_never_sent_waits_for_nobody():
 
 
 @pytest.mark.parametrize("off", [-3600.0, 3600.0])
-def test_where_the_proxys_clock_differs_the_end_is_told_by_its_duration(off):
+def test_proxy_clock_differs(off):
+    """If the proxy's clock differs, the end of a play is computed from its duration."""
     playback = machine()
     first = opening(1, 10_000)
     playback.opened(WRITER, first)
@@ -224,7 +234,8 @@ def test_where_the_proxys_clock_differs_the_end_is_told_by_its_duration(off):
     assert playback.counts == {"proxy_clock_differs": 1}
 
 
-def test_in_a_stream_a_missing_line_holds_back_what_it_belongs_to():
+def test_missing_line_delays_stream_report():
+    """In a stream a missing line delays the report that it belongs to, for at most the wait."""
     playback = machine("stream")
     first, second = opening(1, 10), opening(2, 11, first=1_000_000)
     for each, sent in ((first, 1_000_000), (second, 2_000_000)):
@@ -237,7 +248,8 @@ def test_in_a_stream_a_missing_line_holds_back_what_it_belongs_to():
     assert told(playback.advance(130 * S, 130_000)) == [(0, 2_900_000)]
 
 
-def test_what_waits_outlives_the_relay_with_all_that_is_known():
+def test_waiting_plays_survive_restart():
+    """Plays that wait for a line survive a restart of the relay, with all that is known of them."""
     playback = machine()
     first, second, third = (
         opening(1, 10),
@@ -258,7 +270,8 @@ def test_what_waits_outlives_the_relay_with_all_that_is_known():
     assert told(successor.advance(111 * S, 111_000)) == [(0, 5_000)]
 
 
-def test_a_clock_that_was_set_back_makes_nobody_wait_for_ever():
+def test_clock_set_back_ends_wait():
+    """A clock that was set back does not extend the wait for a line without end."""
     playback = machine()
     first = opening(1, 10)
     playback.opened(WRITER, first)
@@ -267,7 +280,8 @@ def test_a_clock_that_was_set_back_makes_nobody_wait_for_ever():
     assert told(playback.advance(120 * S, 120_000)) == [(0, 5_000)]
 
 
-def test_more_than_a_player_has_open_are_told_unconfirmed_and_not_forgotten():
+def test_open_limit_reports_unconfirmed():
+    """Plays above the limit of open responses are reported as unconfirmed and not dropped."""
     playback = machine()
     reports = []
     for number in range(1, MOST_OPEN + 11):
@@ -278,7 +292,8 @@ def test_more_than_a_player_has_open_are_told_unconfirmed_and_not_forgotten():
     assert playback.counts["unconfirmed"] == 10
 
 
-def test_a_viewer_who_makes_room_for_another_is_told_unconfirmed(monkeypatch):
+def test_dropped_session_reported_unconfirmed(monkeypatch):
+    """A session that is dropped to make space for another is reported as unconfirmed."""
     monkeypatch.setattr(playback_module, "MOST_SESSIONS", 2)
     playback = machine()
     reports = []
@@ -290,7 +305,8 @@ def test_a_viewer_who_makes_room_for_another_is_told_unconfirmed(monkeypatch):
     assert (playback.counts["unconfirmed"], playback.counts["no_proxy_line"]) == (1, 1)
 
 
-def test_a_state_with_a_line_that_is_none_is_left_out_and_counted():
+def test_invalid_stored_line_is_counted():
+    """A stored state with an invalid line is skipped and counted."""
     playback = machine()
     playback.opened(WRITER, opening(1, 10))
     ((key, state),) = playback.changed()
@@ -326,7 +342,8 @@ def keep(rows: dict[str, str], joined: ProxyJoin) -> None:
     joined.committed()
 
 
-def test_a_line_ahead_of_its_journal_is_held_and_joined():
+def test_early_line_joined_with_journal():
+    """A line that arrives before its journal is kept and joined later."""
     playback = machine()
     joined = join(playback)
     assert say(joined, line(1, 10, 600_000)) == []
@@ -339,7 +356,8 @@ def test_a_line_ahead_of_its_journal_is_held_and_joined():
     assert joined.counts == {}
 
 
-def test_a_line_of_no_writer_of_ours_is_foreign_after_its_time():
+def test_unknown_writer_line_is_foreign():
+    """A line of an unknown writer counts as foreign after its wait."""
     joined = join(machine())
     say(joined, line(1, 10, 600_000, writer="other"))
     joined.retry_unmatched(14 * S)
@@ -348,7 +366,8 @@ def test_a_line_of_no_writer_of_ours_is_foreign_after_its_time():
     assert joined.counts == {"proxy_foreign": 1}
 
 
-def test_a_second_line_is_from_the_proxys_cache_however_late_and_after_a_restart():
+def test_second_line_is_proxy_cached():
+    """A second line for a play comes from the proxy's cache, however late it is, and after a restart too."""
     playback, rows = machine(), dict[str, str]()
     joined = join(playback)
     first = opening(1, 10, by=OFFLOADED)
@@ -363,7 +382,8 @@ def test_a_second_line_is_from_the_proxys_cache_however_late_and_after_a_restart
     assert joined.counts == {"proxy_cached": 2, "proxy_foreign": 1}
 
 
-def test_the_line_of_what_nobody_played_is_no_second_line():
+def test_probe_line_is_no_second_line():
+    """The line of a probe or of an empty response is not counted as a second line."""
     playback = machine()
     joined = join(playback)
     probe = opening(1, 10)._replace(part=Part(0, 1, TOTAL), length=2)
@@ -391,7 +411,8 @@ def test_a_held_line_outlives_the_relay():
     assert [name for name in rows if name.startswith("line")] == []
 
 
-def test_where_the_proxys_clock_is_behind_a_line_still_finds_its_journal():
+def test_slow_proxy_clock_finds_journal():
+    """A line finds its journal also if the proxy's clock is behind."""
     playback = machine()
     joined = join(playback)
     playback.opened(WRITER, opening(1, 9_000))
@@ -411,8 +432,11 @@ def test_what_is_held_is_bounded():
     assert joined.counts == {"proxy_foreign": 5}
 
 
-def test_a_backlog_of_yesterday_takes_no_viewing_back_in_time(tmp_path):
-    """Those that are under way would then look forgotten as soon as it is read."""
+def test_old_backlog_moves_no_viewing_back(tmp_path):
+    """A backlog of yesterday moves no viewing back in time.
+
+    The viewings with an open response would otherwise look idle as soon as it is read.
+    """
     log = tmp_path / "t23.log"
     log.write_text("".join(says(number, 600_000, ago=86_400) for number in range(10_000)))
     playback = machine()
@@ -425,8 +449,11 @@ def test_a_backlog_of_yesterday_takes_no_viewing_back_in_time(tmp_path):
     assert len(joined.due(joined.until(now_ns))) > 1000
 
 
-def test_time_passes_no_further_than_the_log_that_is_furthest_behind(tmp_path):
-    """Or a play whose line stands in the rest of one log would be given up because another log is up to date."""
+def test_time_waits_for_slowest_log(tmp_path):
+    """Time passes no further than in the log that is furthest behind.
+
+    Otherwise a play with its line in the rest of one log would be dropped because another log is up to date.
+    """
     behind, fresh = tmp_path / "behind.log", tmp_path / "fresh.log"
     behind.write_text("".join(says(number, 600_000, ago=86_400 - number) for number in range(10_000)))
     fresh.write_text(says(20_000, 600_000, ago=1))
@@ -445,7 +472,8 @@ def test_time_passes_no_further_than_the_log_that_is_furthest_behind(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [{"line a": "[]"}, {"line a": "no"}, {"writer a": "x"}, {"places /x": "{}"}])
-def test_rows_that_can_not_be_read_are_left_out(rows):
+def test_unreadable_rows_are_skipped(rows):
+    """Stored rows that can't be read are skipped."""
     joined = ProxyJoin(["/x"], machine(), rows, 0, 0)
     assert joined.retry_unmatched(100 * S) == []
     assert joined.counts == {}
@@ -533,7 +561,8 @@ class World:
 
 @settings(max_examples=300, deadline=None)
 @given(histories(), st.sampled_from(["response", "stream"]))
-def test_each_id_makes_one_report_at_most_and_the_sums_agree(history, per):
+def test_one_report_per_play_id(history, per):
+    """Each play id makes one report at most, and the sums agree."""
     plays, events = history
     world = World(plays, per)
     for word, number in [*events, *[("wait", 10**4)] * 3]:

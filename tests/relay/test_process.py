@@ -78,7 +78,8 @@ def relaying(api: StandInServer, folder: StateFolder, **more: str) -> Iterator[R
         assert not thread.is_alive()
 
 
-def test_what_the_living_and_the_dead_wrote_arrives_once(api, folder):
+def test_live_and_dead_writers_arrive_once(api, folder):
+    """The plays of live and of dead writers arrive once."""
     journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"dead{n}") for n in range(50)])
     with living(folder) as writer, relaying(api, folder):
         for number in range(50):
@@ -92,7 +93,8 @@ def test_what_the_living_and_the_dead_wrote_arrives_once(api, folder):
     assert not folder.unfinished.exists()
 
 
-def test_an_automatic_relay_with_nothing_to_do_leaves(api, folder):
+def test_automatic_relay_without_work_exits(api, folder):
+    """An automatic relay that has nothing to do exits."""
     made(api, folder).run()
     assert not folder.has_work()
 
@@ -105,7 +107,8 @@ def foreign_journal(folder: StateFolder, name: str = "9-later") -> Path:
     return path
 
 
-def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, folder, caplog):
+def test_foreign_journal_starts_no_relay(api, folder, caplog):
+    """A journal of another version is left for that version's relay and starts no relay."""
     theirs = foreign_journal(folder)
     written = theirs.read_bytes()
     assert folder.has_work(), "nobody has looked at it yet"
@@ -123,7 +126,8 @@ def test_a_journal_of_another_version_is_left_to_it_and_brings_no_relay(api, fol
     assert seen(folder).counters == {}
 
 
-def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_counted(api, folder, caplog):
+def test_foreign_journal_dropped_and_counted(api, folder, caplog):
+    """A journal of another version whose relay never came is dropped after ``T23_MAX_AGE`` and counted."""
     theirs, recent = foreign_journal(folder), foreign_journal(folder, "9-recent")
     made(api, folder, T23_MAX_AGE="3600").run()
     for since_ms, wall_s in ((0, 0), (-3_600_001, time.time() + 40 * 86_400)):
@@ -140,7 +144,8 @@ def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_cou
     assert not folder.has_work()
 
 
-def test_the_journal_of_another_version_that_lives_is_not_given_up(api, folder):
+def test_foreign_journal_of_live_writer_kept(api, folder):
+    """The journal of another version is not dropped while a writer of that version lives."""
     theirs = foreign_journal(folder)
     folder.create()
     outbox = SQLiteOutbox(folder.outbox)
@@ -151,7 +156,8 @@ def test_the_journal_of_another_version_that_lives_is_not_given_up(api, folder):
     assert theirs.exists()
 
 
-def test_responses_that_the_dead_left_open_are_ended_before_the_relay_leaves(api, folder):
+def test_open_responses_ended_before_exit(api, folder):
+    """Responses that a dead writer left open are ended before the relay exits."""
     journal(folder, "1-dead", opening(1, now() - 10**9, "open"), transfer(2, now() - 10**8, "closed"))
     made(api, folder).run()
     assert sessions(api) == {"closed": 1}
@@ -159,8 +165,11 @@ def test_responses_that_the_dead_left_open_are_ended_before_the_relay_leaves(api
     assert seen(folder).offsets == {}
 
 
-def test_of_a_backlog_no_viewing_is_forgotten_before_all_of_it_was_judged(api, folder):
-    """Time passes as the journals tell it, not as it is now: the second half of the viewing is in a later piece."""
+def test_backlog_viewings_kept_until_read(api, folder):
+    """No viewing is dropped before all of a backlog was read.
+
+    Time passes as in the journals, not as it is now: the second half of the viewing is in a later piece.
+    """
     then, hour = now() - 5 * 3600 * 10**9, 3600 * 10**9
     then_ms = time.time_ns() // MS - 5 * 3600 * 1000
     play = Play("viewer", "7")
@@ -182,10 +191,11 @@ def test_of_a_backlog_no_viewing_is_forgotten_before_all_of_it_was_judged(api, f
     assert told == [("100000", "0"), ("100000", "1")]
 
 
-def test_a_line_that_is_written_while_the_relay_gives_up_its_lock_is_delivered_by_it(
-    api, folder, monkeypatch
-):
-    """A worker that saw the lock held a moment before relies on that; with as few senders as before."""
+def test_line_written_during_lock_release(api, folder, monkeypatch):
+    """A line that is written while the relay releases its lock is delivered by that relay.
+
+    A worker that saw the lock taken a moment before relies on that; no more senders are started for it.
+    """
     journal(folder, "1-first", transfer(1, now() - 10**9, "first"))
     has_news = Journals.has_news
     late = iter(["second", "third"])
@@ -206,7 +216,8 @@ def test_a_line_that_is_written_while_the_relay_gives_up_its_lock_is_delivered_b
     assert not folder.unfinished.exists()
 
 
-def test_what_the_outbox_refuses_stays_in_the_journals_until_it_takes_it(api, folder, monkeypatch, caplog):
+def test_refused_batch_stays_in_journals(api, folder, monkeypatch, caplog):
+    """Lines that the outbox refuses stay in the journals until it accepts them, and one ERROR is logged."""
     journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(20)])
     ingest, refused = SQLiteOutbox.ingest, []
 
@@ -224,8 +235,11 @@ def test_what_the_outbox_refuses_stays_in_the_journals_until_it_takes_it(api, fo
     assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
 
 
-def test_while_the_outbox_refuses_nothing_is_loaded_or_judged_again(api, folder, monkeypatch):
-    """A hundred thousand viewings would cost a second at each try."""
+def test_refused_batch_is_not_recomputed(api, folder, monkeypatch):
+    """While the outbox refuses a batch, nothing is loaded or decided again.
+
+    A hundred thousand viewings would cost a second at each retry.
+    """
     opened = [opening(n, now() - 2 * 10**9 + n, f"s{n}") for n in range(20)]
     closed = [transfer(n, now() - 10**9 + n, f"s{n}") for n in range(20)]
     ingest, viewings, refused, loaded = SQLiteOutbox.ingest, SQLiteOutbox.viewings, [], []
@@ -254,7 +268,8 @@ def test_while_the_outbox_refuses_nothing_is_loaded_or_judged_again(api, folder,
     assert stats(folder) == Stats(20, 0, 20, 0, 0)
 
 
-def test_what_finds_no_room_at_once_is_taken_in_by_smaller_pieces(api, folder, monkeypatch):
+def test_full_outbox_gets_smaller_pieces(api, folder, monkeypatch):
+    """A batch that does not fit in the outbox is read again in smaller pieces."""
     journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(300)])
     ingest, refused = SQLiteOutbox.ingest, []
 
@@ -273,7 +288,8 @@ def test_what_finds_no_room_at_once_is_taken_in_by_smaller_pieces(api, folder, m
     assert stats(folder) == Stats(300, 0, 300, 0, 0)
 
 
-def test_a_relay_that_ends_while_the_outbox_refuses_leaves_all_to_the_next(api, folder, monkeypatch):
+def test_exit_while_outbox_refuses(api, folder, monkeypatch):
+    """A relay that exits while the outbox refuses its batch leaves everything to the next relay."""
     play = transfer(1, now() - 10**9, "viewer", sent=100_000)
     journal(folder, "1-dead", play.opening, play)
     with monkeypatch.context() as patch:
@@ -291,7 +307,8 @@ def test_a_relay_that_ends_while_the_outbox_refuses_leaves_all_to_the_next(api, 
     assert stats(folder) == Stats(1, 0, 1, 0, 0)
 
 
-def test_an_outbox_that_turns_corrupt_is_set_aside_and_the_work_goes_on(api, folder, monkeypatch, caplog):
+def test_corrupt_outbox_is_replaced(api, folder, monkeypatch, caplog):
+    """An outbox that becomes corrupt is renamed, and the relay goes on with a new one."""
     claim, broken = SQLiteOutbox.claim, []
 
     def corrupting(self: SQLiteOutbox, *arguments: Any) -> Any:
@@ -344,9 +361,8 @@ CRASH_POINTS = {
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS.values(), ids=CRASH_POINTS)
-def test_a_kill_at_any_point_loses_nothing_and_doubles_no_more_than_was_in_flight(
-    point, api, folder, monkeypatch
-):
+def test_kill_at_any_point(point, api, folder, monkeypatch):
+    """A kill at any point loses nothing, and sends twice no more than was in flight."""
     owner, name, after = point
     monkeypatch.setattr(standin, "CACHE_SECONDS", 0)  # else the API's cache hides what is sent twice
     count = 40
@@ -394,8 +410,11 @@ def test_tries_of_a_killed_relay(
     assert list(sessions(api)) == ["s"]
 
 
-def test_a_viewing_of_another_boot_lies_where_the_wall_clock_puts_it(api, folder, monkeypatch):
-    """An hour ago, so that it was over; by the old boot's own clock it would seem to be now."""
+def test_other_boot_viewing_uses_wall_clock(api, folder, monkeypatch):
+    """The times of a viewing from another boot are converted by the wall clock.
+
+    It was an hour ago, so it is over; by the old boot's own clock it would seem to be now.
+    """
     hour = 3600 * 10**9
     with monkeypatch.context() as patch:
         patch.setattr(intake, "boot_id", lambda: "the boot before")
@@ -470,7 +489,8 @@ def test_sigterm_lets_finish_what_is_in_flight(api, folder, run):
     assert "Traceback" not in relay.log()
 
 
-def test_sigterm_ends_it_in_time_while_the_api_hangs_and_the_next_one_delivers(api, folder, run):
+def test_sigterm_while_api_hangs(api, folder, run):
+    """SIGTERM ends the relay in time while the API hangs, and the next relay delivers."""
     journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(50)])
     api.fault("hang")
     relay = run(T23_EXIT_SECONDS="0.5", T23_TIMEOUT="60")
@@ -510,7 +530,8 @@ sys.stdin.read()
 """
 
 
-def test_ten_kills_of_the_relay_while_two_workers_write_lose_nothing(api, folder, run, monkeypatch):
+def test_kill_relay_while_workers_write(api, folder, run, monkeypatch):
+    """Ten kills of the relay while two workers write lose nothing."""
     monkeypatch.setattr(standin, "CACHE_SECONDS", 0)  # else the API's cache hides what is sent twice
     chance, kills, each = random.Random(7), 10, 1500
     writers = [start(_PACED_WRITER, str(folder.path), name, str(each)) for name in "ab"]
@@ -565,7 +586,8 @@ def test_a_second_relay_is_refused(automatic, code, api, folder, run):
     assert [report["session_id"] for report in api.wait_for(1, PATIENCE)] == ["still"]
 
 
-def test_of_many_that_start_at_once_one_works(api, folder, run):
+def test_parallel_starts_run_one_relay(api, folder, run):
+    """Of several relays that start at once, one works and the others exit."""
     journal(folder, "1-dead", *[transfer(n, now() - 10**9 + n, f"s{n}") for n in range(100)])
     relays = [run(automatic=True) for _ in range(4)]
     assert [relay.wait() for relay in relays] == [0] * 4
@@ -573,7 +595,8 @@ def test_of_many_that_start_at_once_one_works(api, folder, run):
     assert "Traceback" not in relays[0].log()
 
 
-def test_a_relay_whose_lock_somebody_removed_ends_and_leaves_the_work_to_its_successor(api, folder, run):
+def test_removed_lock_ends_relay(api, folder, run):
+    """A relay whose lock file was removed exits and leaves the work to its successor."""
     first = run()
     assert until(lambda: lock_is_held(folder.relay_lock)), first.log()
     folder.relay_lock.unlink()
@@ -588,7 +611,8 @@ def test_a_relay_whose_lock_somebody_removed_ends_and_leaves_the_work_to_its_suc
 # Leaving.
 
 
-def test_an_automatic_relay_stays_as_long_as_a_writer_lives_and_leaves_when_none_does(api, folder, run):
+def test_automatic_relay_follows_writers(api, folder, run):
+    """An automatic relay runs as long as a writer lives, and exits when none does."""
     with living(folder, digest=digest(api, folder)) as writer:
         writer.write(transfer(1, now(), "one"))
         relay = run(automatic=True)
@@ -611,7 +635,8 @@ def test_a_service_stays(api, folder, run):
     assert relay.end(signal.SIGTERM) == 0
 
 
-def test_an_automatic_relay_waits_for_an_api_that_is_away(api, folder, run):
+def test_automatic_relay_waits_for_api(api, folder, run):
+    """An automatic relay waits for an API that is down."""
     journal(folder, "1-dead", transfer(1, now() - 10**9, "late"))
     api.stop()
     relay = run(automatic=True)
@@ -622,7 +647,8 @@ def test_an_automatic_relay_waits_for_an_api_that_is_away(api, folder, run):
     assert relay.wait() == 0
 
 
-def test_an_automatic_relay_does_not_wait_for_an_api_that_takes_nothing_from_this_server(folder, run):
+def test_automatic_relay_exits_when_refused(folder, run):
+    """An automatic relay does not wait for an API that accepts nothing from this server."""
     with StandInServer(whitelisted=False) as denying:
         journal(folder, "1-dead", transfer(1, now() - 10**9, "denied"))
         relay = run(of=denying, automatic=True)
@@ -634,7 +660,8 @@ def test_an_automatic_relay_does_not_wait_for_an_api_that_takes_nothing_from_thi
 @pytest.mark.parametrize(
     "other", [{"digest": "other settings"}, {"version": "999.0"}], ids=["settings", "version"]
 )
-def test_a_relay_that_the_newest_writer_does_not_want_ends_and_never_delivers_for_it(other, api, folder, run):
+def test_unwanted_relay_exits(other, api, folder, run):
+    """A relay that the newest writer does not want (other settings or version) exits, and delivers nothing for it."""
     wanted = digest(api, folder)
     with living(folder, digest=wanted) as old:
         old.write(transfer(1, now(), "old"))
@@ -650,7 +677,8 @@ def test_a_relay_that_the_newest_writer_does_not_want_ends_and_never_delivers_fo
                 assert [report["session_id"] for report in second.wait_for(1, PATIENCE)] == ["new"]
 
 
-def test_an_older_writer_with_other_settings_changes_nothing(api, folder, run):
+def test_older_writer_settings_ignored(api, folder, run):
+    """An older writer with other settings changes nothing for the relay of the newer one."""
     with living(folder, digest="other settings", version="0.0.1") as older:
         older.write(transfer(1, now(), "older"))
         with living(folder, digest=digest(api, folder)) as newer:
@@ -663,7 +691,8 @@ def test_an_older_writer_with_other_settings_changes_nothing(api, folder, run):
 # What can go wrong at the start.
 
 
-def test_a_state_folder_that_cannot_be_used_is_said_in_one_sentence(api, folder, run):
+def test_unusable_state_folder_is_reported(api, folder, run):
+    """A state folder that can't be used is reported in one sentence, without a traceback."""
     folder.outbox.mkdir()
     relay = run()
     assert relay.wait() == 1
@@ -671,7 +700,8 @@ def test_a_state_folder_that_cannot_be_used_is_said_in_one_sentence(api, folder,
     assert "Traceback" not in relay.log()
 
 
-def test_an_api_that_does_not_exist_stops_nobody_from_starting_and_ending(folder, run):
+def test_missing_api_allows_start_and_exit(folder, run):
+    """With an API that does not exist a relay still starts, stores reports and exits."""
     nowhere = StandInServer(port=free_port())
     relay = run(of=nowhere)
     journal(folder, "1-dead", transfer(1, now() - 10**9, "nowhere"))

@@ -126,7 +126,8 @@ def relay(api: StandInServer, folder: StateFolder, log: Path, **more: str) -> Re
     return made(api, folder, T23_PROXY_LOG=str(log), **more)
 
 
-def test_a_play_has_the_bytes_of_the_log_and_not_more_than_the_app_sent(api, folder, log):
+def test_play_has_smaller_byte_count(api, folder, log):
+    """A play has the bytes of the log, but not more than the app sent."""
     cut, whole, chunked = opening(1), opening(2), opening(3)
     journal(folder, *(line for each in (cut, whole, chunked) for line in (each, closed(each))))
     log.write_text(says(1, 3_000_000) + says(2, FILM) + says(3, FILM + 10_000))
@@ -135,7 +136,8 @@ def test_a_play_has_the_bytes_of_the_log_and_not_more_than_the_app_sent(api, fol
     assert stats(folder) == Stats(3, 0, 3, 0, 0)
 
 
-def test_of_a_play_that_the_app_offloads_the_log_knows_all(api, folder, log):
+def test_offloaded_play_uses_log(api, folder, log):
+    """For a play that the app offloads, everything is taken from the log."""
     plays = [offloaded(number, ago=3 - number / 10) for number in range(1, 6)]
     journal(folder, *(line for each in plays for line in (each, closed(each, 0))))
     log.write_text(
@@ -152,7 +154,8 @@ def test_of_a_play_that_the_app_offloads_the_log_knows_all(api, folder, log):
     assert stats(folder) == Stats(2, 0, 2, 0, 0)
 
 
-def test_a_play_stays_open_until_its_line_comes(api, folder, log):
+def test_play_waits_for_its_line(api, folder, log):
+    """A play stays open until its line arrives."""
     log.touch()
     play = opening(1, ago=0.2)
     journal(folder, play, closed(play))
@@ -166,7 +169,8 @@ def test_a_play_stays_open_until_its_line_comes(api, folder, log):
     assert int(seen(folder).notes["proxy_line_ms"]) > now_ms() - 60_000
 
 
-def test_a_line_that_comes_before_its_journal_is_joined(api, folder, log):
+def test_early_line_waits_for_journal(api, folder, log):
+    """A line that arrives before its journal is joined with it later."""
     append(log, says(1, 5_000_000, ago=0))
     with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
         assert until(lambda: held(folder) == [f"{WRITER}.1"])
@@ -177,7 +181,8 @@ def test_a_line_that_comes_before_its_journal_is_joined(api, folder, log):
     assert told(api) == {"s1": [5_000_000]}
 
 
-def test_lines_that_are_foreign_broken_or_repeated_are_counted_and_the_next_is_read(api, folder, log):
+def test_bad_lines_counted_and_skipped(api, folder, log):
+    """Lines that are foreign, broken or repeated are counted, and the next line is read."""
     plays = [opening(number, ago=20) for number in (1, 2)]
     journal(folder, *(line for each in plays for line in (each, closed(each))))
     log.write_text(
@@ -229,7 +234,8 @@ def test_cached_line_before_its_journal_decides_nothing(api, folder, log):
     assert told(api) == {"s1": [5_000_000]}
 
 
-def test_a_second_line_is_known_as_such_after_a_restart_and_long_after_the_play(api, folder, log):
+def test_second_line_after_restart(api, folder, log):
+    """A second line is recognised as such after a restart and long after the play."""
     play = opening(1, ago=20)
     journal(folder, play, closed(play))
     log.write_text(says(1, 700_000, ago=19))
@@ -240,7 +246,8 @@ def test_a_second_line_is_known_as_such_after_a_restart_and_long_after_the_play(
     assert seen(folder).counters["proxy_cached"] == 2
 
 
-def test_without_a_line_the_apps_count_is_reported_and_an_offloaded_play_is_lost(api, folder, log):
+def test_missing_line_after_wait(api, folder, log):
+    """Without a line the app's count is reported after the wait, and an offloaded play is lost."""
     log.touch()
     mine, other = opening(1, ago=5), offloaded(2, ago=5)
     journal(folder, mine, closed(mine, 600_000), other, closed(other, 0))
@@ -254,7 +261,8 @@ def test_without_a_line_the_apps_count_is_reported_and_an_offloaded_play_is_lost
     assert told(api) == {"s1": [600_000]}, "one report per id, however late its line"
 
 
-def test_the_line_of_a_play_whose_worker_died_decides(api, folder, log):
+def test_line_of_dead_worker_decides(api, folder, log):
+    """The line of a play whose worker died gives its bytes."""
     mine, other = opening(1, ago=5), offloaded(2, ago=5)
     journal(folder, mine, Progress(mine, now() - 4 * 10**9, now_ms() - 4000, 8 << 20), other)
     log.write_text(says(1, 9_000_000) + says(2, 3_000_000))
@@ -266,10 +274,11 @@ def test_the_line_of_a_play_whose_worker_died_decides(api, folder, log):
 # Relays that come and go.
 
 
-def test_an_automatic_relay_does_not_stay_for_what_the_proxy_may_send_for_hours(
-    api, folder, log, monkeypatch
-):
-    """Its successor, which the app's next request starts, reads on in the log as it was renamed meanwhile."""
+def test_relay_exits_during_long_transfer(api, folder, log, monkeypatch):
+    """An automatic relay does not keep running for a play that the proxy may send for hours.
+
+    Its successor, which the app's next request starts, reads on in the log, which was renamed in the meantime.
+    """
     monkeypatch.setattr(process, "LEAVE_AWAITING_AFTER", 1.0)
     log.write_text(says(7, 600_000, writer="2-other"))
     mine, other = opening(1), offloaded(2)
@@ -286,7 +295,8 @@ def test_an_automatic_relay_does_not_stay_for_what_the_proxy_may_send_for_hours(
     assert stats(folder) == Stats(2, 0, 2, 0, 0)
 
 
-def test_a_relay_that_was_away_for_longer_than_the_wait_reads_the_log_first(api, folder, log):
+def test_log_read_before_wait_ends(api, folder, log):
+    """A relay that was down for longer than the wait reads the log first, before it reports without a line."""
     mine, other = opening(1, ago=20_000), offloaded(2, ago=20_000)
     journal(folder, mine, closed(mine, 600_000), other, closed(other, 0))
     filler = "".join(says(number, 600_000, ago=19_990, writer="2-other") for number in range(20_000))
@@ -296,10 +306,11 @@ def test_a_relay_that_was_away_for_longer_than_the_wait_reads_the_log_first(api,
     assert seen(folder).counters["proxy_foreign"] == 20_000
 
 
-def test_a_relay_that_was_killed_with_its_first_lines_is_followed_by_one_that_reads_all_since(
-    api, folder, log, monkeypatch
-):
-    """Of a reading that was judged in part only it is not known yet how far it is taken; that it began, is."""
+def test_rotation_after_kill_at_first_lines(api, folder, log, monkeypatch):
+    """A relay that was killed with its first lines is followed by one that reads all lines since then.
+
+    If only a part of a reading was decided, its end offset is not stored yet; its start is.
+    """
     plays = [opening(number, ago=2) for number in range(1, 7)]
     journal(folder, *(line for each in plays for line in (each, closed(each))))
     log.write_text(says(1, 100_001, ago=1) + says(2, 100_002, ago=0))
@@ -325,7 +336,8 @@ POINTS = ["ingest", "forget_journals"]
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_kill_at_any_point_loses_no_line_and_takes_none_twice(api, folder, log, monkeypatch, point, after):
+def test_kill_at_any_point(api, folder, log, monkeypatch, point, after):
+    """A kill at any point loses no line and counts none twice."""
     monkeypatch.setattr(standin, "CACHE_SECONDS", 0)
     plays = [opening(number, ago=3) if number % 2 else offloaded(number, ago=3) for number in range(1, 41)]
     journal(
@@ -344,9 +356,8 @@ def test_a_kill_at_any_point_loses_no_line_and_takes_none_twice(api, folder, log
     assert stats(folder) == Stats(40, 0, 40, 0, 0)
 
 
-def test_rotations_under_load_and_relays_that_are_killed_at_random_lose_none_and_double_none(
-    api, folder, log, monkeypatch
-):
+def test_rotation_with_random_kills(api, folder, log, monkeypatch):
+    """Rotations under load and relays that are killed at random lose no line and count none twice."""
     monkeypatch.setattr(standin, "CACHE_SECONDS", 0)
     monkeypatch.setattr(process, "LEAVE_AWAITING_AFTER", 0.5)
     dice, count = random.Random(8), 0
@@ -368,7 +379,8 @@ def test_rotations_under_load_and_relays_that_are_killed_at_random_lose_none_and
     assert told(api) == {f"p{number}": [100_000] for number in range(1, count + 1)}
 
 
-def test_an_outbox_of_a_version_before_gets_its_table(api, folder, log):
+def test_older_outbox_gets_table(api, folder, log):
+    """The outbox of an earlier version gets the table for the proxy."""
     SQLiteOutbox(folder.outbox).close()
     db = sqlite3.connect(folder.outbox)
     db.execute("DROP TABLE proxy")
@@ -384,7 +396,8 @@ def test_an_outbox_of_a_version_before_gets_its_table(api, folder, log):
 # What is wrong with the log.
 
 
-def test_a_log_that_is_missing_and_comes_back_is_told_once_each(api, folder, log, caplog, monkeypatch):
+def test_missing_log_logged_once(api, folder, log, caplog, monkeypatch):
+    """A missing log is logged once, and so is its return."""
     with caplog.at_level(logging.WARNING), alive(folder, WRITER):
         play = opening(1, ago=0.2)
         journal(folder, play, closed(play))
@@ -398,7 +411,8 @@ def test_a_log_that_is_missing_and_comes_back_is_told_once_each(api, folder, log
     assert "can be read again" in told_of[1]
 
 
-def test_a_log_in_another_format_is_told_once_however_it_grows(api, folder, log, caplog):
+def test_foreign_log_logged_once(api, folder, log, caplog):
+    """A log in another format is logged once, however it grows."""
     with alive(folder, WRITER), relaying(api, folder, T23_PROXY_LOG=str(log)):
         for _ in range(5):
             append(log, "192.0.2.1 - - [24/Nov/2026] GET\n" * 10)
@@ -408,7 +422,8 @@ def test_a_log_in_another_format_is_told_once_however_it_grows(api, folder, log,
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "FIFO"])
-def test_a_folder_or_a_fifo_in_its_place_stops_nothing(api, folder, log, make):
+def test_folder_or_fifo_as_log(api, folder, log, make):
+    """A folder or a FIFO in place of the log stops nothing."""
     make(log)
     play = opening(1, ago=5)
     journal(folder, play, closed(play, 600_000))

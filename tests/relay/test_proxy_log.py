@@ -114,7 +114,8 @@ def follower(path: Path) -> Follower:
 # --- one line
 
 
-def test_a_line_of_nginx_is_read_with_all_it_says() -> None:
+def test_nginx_line_is_parsed() -> None:
+    """Each field of an nginx line is parsed."""
     assert parse_line(line(7).decode().rstrip()) == ProxyLine(
         play=f"{WRITER}.7",
         ended_ms=1764547200123,
@@ -142,13 +143,15 @@ def test_a_line_of_nginx_is_read_with_all_it_says() -> None:
         ({"range": f"bytes 0-{10**30}/{10**31}"}, UNKNOWN),
     ],
 )
-def test_the_part_comes_from_status_length_and_range(changed: dict[str, Any], part: Part) -> None:
+def test_part_from_status_length_range(changed: dict[str, Any], part: Part) -> None:
+    """The part of the file comes from the status, the length and the range."""
     parsed = parse_line(json.dumps(fields(**changed)))
     assert isinstance(parsed, ProxyLine)
     assert parsed.part == part
 
 
-def test_a_cut_transfer_and_a_cached_one_are_told() -> None:
+def test_cut_and_cached_transfers_parsed() -> None:
+    """A line shows that a transfer was cut off, and that it came from the cache."""
     parsed = parse_line(json.dumps(fields(complete="", cache="HIT", length="")))
     assert isinstance(parsed, ProxyLine)
     assert (parsed.complete, parsed.cache, parsed.length) == (False, "HIT", None)
@@ -171,9 +174,8 @@ def apache(**changed: Any) -> str:
         ({"method": "HEAD"}, 0, True),
     ],
 )
-def test_apache_tells_a_cut_transfer_by_what_left_and_a_whole_one_by_its_body(
-    changed: dict[str, Any], body: int, complete: bool
-) -> None:
+def test_apache_cut_and_whole_transfers(changed: dict[str, Any], body: int, complete: bool) -> None:
+    """For a cut transfer Apache logs the bytes that were sent, for a whole one the size of its body."""
     parsed = parse_line(apache(**changed))
     assert isinstance(parsed, ProxyLine)
     assert (parsed.body, parsed.complete, parsed.length, parsed.part) == (body, complete, None, UNKNOWN)
@@ -222,7 +224,8 @@ def test_apache_tells_a_cut_transfer_by_what_left_and_a_whole_one_by_its_body(
         {"cache": 1},
     ],
 )
-def test_a_line_with_a_value_that_cannot_be_is_bad(changed: dict[str, Any]) -> None:
+def test_invalid_value_is_bad(changed: dict[str, Any]) -> None:
+    """A line with an impossible value is counted as bad."""
     assert parse_line(json.dumps(fields(**changed))) == "proxy_bad"
 
 
@@ -249,7 +252,8 @@ def test_cached_is_what_nobody_asked_for(cache: str, is_cached: bool) -> None:
 
 
 @pytest.mark.parametrize("missing", [name for name in fields() if name != "cache"])
-def test_a_line_without_one_of_the_fields_is_no_play(missing: str) -> None:
+def test_missing_field_is_bad(missing: str) -> None:
+    """A line without one of its fields is bad, or foreign if the mark ``t23`` is missing."""
     said = fields()
     del said[missing]
     assert parse_line(json.dumps(said)) == ("proxy_foreign" if missing == "t23" else "proxy_bad")
@@ -268,7 +272,8 @@ def test_a_line_without_one_of_the_fields_is_no_play(missing: str) -> None:
         '\0\0{"t23":1}',
     ],
 )
-def test_a_broken_line_with_our_mark_is_bad(text: str) -> None:
+def test_broken_marked_line_is_bad(text: str) -> None:
+    """A broken line with the mark ``t23`` is bad."""
     assert parse_line(text) == "proxy_bad"
 
 
@@ -284,7 +289,8 @@ def test_a_line_without_our_mark_is_foreign(text: str) -> None:
     assert parse_line(text) == "proxy_foreign"
 
 
-def test_the_id_of_a_play_is_read_back() -> None:
+def test_play_id_is_parsed_back() -> None:
+    """The id of a play is parsed back into writer and number. Other text gives None."""
     assert parse_play_id(play_id(WRITER, 0)) == (WRITER, 0)
     assert parse_play_id(play_id(WRITER, 10**17)) == (WRITER, 10**17)
     assert [parse_play_id(text) for text in ("", ".1", "a.", "a.b.1", "a.1x", " a.1")] == [None] * 6
@@ -306,7 +312,8 @@ def test_what_is_no_place_is_refused(text: str) -> None:
         LogPosition.from_text(text)
 
 
-def test_a_reading_that_is_not_taken_comes_again(path: Path) -> None:
+def test_uncommitted_reading_is_repeated(path: Path) -> None:
+    """A reading that is not committed is read again."""
     append(path, lines(1, 2))
     log = ProxyLog(path, [])
     first, again = log.read(), log.read()
@@ -338,15 +345,15 @@ def test_half_a_line_waits_for_its_end(path: Path, follower: Follower) -> None:
     assert follower.poll() == [2]
 
 
-def test_half_a_line_with_another_behind_it_is_dropped_and_the_next_one_read(
-    path: Path, follower: Follower
-) -> None:
+def test_interrupted_line_is_dropped(path: Path, follower: Follower) -> None:
+    """Half a line with another line behind it is dropped and counted, and the next line is read."""
     append(path, lines(1) + line(2)[:100] + lines(3, 4))
     assert follower.poll() == [1, 4]
     assert follower.counts == {"proxy_bad": 1}
 
 
-def test_rubbish_and_other_formats_are_counted_and_skipped(path: Path, follower: Follower) -> None:
+def test_foreign_lines_counted_and_skipped(path: Path, follower: Follower) -> None:
+    """Rubbish and lines in other formats are counted and skipped."""
     rubbish = bytes(byte for byte in range(256) if byte != 10) * 4
     append(
         path,
@@ -356,9 +363,8 @@ def test_rubbish_and_other_formats_are_counted_and_skipped(path: Path, follower:
     assert follower.counts == {"proxy_foreign": 3, "proxy_bad": 1}
 
 
-def test_a_line_that_ends_beyond_all_measure_is_skipped_in_little_memory(
-    path: Path, follower: Follower
-) -> None:
+def test_oversized_line_needs_little_memory(path: Path, follower: Follower) -> None:
+    """A line of 20 MB is skipped in less than 4 MB of memory, also across a restart."""
     append(path, lines(1) + b"x" * 20_000_000)
     tracemalloc.start()
     try:
@@ -372,7 +378,8 @@ def test_a_line_that_ends_beyond_all_measure_is_skipped_in_little_memory(
     assert follower.counts == {"proxy_foreign": 1}
 
 
-def test_a_line_of_1_mb_costs_only_itself(path: Path, follower: Follower) -> None:
+def test_one_mb_line_is_skipped(path: Path, follower: Follower) -> None:
+    """A line of 1 MB is the only one that is lost."""
     append(path, lines(1) + b'{"t23":1,"play":"' + b"x" * 1_000_000 + b'"}\n' + lines(2))
     assert follower.poll(1 << 16) == [1, 2]
     assert follower.counts == {"proxy_bad": 1}
@@ -410,7 +417,8 @@ def copy_and_truncate(path: Path) -> None:
     os.truncate(path, 0)
 
 
-def test_a_renamed_log_is_read_on_and_before_its_successor(path: Path, follower: Follower) -> None:
+def test_rotation_reads_renamed_log_first(path: Path, follower: Follower) -> None:
+    """A renamed log is read on, and before its successor."""
     append(path, lines(1))
     follower.poll()
     renamed = rotate(path)
@@ -539,7 +547,8 @@ def kept_open(folder: Path) -> int:
     return sum(link.is_relative_to(folder) for link in links)
 
 
-def test_of_two_ways_of_naming_the_newer_one_is_followed(path: Path, follower: Follower) -> None:
+def test_rotation_with_two_naming_schemes(path: Path, follower: Follower) -> None:
+    """If rotated files follow two naming schemes, the newer one is followed."""
     for number in (1, 2, 3):
         append(path.with_name(f"{path.name}.{number}"), lines(number))
         os.utime(path.with_name(f"{path.name}.{number}"), (1, 1))
@@ -566,14 +575,16 @@ def test_compressed_files_and_neighbours_are_left_alone(path: Path, follower: Fo
     assert follower.log.problem is None
 
 
-def test_the_first_look_goes_back_no_further_than_two_files(path: Path, follower: Follower) -> None:
+def test_rotation_first_poll_reads_two_files(path: Path, follower: Follower) -> None:
+    """The first poll goes back no further than two files."""
     for number in range(5):
         append(path, lines(number))
         rotate(path)
     assert follower.poll() == [3, 4]
 
 
-def test_a_relay_that_was_away_for_some_rotations_reads_all_since(path: Path, follower: Follower) -> None:
+def test_rotation_while_relay_was_down(path: Path, follower: Follower) -> None:
+    """A relay that was down for some rotations reads all lines since then."""
     append(path, lines(0))
     follower.poll()
     for number in range(1, 20):
@@ -587,9 +598,11 @@ def test_a_relay_that_was_away_for_some_rotations_reads_all_since(path: Path, fo
 
 
 @pytest.mark.parametrize("name", ["{}.{}", "{}-2026112{}"])
-def test_a_rotation_between_the_look_for_names_and_the_opening_passes_nothing_over(
+def test_rotation_between_listing_and_opening(
     path: Path, follower: Follower, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """A rotation between the listing of the folder and the opening of a file skips no line."""
+
     def rotate_and_go_on(number: int) -> None:
         if name == "{}.{}":
             rotate(path)
@@ -616,7 +629,8 @@ def test_a_rotation_between_the_look_for_names_and_the_opening_passes_nothing_ov
     assert sorted(follower.numbers) == [1, 2, 3, 4, 5]
 
 
-def test_a_copied_and_truncated_log_goes_on_where_it_was(path: Path, follower: Follower) -> None:
+def test_copytruncate_continues_at_offset(path: Path, follower: Follower) -> None:
+    """A log that was copied and truncated is read on from its old offset in the copy."""
     append(path, lines(1, 2))
     follower.poll()
     append(path, lines(3))
@@ -626,7 +640,8 @@ def test_a_copied_and_truncated_log_goes_on_where_it_was(path: Path, follower: F
     assert follower.poll() == [3, 4]
 
 
-def test_a_look_while_the_copy_is_being_made_reads_nothing_twice(path: Path, follower: Follower) -> None:
+def test_copytruncate_poll_during_copy(path: Path, follower: Follower) -> None:
+    """A poll while the copy is being written reads nothing twice."""
     append(path, lines(*range(10)))
     follower.poll()
     copy = path.with_name("t23.log.1")
@@ -643,9 +658,8 @@ def test_a_look_while_the_copy_is_being_made_reads_nothing_twice(path: Path, fol
     assert follower.poll() == [11]
 
 
-def test_a_truncated_log_that_has_grown_past_the_place_is_read_from_its_start(
-    path: Path, follower: Follower
-) -> None:
+def test_truncated_log_grown_past_offset(path: Path, follower: Follower) -> None:
+    """A truncated log that has grown past the old offset is read from its start."""
     append(path, lines(1))
     follower.poll()
     os.truncate(path, 0)
@@ -653,7 +667,8 @@ def test_a_truncated_log_that_has_grown_past_the_place_is_read_from_its_start(
     assert follower.poll() == [2, 3, 4]
 
 
-def test_a_log_whose_tail_was_lost_goes_on_at_its_end(path: Path, follower: Follower) -> None:
+def test_lost_tail_continues_at_end(path: Path, follower: Follower) -> None:
+    """A log whose tail was lost is read on from its new end."""
     append(path, lines(1, 2, 3))
     follower.poll()
     os.truncate(path, len(lines(1, 2)))
@@ -662,7 +677,8 @@ def test_a_log_whose_tail_was_lost_goes_on_at_its_end(path: Path, follower: Foll
     assert follower.poll() == [4]
 
 
-def test_a_log_that_is_still_short_is_known_by_what_was_taken(path: Path, follower: Follower) -> None:
+def test_short_log_truncated_in_place(path: Path, follower: Follower) -> None:
+    """A log that is still short is recognised after a truncation by the bytes that were read."""
     append(path, b"short\n" + line(1)[:50])
     follower.poll()
     os.truncate(path, 6)
@@ -671,9 +687,8 @@ def test_a_log_that_is_still_short_is_known_by_what_was_taken(path: Path, follow
     assert follower.counts == {"proxy_foreign": 1}
 
 
-def test_a_short_log_is_not_taken_for_the_one_before_it_in_the_same_place(
-    path: Path, follower: Follower
-) -> None:
+def test_short_log_replaced_in_place(path: Path, follower: Follower) -> None:
+    """A short log is not mistaken for the earlier log with the same inode."""
     append(path, b"short\n")
     follower.poll()
     os.truncate(path, 0)
@@ -681,7 +696,8 @@ def test_a_short_log_is_not_taken_for_the_one_before_it_in_the_same_place(
     assert follower.poll() == [1]
 
 
-def test_a_log_with_two_names_is_read_once(path: Path, follower: Follower) -> None:
+def test_hard_linked_log_read_once(path: Path, follower: Follower) -> None:
+    """A log with two names is read once."""
     append(path, b"short\n")
     path.with_name("t23.log.1").hardlink_to(path)
     for number in range(3):
@@ -690,7 +706,8 @@ def test_a_log_with_two_names_is_read_once(path: Path, follower: Follower) -> No
     assert follower.counts == {"proxy_foreign": 1}
 
 
-def test_a_file_that_is_nowhere_to_be_found_at_a_look_is_known_again(path: Path, follower: Follower) -> None:
+def test_missing_file_found_again(path: Path, follower: Follower) -> None:
+    """A file that was missing in one poll is recognised when it appears again."""
     append(path, lines(1))
     follower.poll()
     away = path.replace(path.with_name("t23.log.away"))
@@ -702,9 +719,8 @@ def test_a_file_that_is_nowhere_to_be_found_at_a_look_is_known_again(path: Path,
     assert follower.poll() == [3]
 
 
-def test_a_rotation_that_leaves_no_trace_in_the_time_of_the_folder_is_seen(
-    path: Path, follower: Follower
-) -> None:
+def test_rotation_with_unchanged_folder_time(path: Path, follower: Follower) -> None:
+    """A rotation that does not change the modification time of the folder is noticed."""
     soon = (2**31 - 1) * 10**9  # two changes within one tick, or a clock that was set back
     append(path, lines(1))
     os.utime(path.parent, ns=(soon, soon))
@@ -714,7 +730,8 @@ def test_a_rotation_that_leaves_no_trace_in_the_time_of_the_folder_is_seen(
     assert follower.poll() == [2]
 
 
-def test_a_removed_log_gives_way_to_the_next_even_with_its_inode(path: Path, follower: Follower) -> None:
+def test_removed_log_inode_reused(path: Path, follower: Follower) -> None:
+    """After a log was removed the next one is read, also if it has the same inode."""
     for number in range(20):
         append(path, lines(number))
         assert follower.poll() == [number]
@@ -722,14 +739,16 @@ def test_a_removed_log_gives_way_to_the_next_even_with_its_inode(path: Path, fol
     assert len(follower.store) <= POSITIONS_KEPT
 
 
-def test_a_log_that_begins_with_the_same_play_is_another_one(path: Path, follower: Follower) -> None:
+def test_log_with_same_first_play(path: Path, follower: Follower) -> None:
+    """A log that begins with the same play as the one before it is another log."""
     for second in range(3):  # a proxy that answers from its cache names the first play again and again
         append(path, line(10**9, end=1764547200 + second, cache="HIT"))
         assert follower.poll() == [10**9]
         rotate(path)
 
 
-def test_a_log_that_moved_to_another_disk_is_the_same_one(path: Path, follower: Follower) -> None:
+def test_log_moved_to_another_disk(path: Path, follower: Follower) -> None:
+    """A log that moved to another disk is the same log and is not read twice."""
     append(path, lines(1))
     follower.poll()
     follower.store = [
@@ -740,7 +759,8 @@ def test_a_log_that_moved_to_another_disk_is_the_same_one(path: Path, follower: 
     assert follower.poll() == [2]
 
 
-def test_the_files_of_a_link_are_found_where_they_lie(tmp_path: Path) -> None:
+def test_symlinked_log_finds_rotated_files(tmp_path: Path) -> None:
+    """The rotated files of a symbolic link are found in the folder of its target."""
     real = tmp_path / "data" / "plays.log"
     real.parent.mkdir()
     append(real, lines(1))
@@ -752,7 +772,8 @@ def test_the_files_of_a_link_are_found_where_they_lie(tmp_path: Path) -> None:
     assert follower.poll() == [1, 2]
 
 
-def test_a_link_that_is_turned_to_a_file_in_another_folder_is_followed(tmp_path: Path) -> None:
+def test_symlink_changed_to_another_folder(tmp_path: Path) -> None:
+    """A symbolic link that is changed to a file in another folder is followed."""
     first, second = tmp_path / "a" / "plays.log", tmp_path / "b" / "plays.log"
     for number, real in enumerate((first, second), 1):
         real.parent.mkdir()
@@ -864,7 +885,8 @@ OPERATIONS = st.one_of(
 
 @settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(OPERATIONS, max_size=40))
-def test_no_line_is_lost_or_doubled_whatever_happens_in_whatever_order(operations: list[Any]) -> None:
+def test_random_operations_lose_no_line(operations: list[Any]) -> None:
+    """No line is lost or read twice, whatever happens to the log in whatever order."""
     with tempfile.TemporaryDirectory() as folder:
         writer = Writer(Path(folder))
         try:
@@ -888,7 +910,8 @@ def trouble(path: Path) -> str:
     return log.problem
 
 
-def test_a_log_that_is_well_is_no_problem(path: Path) -> None:
+def test_readable_log_is_no_problem(path: Path) -> None:
+    """A log that can be read is not a problem, whether it is empty or has lines of other formats too."""
     path.touch()
     log = ProxyLog(path, [])
     log.read()
@@ -898,13 +921,15 @@ def test_a_log_that_is_well_is_no_problem(path: Path) -> None:
     assert log.problem is None
 
 
-def test_a_missing_log_is_told_with_its_remedy(path: Path) -> None:
+def test_missing_log_names_remedy(path: Path) -> None:
+    """A missing log is reported with its remedy."""
     assert "does not exist" in trouble(path)
     assert "docs/nginx.md" in trouble(path)
     assert "Not a directory" in trouble(Path(__file__) / "t23.log")
 
 
-def test_a_log_that_is_away_for_the_blink_of_a_rotation_is_no_problem(path: Path) -> None:
+def test_rotation_gap_is_no_problem(path: Path) -> None:
+    """A log that is missing for a moment of a rotation is not a problem. After some seconds it is one."""
     now = [100.0]
     log = ProxyLog(path, [], clock=lambda: now[0])
     append(path, lines(1))
@@ -921,7 +946,8 @@ def test_a_log_that_is_away_for_the_blink_of_a_rotation_is_no_problem(path: Path
     assert log.problem is None
 
 
-def test_a_folder_a_fifo_a_socket_and_a_device_are_told_and_never_waited_for(tmp_path: Path) -> None:
+def test_special_files_reported_without_waiting(tmp_path: Path) -> None:
+    """A folder, a FIFO, a socket and a device are reported, and the relay never waits for them."""
     assert "is a folder" in trouble(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     assert "is a FIFO" in trouble(tmp_path / "fifo")
@@ -932,9 +958,8 @@ def test_a_folder_a_fifo_a_socket_and_a_device_are_told_and_never_waited_for(tmp
     assert "is a device" in trouble(tmp_path / "stdout")
 
 
-def test_a_fifo_that_takes_the_place_of_the_log_between_two_calls_is_not_waited_for(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fifo_swapped_in_before_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIFO that replaces the log between two system calls does not block the relay."""
     append(path, lines(1))
     really_open = os.open
 
@@ -963,7 +988,8 @@ def test_a_log_in_another_format_is_told(path: Path) -> None:
     assert "none that can be understood" in trouble(path)
 
 
-def test_a_huge_log_in_another_format_is_told_from_its_first_piece(path: Path) -> None:
+def test_huge_foreign_log_reported_early(path: Path) -> None:
+    """A huge log in another format is reported after its first piece."""
     append(path, b'127.0.0.1 - - "GET / HTTP/1.1" 200 5\n' * 100_000)
     log = ProxyLog(path, [])
     assert log.read().more
@@ -989,7 +1015,8 @@ def become_nobody() -> None:
         os.seteuid(65534)
 
 
-def test_a_log_that_may_not_be_read_is_told_and_its_readable_siblings_are_read() -> None:
+def test_unreadable_log_is_reported() -> None:
+    """A log without read permission is reported, and its readable rotated files are read."""
     with as_nobody() as folder:
         path = folder / "t23.log"
         append(path, lines(1))
@@ -1015,7 +1042,8 @@ def test_a_group_that_may_read_is_named() -> None:
         assert "usermod -aG adm nobody" in trouble(path)
 
 
-def test_a_folder_that_may_not_be_listed_or_entered_is_told() -> None:
+def test_unlistable_folder_is_reported() -> None:
+    """A folder that may not be listed, or not entered, is reported."""
     with as_nobody() as folder:
         path = folder / "nginx" / "t23.log"
         path.parent.mkdir()
@@ -1181,7 +1209,8 @@ def next_lines(log: ProxyLog, count: int) -> list[ProxyLine]:
     return found
 
 
-def test_nginx_tells_what_it_sent_of_each_play(nginx: Proxy) -> None:
+def test_nginx_logs_sent_bytes(nginx: Proxy) -> None:
+    """nginx logs what it sent for each play: whole files, ranges, offloads, HEAD and 404."""
     log = ProxyLog(nginx.log, [])
     assert nginx.get(1) == (200, 1000)
     assert nginx.get(2, "/clip.bin", Range="bytes=1000-5999") == (206, 5000)
@@ -1217,7 +1246,8 @@ def test_nginx_tells_that_the_client_left(nginx: Proxy, path: str) -> None:
     assert 100_000 <= line.body < CLIP / 2
 
 
-def test_no_line_of_a_busy_nginx_is_lost_or_doubled_by_renaming_and_restarts(nginx: Proxy) -> None:
+def test_nginx_rotation_under_load(nginx: Proxy) -> None:
+    """No line of a busy nginx is lost or read twice with renamed logs and restarts of the relay."""
     total, threads = 8000, 4
     follower = Follower(nginx.log)
     dice = random.Random(8)
@@ -1251,7 +1281,8 @@ def test_no_line_of_a_busy_nginx_is_lost_or_doubled_by_renaming_and_restarts(ngi
 
 
 @pytest.mark.parametrize("event", ["rename", "reload"])
-def test_a_transfer_under_way_is_told_once_after_a_rotation_or_reload(nginx: Proxy, event: str) -> None:
+def test_nginx_rotation_during_transfer(nginx: Proxy, event: str) -> None:
+    """A transfer during a rotation or a reload is logged once."""
     follower = Follower(nginx.log)
     nginx.get(1)
     connection = nginx.connect()
@@ -1271,7 +1302,8 @@ def test_a_transfer_under_way_is_told_once_after_a_rotation_or_reload(nginx: Pro
     assert sorted(follower.numbers) == [1, 2, 3]
 
 
-def test_a_log_of_nginx_that_is_copied_and_truncated_goes_on(nginx: Proxy) -> None:
+def test_nginx_copytruncate_loses_no_line(nginx: Proxy) -> None:
+    """A log of nginx that is copied and truncated is read on without a lost or repeated line."""
     follower = Follower(nginx.log)
     for number in range(60):
         nginx.get(number)

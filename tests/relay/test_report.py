@@ -5,7 +5,8 @@ from t23_middleware.relay.report import Report, form
 REPORT = Report(1_764_000_000_123, "", "sess/1 +ü", "7190971", 3_221_225_472, 0)
 
 
-def test_the_form_holds_what_the_documentation_names_and_nothing_else() -> None:
+def test_form_has_documented_fields() -> None:
+    """The form contains the fields of the API's documentation and nothing else."""
     assert form(REPORT) == {
         "photo_id": "7190971",
         "session_id": "sess/1 +ü",
@@ -18,7 +19,8 @@ def test_the_form_holds_what_the_documentation_names_and_nothing_else() -> None:
     }
 
 
-def test_the_player_is_told_as_far_as_it_is_known() -> None:
+def test_form_has_known_player_fields() -> None:
+    """The form contains those player fields that are known."""
     told = form(REPORT._replace(player_type="html5", player_resolution="1920x1080", skip=1))
     assert told["user_player_type"] == "html5"
     assert told["user_player_resolution"] == "1920x1080"
@@ -30,7 +32,8 @@ def test_an_empty_player_field_is_not_sent() -> None:
     assert "user_player_version" not in form(REPORT._replace(player_version=""))
 
 
-def test_a_retry_has_the_same_form_and_so_meets_the_apis_cache() -> None:
+def test_retry_has_same_form() -> None:
+    """A retry has the same form, so the API's cache recognises it."""
     assert urlencode(form(REPORT)) == urlencode(form(Report(*REPORT)))
 
 
@@ -40,5 +43,6 @@ def test_values_that_look_like_parameters_stay_values() -> None:
     assert sent["bytes_total"] == ["3221225472"]
 
 
-def test_the_host_is_the_address_and_no_parameter() -> None:
+def test_host_is_no_form_field() -> None:
+    """The host is the address of the request and not a field of the form."""
     assert form(REPORT._replace(host="video.example.com")) == form(REPORT)

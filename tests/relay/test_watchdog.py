@@ -69,7 +69,8 @@ def start(folder: StateFolder, tmp_path: Path) -> Iterator[Callable[..., Started
             each.process.wait()
 
 
-def test_a_relay_that_hangs_writes_where_and_goes_on_when_it_can(folder, start):
+def test_hanging_relay_logs_stack(folder, start):
+    """A relay that hangs logs where, and goes on when it can."""
     pipe = folder.path / "hangs"
     os.mkfifo(pipe)  # opening it blocks until somebody opens its other end
     relay = start()
@@ -83,7 +84,8 @@ def test_a_relay_that_hangs_writes_where_and_goes_on_when_it_can(folder, start):
     assert relay.process.wait(PATIENCE) == 0
 
 
-def test_a_relay_that_is_asked_writes_where_it_is_and_works_on(folder, start):
+def test_sigusr1_logs_stack(folder, start):
+    """A relay that gets SIGUSR1 logs where it is and goes on."""
     relay = start()
     assert until(lambda: folder.outbox.exists())
     relay.process.send_signal(signal.SIGUSR1)
@@ -92,7 +94,8 @@ def test_a_relay_that_is_asked_writes_where_it_is_and_works_on(folder, start):
     assert relay.process.wait(PATIENCE) == 0
 
 
-def test_a_relay_that_never_comes_round_again_makes_room_for_another(folder, start):
+def test_permanently_hanging_relay_is_killed(folder, start):
+    """A relay that hangs for too long is ended, so that another one can take its place."""
     os.mkfifo(folder.path / "hangs")
     relay = start(ends_after=3.0)
     assert relay.process.wait(PATIENCE) == -signal.SIGKILL, relay.log()
