@@ -42,9 +42,9 @@ def field_names(call: ast.Call) -> list[str]:
 
 
 def events() -> set[str]:
-    """The events that the code tells: ``"t23_event": "…"``, or by the breaker's own ``_told("…")``."""
+    """The events of the code: ``"t23_event": "…"``, or by delivery's own ``_log_fields("…")``."""
     source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
-    return set(re.findall(r'(?:"t23_event": |\b_told\()"(\w+)"', source))
+    return set(re.findall(r'(?:"t23_event": |\b_log_fields\()"(\w+)"', source))
 
 
 def test_log_lines_have_own_fields():

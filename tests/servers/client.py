@@ -48,6 +48,7 @@ class Client:
     def __init__(
         self, port: int, *, tls: bool = False, buffer: int | None = None, silence: float = SILENCE
     ) -> None:
+        self.port = port
         self._method = ""
         #: What had come on this connection before the last request.
         self._before = 0
