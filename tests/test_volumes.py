@@ -13,6 +13,8 @@ import pytest
 from t23_middleware.errors import StateError
 from t23_middleware.state import StateFolder
 
+from .harness import let_others_in
+
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 pytestmark = as_root
 
@@ -22,9 +24,7 @@ USER, GROUP = 1000, 2000
 @pytest.fixture
 def mount(tmp_path: Path) -> Path:
     """As the kubelet leaves it for an fsGroup."""
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        if folder != Path("/tmp"):
-            folder.chmod(0o755)
+    let_others_in(tmp_path)
     path = tmp_path / "volume"
     path.mkdir()
     os.chown(path, 0, GROUP)

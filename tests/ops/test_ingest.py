@@ -13,7 +13,7 @@ import pytest
 from t23_middleware.state import lock_is_held
 from t23_middleware.transfer import APP, Part
 
-from ..harness import PATIENCE, end_relay, need_root, until
+from ..harness import PATIENCE, end_relay, let_others_in, need_root, until
 from ..relay.test_proxied import FILM, closed, journal, offloaded, opening, says
 from ..relay.writers import living
 from .commands import Site
@@ -214,9 +214,7 @@ def test_ingest_unreadable_log_refused(site: Site, tmp_path: Path, log: Path):
     log.chmod(0o600)
     for path in (site.folder.path, *site.folder.path.rglob("*")):
         shutil.chown(path, "nobody")
-    for path in (tmp_path, *tmp_path.parents):
-        if path.is_relative_to("/tmp") and path != Path("/tmp"):
-            path.chmod(0o755)
+    let_others_in(tmp_path)
     done = site.run("ingest", str(log))
     assert done.returncode == 2
     assert (

@@ -16,7 +16,7 @@ from t23_middleware.ops import streams
 from t23_middleware.relay.outbox import SQLiteOutbox
 from t23_middleware.state import StateFolder
 
-from ..harness import PATIENCE, ROOT, need_root
+from ..harness import PATIENCE, ROOT, let_others_in, need_root
 from .commands import Site
 
 COMMANDS = ["check", "status", "status --json", "dead list", "relay --once", "config", "ingest LOG"]
@@ -114,9 +114,7 @@ def test_another_user_is_told(site: Site, command: str, above: int):
     if os.geteuid() != 0:
         need_root()
     made(site.folder)
-    for path in (site.folder.path.parent, *site.folder.path.parent.parents):
-        if path.is_relative_to("/tmp") and path != Path("/tmp"):
-            path.chmod(0o755)
+    let_others_in(site.folder.path.parent)
     site.folder.path.parent.chmod(above)
     user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     if subprocess.run([*user, sys.executable, "-c", ""], capture_output=True).returncode:

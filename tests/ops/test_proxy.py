@@ -16,7 +16,7 @@ from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder
 from t23_middleware.transfer import OFFLOADED, PROXY, Opening
 
-from ..harness import need_root
+from ..harness import let_others_in, need_root
 from ..relay.test_proxied import FILM, closed, journal, offloaded, opening, says
 from .commands import Site
 from .pages import TOKEN, basic, serving
@@ -95,9 +95,7 @@ def test_proxy_log_unreadable_by_worker(site: Site, tmp_path: Path):
     if os.geteuid() != 0:
         need_root()
     knows(site.folder, {})
-    for path in (tmp_path, *tmp_path.parents):
-        if path.is_relative_to("/tmp") and path != Path("/tmp"):
-            path.chmod(0o755)
+    let_others_in(tmp_path)
     for path in (site.folder.path, *site.folder.path.rglob("*")):
         os.chown(path, 65534, 65534)
     log = tmp_path / "t23.log"

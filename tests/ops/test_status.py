@@ -15,7 +15,7 @@ from t23_middleware.relay.outbox import SQLiteOutbox
 from t23_middleware.settings import Settings
 from t23_middleware.state import lock_is_held
 
-from ..harness import PATIENCE, lacking, until
+from ..harness import PATIENCE, lacking, let_others_in, until
 from ..relay.test_outbox import as_if_of_version
 from ..relay.writers import end, journal, living, start, transfer
 from .commands import Site, fits
@@ -235,9 +235,7 @@ def test_status_root_acts_as_owner(site: Site, tmp_path: Path):
 
 
 def give_to_nobody(site: Site, tmp_path: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == 0 and str(folder).startswith("/tmp/") and folder != Path("/tmp"):
-            folder.chmod(0o755)
+    let_others_in(tmp_path)
     for path in (site.folder.path, *site.folder.path.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
 
