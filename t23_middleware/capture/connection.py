@@ -61,13 +61,17 @@ class Link(Protocol):
 
 
 class SocketLink:
-    """The link of a server that writes each chunk to its socket before it requests the next one."""
+    """The link of a server that writes each chunk to its socket before it requests the next one.
+
+    *is_encrypted*: the server does TLS apart from *sock*.
+    """
 
     runs_ahead = False
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: Any, *, is_encrypted: bool = False) -> None:
         self._socket = sock
-        self.is_encrypted = hasattr(sock, "cipher")
+        # Of all sockets, only those with TLS have this: of ssl, gevent and pyOpenSSL (cheroot).
+        self.is_encrypted = is_encrypted or hasattr(sock, "pending")
 
     def read_info(self) -> TCPInfo | None:
         try:
@@ -124,6 +128,8 @@ class UwsgiServer(NamedTuple):
     sends_in_this_thread: bool
     #: It sends chunks of other types than ``bytes``; without this option it silently drops them.
     takes_buffers: bool
+    #: A worker does TLS itself, for requests with ``HTTPS=on``; its routers have other options.
+    has_tls: bool
 
 
 def uwsgi_server() -> UwsgiServer | None:
@@ -137,6 +143,7 @@ def uwsgi_server() -> UwsgiServer | None:
         module,
         sends_in_this_thread=not any(name in module.opt for name in elsewhere),
         takes_buffers=any(name in module.opt for name in buffers),
+        has_tls="https-socket" in module.opt,
     )
 
 
@@ -154,17 +161,18 @@ def link_of(environ: WSGIEnvironment, start_response: object) -> SocketLink | No
     *start_response* is the server's own.
     """
     try:
-        found = _socket_of(environ, start_response)
-        return None if found is None else SocketLink(found)
+        server = uwsgi_server()
+        found = _socket_of(environ, start_response, server)
+        encrypts = server is not None and server.has_tls and environ.get("HTTPS") == "on"
+        return None if found is None else SocketLink(found, is_encrypted=encrypts)
     except Exception:  # an attribute of a server's or app's object may raise
         return None
 
 
-def _socket_of(environ: WSGIEnvironment, start_response: object) -> Any:
+def _socket_of(environ: WSGIEnvironment, start_response: object, server: UwsgiServer | None) -> Any:
     for key in _ENVIRON:
         if key in environ:
             return environ[key]
-    server = uwsgi_server()
     if server is not None:
         return _Descriptor(server.module.connection_fd())
     if isinstance(start_response, MethodType):

@@ -125,7 +125,8 @@ class BodyCounter:
         counted += self._written
         position = None if self._span is None else self._span.measure(counted)
         if counted >= PROGRESS_EVERY:
-            self._record_progress(counted - unsent, position)
+            # The connection's position does not include what the server has not sent, as the count does not.
+            self._record_progress(counted - unsent, None if position is None else position - unsent)
             self.progress_at = counted + PROGRESS_EVERY
         else:
             # The first two measurements give the size of the head and of the framing.

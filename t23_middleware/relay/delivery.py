@@ -170,14 +170,20 @@ class Delivery:
         """Host and breaker of each API that was used."""
         return self._breakers.items()
 
-    def stop(self, seconds: float) -> None:
-        """Stop claiming, and wait up to *seconds* for the reports in flight."""
+    def stop(self, seconds: float, *, send_claimed: bool = False) -> None:
+        """Stop claiming, and wait up to *seconds* for the reports in flight.
+
+        With *send_claimed*, also wait for the claimed reports that no sender has begun; else they are not sent.
+        """
         deadline = self._monotonic() + seconds
-        self._requeue(lambda entry: True)
+        if not send_claimed:
+            self._requeue(lambda entry: True)
         self.settle()
         while (self.in_flight or self._unsettled) and (left := deadline - self._monotonic()) > 0:
             self.wait(min(left, SETTLE_RETRY))
             self.settle()
+        self._requeue(lambda entry: True)
+        self.settle()
         for _ in self._senders:
             self._tasks.put(None)
         self._senders = []

@@ -34,7 +34,8 @@ KEEP_ENDS = 60.0
 MOST_ENDS = 20_000
 #: A connection counts as closed after this many dumps without it: its end event may come after the first.
 ROUNDS = 2
-#: Seconds for which a server may keep a socket whose client has closed; after that its end event was missed.
+#: Seconds to wait for the end event of a socket whose client has closed and that a server, or a process that the app
+#: forked, still holds. After that the latest acknowledged count is final.
 LONGEST_HELD = 20.0
 _NEVER_NS = 1 << 62
 MS = 1_000_000
@@ -209,7 +210,7 @@ class Kernel:
             self._write(row.cookie, acked, at_ns, gone=0)
 
     def _not_found(self, cookie: int, responses: list[WatchedConnection]) -> None:
-        """Its end was missed, or the server has not closed its socket yet; then an event follows."""
+        """Its end was missed, or a process has not closed its socket yet; then an event follows."""
         seen, now_ns = self._seen[cookie], time.monotonic_ns()
         since_ns = self._ports.get(responses[0].port, self._listening_since_ns)
         would_hear = seen.at_ns > since_ns or min(each.started_ns for each in responses) > since_ns
@@ -219,7 +220,9 @@ class Kernel:
         waited = now_ns - seen.missed_since_ns >= (LONGEST_HELD * 1e9 if would_hear else 0)
         if seen.missed >= ROUNDS and waited and not seen.end_written:
             seen.end_written = True
-            self._write(cookie, None, now_ns, gone=1)
+            # No event was missed: the latest dump had what its client acknowledged.
+            acked = self._drains.last_acked.get(cookie) if would_hear else None
+            self._write(cookie, acked, now_ns, gone=1)
 
     # Events, in the listener's thread.
 

@@ -122,9 +122,10 @@ class Relay:
                 self._delivery.wait(max(next_poll - time.monotonic(), 0.001))
             if self._delivery.in_flight:
                 self._last_progress = now
-        if self._stop_requested and self._conclude():
+        concluded = self._stop_requested and self._conclude()
+        if concluded:
             self._delivery.step()
-        self._delivery.stop(self._settings.exit_seconds)
+        self._delivery.stop(self._settings.exit_seconds, send_claimed=concluded)
         self._end()
 
     def _end(self) -> None:

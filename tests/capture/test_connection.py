@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -129,6 +130,43 @@ def test_structure_of_older_kernels(size: int) -> None:
 def test_shared_connections(protocol: str, own: bool) -> None:
     """Several answers share a connection of HTTP/2."""
     assert has_own_connection({"SERVER_PROTOCOL": protocol}) is own
+
+
+@pytest.mark.parametrize("kind", ["ssl", "pyOpenSSL", "plain"])
+def test_socket_with_tls_recognised(kind: str, connected: Any) -> None:
+    """TLS adds to the bytes of a body, whichever library does it."""
+    server, _ = connected
+    sockets = {
+        "ssl": lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).wrap_socket(
+            server, server_side=True, do_handshake_on_connect=False
+        ),
+        "pyOpenSSL": lambda: SimpleNamespace(getsockopt=server.getsockopt, pending=lambda: 0),
+        "plain": lambda: server,
+    }
+    found = sockets[kind]()
+    link = link_of({"gunicorn.socket": found}, plain)
+    assert link is not None and link.is_encrypted is (kind != "plain")
+    if kind == "ssl":
+        found.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "encrypted"),
+    [
+        ({"https-socket": b":443"}, {"HTTPS": "on"}, True),
+        ({"https-socket": b":443", "http-socket": b":80"}, {}, False),
+        # nginx sets HTTPS for a plain connection to uWSGI.
+        ({"socket": b":3031"}, {"HTTPS": "on"}, False),
+    ],
+)
+def test_uwsgi_with_tls_recognised(
+    options: Any, environ: Any, encrypted: bool, connected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uWSGI encrypts in C: the descriptor does not show it, its options and the request do."""
+    module = SimpleNamespace(opt=options, connection_fd=connected[0].fileno)
+    monkeypatch.setitem(sys.modules, "uwsgi", module)
+    link = link_of(environ, plain)
+    assert link is not None and link.is_encrypted is encrypted
 
 
 def test_reused_descriptor_of_uwsgi(connected: Any, monkeypatch: pytest.MonkeyPatch) -> None:

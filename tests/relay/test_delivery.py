@@ -945,7 +945,8 @@ def test_stop_waits_for_open_sends(bench):
     assert bench.rows("SELECT DISTINCT leased, tries FROM reports") == [(0, 0)]
 
 
-def test_stop_ends_while_api_hangs(bench):
+@pytest.mark.parametrize("send_claimed", [False, True])
+def test_stop_ends_while_api_hangs(send_claimed, bench):
     """``stop()`` takes no longer than its limit while the API hangs."""
     bench.delivery._monotonic = time.monotonic
     bench.add(100)
@@ -959,7 +960,7 @@ def test_stop_ends_while_api_hangs(bench):
     bench.delivery.step()
     wait_for(lambda: len(bench.api.asked) == MOST_SENDERS)
     began = time.monotonic()
-    bench.delivery.stop(0.2)
+    bench.delivery.stop(0.2, send_claimed=send_claimed)
     assert time.monotonic() - began < PATIENCE / 2
     # What was begun may arrive, so its lease tells the next relay; what was not begun is as it was.
     assert bench.rows("SELECT leased, count(*) FROM reports GROUP BY leased") == [
@@ -967,6 +968,18 @@ def test_stop_ends_while_api_hangs(bench):
         (1, MOST_SENDERS),
     ]
     gate.set()
+
+
+def test_stop_sends_what_was_claimed(bench):
+    """With *send_claimed* it sends all that it claimed, more than it has senders; what is left over stays as it was."""
+    bench.delivery._monotonic = time.monotonic
+    bench.add(300)
+    bench.delivery.step()
+    claimed = bench.delivery.in_flight
+    bench.delivery.stop(PATIENCE, send_claimed=True)
+    assert MOST_SENDERS < claimed < 300
+    assert bench.stats() == Stats(300, 300 - claimed, claimed, 0, 0)
+    assert bench.rows("SELECT DISTINCT leased, tries FROM reports") == [(0, 0)]
 
 
 def test_stop_retries_failed_settle(bench):

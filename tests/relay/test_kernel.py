@@ -274,6 +274,29 @@ def test_sigterm_tells_last_known_count(per, api, folder, run, worker):
     assert stats(folder).sent == 1
 
 
+@pytest.mark.parametrize("number", [1, 5])
+def test_stopped_relay_sends_drains_behind_others(number, api, folder, run, worker):
+    """A relay that has sent reports before sends those of its drains at SIGTERM too, before it ends."""
+    relay = run()
+    worker.respond(worker.connect(receive=None), "before", 20_000)
+    api.wait_for(1, PATIENCE)
+    assert until(lambda: stats(folder).sent == 1)
+    clients = [worker.connect() for _ in range(number)]
+    bases = [
+        worker.respond(client, f"viewer {each}", BODY, close=True)["base"]
+        for each, client in enumerate(clients)
+    ]
+    assert drains(folder, number)
+    expected = {
+        f"viewer {each}": (0, client.took() - base)
+        for each, (client, base) in enumerate(zip(clients, bases, strict=True))
+    }
+    expected["before"] = (0, 20_000)
+    assert relay.end(signal.SIGTERM) == 0
+    assert reported(api) == expected
+    assert stats(folder).sent == number + 1
+
+
 def test_stream_told_with_final_bytes(api, folder, run, worker):
     """Two responses of one viewing, one of which drains: one report with what arrived of both, when that is known."""
     run(T23_REPORT_PER="stream", T23_STREAM_IDLE="0.5", T23_MIN_BYTES="1000")

@@ -237,6 +237,37 @@ def test_dump_that_fails_later_is_tolerated(folder, journals, monkeypatch, caplo
     assert [(line.acked, line.gone) for line in acknowledged(journals)] == [(None, 1)]
 
 
+def received(client: socket.socket) -> int:
+    """Bytes that the client's kernel took (``tcpi_bytes_received``)."""
+    info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    return int(struct.unpack_from("=Q", info, 128)[0])
+
+
+@pytest.mark.parametrize("holds", ["server", "forked process"])
+def test_held_socket_reports_latest_count(holds, folder, journals, monkeypatch):
+    """A socket that stays open after its client has left has no end event: the count of the latest dump is final."""
+    monkeypatch.setattr(draining_module, "LONGEST_HELD", 0.2)
+    with listening() as (server, port), ExitStack() as stack:
+        ours = kernel(folder)
+        ours.begin(Drains(600))
+        stack.callback(ours.stop)
+        end, client, cookie = pair(server, stack)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        end.sendall(bytes(200_000))
+        ours.begin(watching(cookie, port, 200_000))
+        client.recv(50_000)
+        assert until(lambda: dump([port])[cookie].info.acked == received(client) > 0)
+        took = received(client)
+        ours.poll(now=True)
+        if holds == "forked process":  # a descriptor of its own
+            stack.enter_context(closing(end.dup()))
+            end.close()
+        client.close()
+        assert until(lambda: ours.poll(now=True) or acknowledged(journals))
+        assert [(line.acked, line.gone) for line in acknowledged(journals)] == [(took, 1)]
+        assert took < 200_000
+
+
 @pytest.mark.parametrize("port", [-1, 0, 65536, 1 << 61])
 def test_port_that_can_not_be(port, folder, journals):
     ours = kernel(folder)

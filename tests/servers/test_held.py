@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from ..harness import lacking
+from t23_middleware.relay.drains import interrupted_count
+from t23_middleware.transfer import Progress
+
+from ..harness import lacking, until
+from .conftest import started
 from .process import FILM_BYTES, Site, play
-from .test_servers import SMALL_BUFFER, stall
+from .test_servers import CLOSE, SMALL_BUFFER, TASTE, stall
 
 WAYS = ["generator", "late-generator", "write-all", "wrapper"]
 
@@ -47,3 +53,20 @@ def test_waitress_buffered_bytes_counted_later(way: str, waitress: Site) -> None
         again = waitress.session()
         answer = client.ask("GET", play("/one-chunk", again))
     assert waitress.sent(again) == [len(answer.body)]
+
+
+@pytest.mark.parametrize("way", ["generator", "late-generator", "write-all"])
+def test_killed_waitress_counts_received_bytes(way: str, served: Path) -> None:
+    """Its last progress line and the kernel give what the client got; waitress's own buffer is lost with it."""
+    with started("waitress", served) as site, site.client(buffer=SMALL_BUFFER) as client:
+        client.request("GET", play(f"/{way}/long.mp4", site.session()))
+        read = client.read_some(TASTE)
+        stall(client)
+        os.kill(site.process.pid, signal.SIGKILL)
+        read += client.drain_what_comes_in_part()
+        progress = [line for line in site._decoded() if isinstance(line, Progress)][-1]
+        connection = progress.opening.connection
+        assert connection is not None
+        assert until(lambda: connection.cookie in site._ends)
+    counted = interrupted_count(progress, site._ends[connection.cookie])
+    assert abs(counted - read) <= CLOSE, f"counted {counted}, taken {read}"
