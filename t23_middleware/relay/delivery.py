@@ -221,6 +221,7 @@ class Delivery:
                 kept.append(entry)
                 continue
             self.in_flight -= 1
+            self._breaker(entry.report.host).returned(entry.id)
             self._unsettled.append(
                 Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
             )
@@ -262,12 +263,12 @@ class Delivery:
                 free.append(host)
             elif allowed:
                 probes.append(host)
-        entries = self._outbox.claim(room, self._elapsed_ms(), free) if free else []
-        for host in probes:
+        entries = []
+        for host in probes:  # first, since without threads only one report is sent at once
             probe = self._outbox.claim_after(self._probed.get(host, 0), host, self._elapsed_ms())
             self._probed.update((host, entry.id) for entry in probe)
             entries += probe
-        return entries
+        return entries + (self._outbox.claim(room, self._elapsed_ms(), free) if free else [])
 
     def _breaker(self, host: str) -> Breaker:
         return self._breakers.setdefault(host, Breaker(host))
