@@ -140,6 +140,23 @@ def test_a_journal_of_another_version_whose_relay_never_came_is_given_up_and_cou
     assert not folder.has_work()
 
 
+@pytest.mark.parametrize(
+    "note", ['{"9-later', "[]", "null", '{"9-later.000000.journal": [1]}', '{"a": 1e999}']
+)
+def test_damaged_times_start_again(api, folder, note):
+    """A damaged note on journals of another version stops no relay, and gives up no journal."""
+    theirs = foreign_journal(folder)
+    journal(folder, "1-dead", transfer(1, now() - 10**9, "s"))
+    folder.create()
+    outbox = SQLiteOutbox(folder.outbox)
+    outbox.note({FOREIGN_SINCE: note})
+    outbox.close()
+    made(api, folder).run()
+    assert sessions(api) == {"s": 1}
+    assert theirs.exists()
+    assert list(json.loads(seen(folder).notes[FOREIGN_SINCE])) == [theirs.name]
+
+
 def test_the_journal_of_another_version_that_lives_is_not_given_up(api, folder):
     theirs = foreign_journal(folder)
     folder.create()
