@@ -183,7 +183,7 @@ class Relay:
             if self._limits.has_room():
                 return True
             self._log_store_fails(OutboxFull("the disk is full"))
-        except OutboxError as error:
+        except (OutboxError, OSError) as error:
             self._log_store_fails(error)
         return False
 
@@ -261,6 +261,8 @@ class Relay:
             return os.path.samestat(owned.lstat(self._folder.relay_lock), os.fstat(self._lock))
         except FileNotFoundError:
             return False
+        except OSError:
+            return True  # the folder can't be read now; the next poll checks again
 
     def _is_outdated(self) -> bool:
         """Whether the live writer that started last needs another relay."""
@@ -310,7 +312,7 @@ class Relay:
         try:
             if not self._outbox.stats().waiting and not self._intake.awaiting_line:
                 owned.remove(self._folder.unfinished)
-        except OutboxError as error:
+        except (OutboxError, OSError) as error:
             self._log_store_fails(error)
 
     def _make_intake(self) -> Intake:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -239,6 +241,64 @@ def test_damaged_count_of_tries(
     folder.relay_start.write_bytes(content)
     pass_time([launcher(folder)], clock, 2)
     assert started == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["create", "write"])
+def test_full_disk_starts_relay(
+    folder: StateFolder,
+    started: list[float],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    where: str,
+) -> None:
+    """A relay that died is replaced also where its file of tries can't be created or written, with the same waits."""
+
+    def refused(*args: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    if where == "write":
+        monkeypatch.setattr(os, "pwrite", refused)
+    else:
+        monkeypatch.setattr(launch.owned, "open_file", refused)
+    pass_time([launcher(folder)], clock, 16)
+    assert started == [pytest.approx(second, abs=1) for second in (0, 1, 3, 7, 15)]
+
+
+def test_full_disk_starts_without_log(folder: StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the relay's log can't be created, the relay starts and logs nothing; another error is reported."""
+    spawned: list[object] = []
+    monkeypatch.setattr(
+        launch.os, "posix_spawn", lambda *args, **options: spawned.append(args) or os.getpid()
+    )
+    for code, starts in ((errno.ENOSPC, 1), (errno.EACCES, 1)):
+
+        def refused(*args: object, code: int = code) -> int:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(launch.owned, "open_file", refused)
+        with contextlib.suppress(PermissionError):
+            start_relay(settings(folder.path), folder)
+        assert len(spawned) == starts
+
+
+def test_each_failure_is_logged(
+    folder: StateFolder, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a relay ran in between, a start that fails again is logged again."""
+
+    def refused(settings: Settings, folder: StateFolder) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(launch, "start_relay", refused)
+    one = launcher(folder)
+    pass_time([one], clock, 5)
+    relay = Relay(folder, settings(folder.path).relay_digest())
+    pass_time([one], clock, 2)
+    relay.end()
+    pass_time([one], clock, 20)
+    assert [record.t23_event for record in caplog.records] == ["relay_not_started"] * 2
 
 
 @pytest.mark.parametrize("left", [False, True])
