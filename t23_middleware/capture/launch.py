@@ -32,6 +32,8 @@ CHECK_EVERY = 1.0
 LONGEST_BACKOFF = 60.0
 #: Failed starts before an ERROR is logged: a busy machine may need more than a second for one.
 UNREPORTED_FAILURES = 2
+#: Most relays with other code or settings whose tries are recorded, and the most bytes that are read of that.
+MOST_WANTED, LONGEST_TRIES = 4, 1 << 16
 #: Size in bytes above which the relay's log is rotated.
 LOG_LIMIT = 1 << 20
 #: Most seconds that a request waits for the process that starts the relay, which takes about 0.02 s; one that takes
@@ -209,20 +211,22 @@ class RelayLauncher:
     def _next_try(self) -> int:
         """The number of this try among those of all workers, 0 if it is too early for one.
 
-        The relay removes the file when it works. A try for another relay, such as that of a new release, does not wait.
+        The relay removes the file when it works. A try for another relay, such as that of a new release or of another
+        app, is counted for itself and does not wait: otherwise the app whose relay ends at once could always be first.
         """
         descriptor = owned.open_file(self._folder.relay_start, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            tries, at_s, wanted = _last_try(os.pread(descriptor, 4096, 0))
-            tries = tries if wanted == self._wanted_relay() else min(tries, 1)
+            others, wanted = _last_tries(os.pread(descriptor, LONGEST_TRIES, 0)), self._wanted_relay()
+            tries, at_s = others.pop(wanted, (0, 0.0))
             if tries and 0 <= time.time() - at_s < _backoff(tries):
                 return 0
-            tries = tries + 1 if wanted == self._wanted_relay() else 1
-            text = f"{tries} {time.time()} {self._wanted_relay()}".encode()
+            lines = [f"{tries + 1} {time.time()} {wanted}"]
+            lines += [f"{number} {other_s} {other}" for other, (number, other_s) in others.items()]
+            text = "\n".join(lines[:MOST_WANTED]).encode()
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
-            return tries
+            return tries + 1
         except BlockingIOError:
             return 0  # another worker is starting it
         finally:
@@ -323,13 +327,14 @@ def _backoff(tries: int) -> float:
     return min(CHECK_EVERY * 2.0 ** min(tries - 1, 10), LONGEST_BACKOFF)
 
 
-def _last_try(text: bytes) -> tuple[int, float, str]:
-    """Parse what :meth:`RelayLauncher._next_try` wrote: number, time and relay of the last try."""
-    try:
-        tries, at_s, wanted = text.decode().split(" ", 2)
-        return int(tries), float(at_s), wanted
-    except ValueError:
-        return 0, 0.0, ""
+def _last_tries(text: bytes) -> dict[str, tuple[int, float]]:
+    """Parse what :meth:`RelayLauncher._next_try` wrote: wanted relay -> number and time of its last try."""
+    found = {}
+    for line in text.decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            tries, at_s, wanted = line.split(" ", 2)
+            found[wanted] = int(tries), float(at_s)
+    return found
 
 
 def _package_folder() -> Path:

@@ -75,10 +75,16 @@ class Relay:
         try:
             self._run()
         except Exception:
-            if self._failed_starts:  # else each failed start would count as the first
-                with suppress(OSError):
-                    owned.replace(self._folder.relay_start, self._failed_starts)
+            self._restore_failed_starts()
             raise
+        if self._outdated:
+            self._restore_failed_starts()
+
+    def _restore_failed_starts(self) -> None:
+        """If it stored nothing, its start failed: else each failed start would count as the first."""
+        if self._failed_starts:
+            with suppress(OSError):
+                owned.replace(self._folder.relay_start, self._failed_starts)
 
     def _run(self) -> None:
         repaired = False

@@ -214,6 +214,28 @@ def test_twelve_workers_try_together(folder: StateFolder, started: list[float], 
     assert len(started) <= 12
 
 
+def test_each_app_tries_itself(folder: StateFolder, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Of two apps on one folder with other settings each, neither keeps the other from trying, and each has its waits."""
+    started: list[tuple[float, float]] = []
+
+    def start(settings: Settings, folder: StateFolder) -> int:
+        started.append((settings.timeout, clock.passed))
+        return os.getpid()
+
+    monkeypatch.setattr(launch, "start_relay", start)
+    pass_time([launcher(folder), launcher(folder, timeout=3), launcher(folder, timeout=4)], clock, 16)
+    for timeout in (10, 3, 4):
+        assert [at for which, at in started if which == timeout] == [0.0, 1.0, 3.0, 7.0, 15.0]
+
+
+def test_many_releases_are_forgotten(folder: StateFolder, started: list[float], clock: Clock) -> None:
+    """The file of tries stays short, however many settings were tried."""
+    for timeout in range(1, 50):
+        launcher(folder, timeout=timeout).line_written()
+    assert len(started) == 49
+    assert len(folder.relay_start.read_bytes().splitlines()) <= 4
+
+
 @pytest.mark.parametrize("change", ["settings", "code"])
 def test_new_release_tries_at_once(
     folder: StateFolder,
