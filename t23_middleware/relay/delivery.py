@@ -233,6 +233,7 @@ class Delivery:
             self._breaker(entry.report.host).claimed(entry.id)
             self._tasks.put(entry)
         self.in_flight += len(entries)
+        self._senders = [sender for sender in self._senders if sender.is_alive()]
         while len(self._senders) < min(self.in_flight, MOST_SENDERS) and self._start_sender():
             pass
         if entries and not self._senders:
@@ -297,18 +298,21 @@ class Delivery:
             self._send_one(entry)
 
     def _send_one(self, entry: Entry | None) -> None:
-        if entry is not None:
-            try:
-                outcome: Accepted | DeliveryError = self._send(entry.report)
-                crash_point("after_send")
-            except DeliveryError as error:
-                outcome = error
-            except Exception as error:
-                log.exception(
-                    "sending a report failed because of an error in t23_middleware; it is retried",
-                    extra={"t23_event": "sending_failed", "t23_reason": type(error).__name__},
-                )
-                outcome = NoAnswer(type(error).__name__)
+        if entry is None:
+            return
+        outcome: Accepted | DeliveryError = NoAnswer("an error in t23_middleware")
+        try:
+            outcome = self._send(entry.report)
+            crash_point("after_send")
+        except DeliveryError as error:
+            outcome = error
+        except Exception as error:
+            log.exception(
+                "sending a report failed because of an error in t23_middleware; it is retried",
+                extra={"t23_event": "sending_failed", "t23_reason": type(error).__name__},
+            )
+            outcome = NoAnswer(type(error).__name__)
+        finally:  # also if memory runs out while the error is logged, or the report would stay in flight for ever
             self._results.put(_Result(entry, outcome))
             self._result_ready.set()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.errors import Busy, NoAnswer, NotAccepted, Refused, Unexplained, Unreachable
+from t23_middleware.relay import delivery as delivery_module
 from t23_middleware.relay.breaker import LONGEST_UNCLEAR_PROBE
 from t23_middleware.relay.client import Accepted
 from t23_middleware.relay.delivery import (
@@ -345,6 +346,23 @@ def test_an_error_of_our_own_while_sending_is_told_and_ends_nothing(bench, caplo
     bench.run(5)
     assert bench.stats() == Stats(50, 0, 50, 0, 0)
     assert any("an error in t23_middleware" in text for text in errors(caplog))
+
+
+def test_senders_that_died_are_replaced(bench, monkeypatch):
+    """Memory that runs out while an error is logged ends a sender, but loses no report and stops no delivery."""
+
+    def no_memory(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(threading, "excepthook", lambda hook: None)
+    monkeypatch.setattr(delivery_module.log, "exception", no_memory)
+    bench.api.says = raising(MemoryError())
+    bench.add(100)
+    bench.run(30)
+    assert bench.delivery.in_flight == 0
+    bench.api.says = lambda report: OK
+    bench.run(120)
+    assert bench.stats() == Stats(100, 0, 100, 0, 0)
 
 
 # An API that is down.
