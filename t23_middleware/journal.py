@@ -48,7 +48,7 @@ COUNTS_EVERY = 1.0
 PROBE_BYTES = 2
 
 #: Errors of a full disk or a full quota.
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 _ROOM_IS_RESERVED = (
     "the quota of the state folder is full, its last space is reserved for the relay; raise it or free space"
@@ -196,7 +196,7 @@ class JournalWriter:
         if code == errno.EFBIG and self._size > MIN_ROTATED:
             self._size = ROTATE_AT + 1
             self._rotate()
-        elif code in _FULL:
+        elif code in FULL:
             with suppress(OSError):  # a relay removed the reserve
                 if self._disk_has_room():
                     self._folder.reserve.unlink()

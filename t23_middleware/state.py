@@ -43,6 +43,15 @@ class LockHolder(NamedTuple):
         """Whether it runs in another PID namespace (container), so that its process id has no meaning here."""
         return 0 not in (self.pid_namespace, pid_namespace()) and self.pid_namespace != pid_namespace()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it is stopped by a signal (SIGSTOP) or a debugger: it keeps the lock and does nothing. Linux only."""
+        try:
+            found = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
+        except OSError:
+            return False
+        return not self.is_elsewhere and found.rpartition(") ")[2][:1] in ("T", "t")
+
 
 class StateFolder:
     """The folder that app and relay share: mode 0700, on a local disk, owned by the user of both.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .. import owned
 from ..errors import StateError
+from ..journal import FULL
 from ..settings import Settings
 from ..state import StateFolder, lock_is_held
 from ..version import VERSION
@@ -31,6 +32,8 @@ CHECK_EVERY = 1.0
 LONGEST_BACKOFF = 60.0
 #: Failed starts before an ERROR is logged: a busy machine may need more than a second for one.
 UNREPORTED_FAILURES = 2
+#: Most relays with other code or settings whose tries are recorded, and the most bytes that are read of that.
+MOST_WANTED, LONGEST_TRIES = 4, 1 << 16
 #: Size in bytes above which the relay's log is rotated.
 LOG_LIMIT = 1 << 20
 #: Most seconds that a request waits for the process that starts the relay, which takes about 0.02 s; one that takes
@@ -99,6 +102,8 @@ class RelayLauncher:
         self._needs_relay: bool | None = None
         self._written_ns = 0
         self._pid = os.getpid()
+        #: Number of tries to start a relay while the disk is full, and when the last one was.
+        self._own_tries = 0, 0.0
 
     def response_started(self) -> None:
         """A counted response starts: start the relay at the process's first one, before the server can be killed."""
@@ -168,6 +173,7 @@ class RelayLauncher:
         self._next_check = now + CHECK_EVERY
         try:
             if lock_is_held(self._folder.relay_lock):
+                self._has_logged = False
                 self._needs_relay = not self._has_our_settings()
                 if self._needs_relay and not self._has_successor and self._will_leave_for_us():
                     self._has_successor = True
@@ -191,7 +197,12 @@ class RelayLauncher:
         return holder is not None and not holder.left
 
     def _start(self) -> None:
-        tries = self._next_try()
+        try:
+            tries = self._next_try()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            tries = self._next_own_try()
         if tries > UNREPORTED_FAILURES:
             self._log_once(f"it ended {tries - 1} times")
         if tries:
@@ -200,25 +211,38 @@ class RelayLauncher:
     def _next_try(self) -> int:
         """The number of this try among those of all workers, 0 if it is too early for one.
 
-        The relay removes the file when it works. A try for another relay, such as that of a new release, does not wait.
+        The relay removes the file when it works. A try for another relay, such as that of a new release or of another
+        app, is counted for itself and does not wait: otherwise the app whose relay ends at once could always be first.
         """
         descriptor = owned.open_file(self._folder.relay_start, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            tries, at_s, wanted = _last_try(os.pread(descriptor, 4096, 0))
-            tries = tries if wanted == self._wanted_relay() else min(tries, 1)
-            wait = min(CHECK_EVERY * 2 ** min(tries - 1, 10), LONGEST_BACKOFF)
-            if tries and 0 <= time.time() - at_s < wait:
+            others, wanted = _last_tries(os.pread(descriptor, LONGEST_TRIES, 0)), self._wanted_relay()
+            tries, at_s = others.pop(wanted, (0, 0.0))
+            if tries and 0 <= time.time() - at_s < _backoff(tries):
                 return 0
-            tries = tries + 1 if wanted == self._wanted_relay() else 1
-            text = f"{tries} {time.time()} {self._wanted_relay()}".encode()
+            lines = [f"{tries + 1} {time.time()} {wanted}"]
+            lines += [f"{number} {other_s} {other}" for other, (number, other_s) in others.items()]
+            text = "\n".join(lines[:MOST_WANTED]).encode()
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
-            return tries
+            return tries + 1
         except BlockingIOError:
             return 0  # another worker is starting it
         finally:
             os.close(descriptor)
+
+    def _next_own_try(self) -> int:
+        """As :meth:`_next_try`, for this worker alone: the disk is too full to record the tries of all.
+
+        The relay needs no new room to deliver what waits.
+        """
+        tries, at = self._own_tries
+        now = time.monotonic()
+        if tries and now - at < _backoff(tries):
+            return 0
+        self._own_tries = tries + 1, now
+        return tries + 1
 
     def _wanted_relay(self) -> str:
         """Identifies the relay to start: its settings and its current code."""
@@ -252,7 +276,7 @@ def start_relay(settings: Settings, folder: StateFolder) -> int:
     """
     if owned.check_file(folder.relay_log) and owned.lstat(folder.relay_log).st_size > LOG_LIMIT:
         owned.rename(folder.relay_log, folder.relay_log.with_suffix(".log.1"))
-    output = owned.open_file(folder.relay_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    output = _open_log(folder.relay_log)
     # Isolated and without site: no sitecustomize, no .pth file, and no import path before the standard library.
     command = [python(), "-I", "-S", *(("-B",) if sys.dont_write_bytecode else ()), "-c", _DAEMON]
     try:
@@ -276,6 +300,16 @@ def start_relay(settings: Settings, folder: StateFolder) -> int:
     return process
 
 
+def _open_log(path: Path) -> int:
+    """The relay's log; on a disk that is too full to create it, a relay without a log is better than none."""
+    try:
+        return owned.open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+
+
 def _is_our_child(process: int) -> bool:
     """Whether *process*, or the relay in its process group, is a living child of ours; reaps ended ones."""
     return any([_reap(process), _reap(-process)])
@@ -288,13 +322,19 @@ def _reap(process: int) -> bool:
         return False
 
 
-def _last_try(text: bytes) -> tuple[int, float, str]:
-    """Parse what :meth:`RelayLauncher._next_try` wrote: number, time and relay of the last try."""
-    try:
-        tries, at_s, wanted = text.decode().split(" ", 2)
-        return int(tries), float(at_s), wanted
-    except ValueError:
-        return 0, 0.0, ""
+def _backoff(tries: int) -> float:
+    """Seconds from the last of *tries* failed starts to the next one."""
+    return min(CHECK_EVERY * 2.0 ** min(tries - 1, 10), LONGEST_BACKOFF)
+
+
+def _last_tries(text: bytes) -> dict[str, tuple[int, float]]:
+    """Parse what :meth:`RelayLauncher._next_try` wrote: wanted relay -> number and time of its last try."""
+    found = {}
+    for line in text.decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            tries, at_s, wanted = line.split(" ", 2)
+            found[wanted] = int(tries), float(at_s)
+    return found
 
 
 def _package_folder() -> Path:

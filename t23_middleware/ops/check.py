@@ -302,6 +302,8 @@ def _relay(settings: Settings, folder: StateFolder) -> Finding:
             WARN, "relay", "a relay runs, but could not write its process id and version; is the disk full?"
         )
     message = relay_description(holder)
+    if holder.is_stopped:
+        return Finding(WRONG, "relay", message)
     if holder.version != VERSION:
         return Finding(
             WARN, "relay", f"{message}; this command is version {VERSION}: restart the app or the service"

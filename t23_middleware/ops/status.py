@@ -411,7 +411,8 @@ def relay_description(relay: LockHolder | None) -> str:
     where = (
         f"in another container (process {relay.pid} there)" if relay.is_elsewhere else f"process {relay.pid}"
     )
-    return f"{where}, version {relay.version}, {how}"
+    stopped = f", stopped by a signal; 'kill -CONT {relay.pid}' continues it" if relay.is_stopped else ""
+    return f"{where}, version {relay.version}, {how}{stopped}"
 
 
 # The command.

@@ -140,7 +140,8 @@ class Reserve:
     @property
     def is_released(self) -> bool:
         """Whether it was removed and not made again since: then the disk is full, whatever its free space is."""
-        self._released = self._released or (self._mark.exists() and not self._path.exists())
+        if not self._released:  # not Path.exists(), which raises an error if the folder can't be read
+            self._released = os.access(self._mark, os.F_OK) and not os.access(self._path, os.F_OK)
         return self._released
 
     def ensure(self, space: DiskSpace, *, something_waits: bool = False) -> None:

@@ -64,7 +64,7 @@ class Breaker:
 
     def failed(self, id: int, now: float, error: RetryLater) -> bool:
         """The API did not answer *id*, or is busy. Returns whether the breaker opens because of that."""
-        was_open, probed = self.is_open, self._returned(id)
+        was_open, probed = self.is_open, self.returned(id)
         self._failures += 1
         self.failure = str(error)
         wait = min(error.retry_after or 0.0, LONGEST_RETRY_AFTER)
@@ -81,7 +81,7 @@ class Breaker:
 
         *soon*: another report may be accepted, so the first probes come as soon as after a failure.
         """
-        probed, was_paused = self._returned(id), self.paused is not None
+        probed, was_paused = self.returned(id), self.paused is not None
         if not soon:
             self._closed_until = now + PROBE_WHEN_PAUSED
         elif probed or not was_paused:
@@ -96,8 +96,8 @@ class Breaker:
             self._probes += 1
         return min(wait, longest)
 
-    def _returned(self, id: int) -> bool:
-        """Whether *id* was the probe, which is no longer in flight then."""
+    def returned(self, id: int) -> bool:
+        """The report *id* is no longer in flight. Returns whether it was the probe."""
         probed = self.probe == id
         if probed:
             self.probe = None

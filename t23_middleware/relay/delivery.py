@@ -227,6 +227,7 @@ class Delivery:
                 kept.append(entry)
                 continue
             self.in_flight -= 1
+            self._breaker(entry.report.host).returned(entry.id)
             self._unsettled.append(
                 Retry(entry.id, self._elapsed_ms(), entry.ambiguous_sends, entry.unexplained_answers)
             )
@@ -238,6 +239,7 @@ class Delivery:
             self._breaker(entry.report.host).claimed(entry.id)
             self._tasks.put(entry)
         self.in_flight += len(entries)
+        self._senders = [sender for sender in self._senders if sender.is_alive()]
         while len(self._senders) < min(self.in_flight, MOST_SENDERS) and self._start_sender():
             pass
         if entries and not self._senders:
@@ -268,12 +270,12 @@ class Delivery:
                 free.append(host)
             elif allowed:
                 probes.append(host)
-        entries = self._outbox.claim(room, self._elapsed_ms(), free) if free else []
-        for host in probes:
+        entries = []
+        for host in probes:  # first, since without threads only one report is sent at once
             probe = self._outbox.claim_after(self._probed.get(host, 0), host, self._elapsed_ms())
             self._probed.update((host, entry.id) for entry in probe)
             entries += probe
-        return entries
+        return entries + (self._outbox.claim(room, self._elapsed_ms(), free) if free else [])
 
     def _breaker(self, host: str) -> Breaker:
         return self._breakers.setdefault(host, Breaker(host))
@@ -302,18 +304,21 @@ class Delivery:
             self._send_one(entry)
 
     def _send_one(self, entry: Entry | None) -> None:
-        if entry is not None:
-            try:
-                outcome: Accepted | DeliveryError = self._send(entry.report)
-                crash_point("after_send")
-            except DeliveryError as error:
-                outcome = error
-            except Exception as error:
-                log.exception(
-                    "sending a report failed because of an error in t23_middleware; it is retried",
-                    extra={"t23_event": "sending_failed", "t23_reason": type(error).__name__},
-                )
-                outcome = NoAnswer(type(error).__name__)
+        if entry is None:
+            return
+        outcome: Accepted | DeliveryError = NoAnswer("an error in t23_middleware")
+        try:
+            outcome = self._send(entry.report)
+            crash_point("after_send")
+        except DeliveryError as error:
+            outcome = error
+        except Exception as error:
+            log.exception(
+                "sending a report failed because of an error in t23_middleware; it is retried",
+                extra={"t23_event": "sending_failed", "t23_reason": type(error).__name__},
+            )
+            outcome = NoAnswer(type(error).__name__)
+        finally:  # also if memory runs out while the error is logged, or the report would stay in flight for ever
             self._results.put(_Result(entry, outcome))
             self._result_ready.set()
 

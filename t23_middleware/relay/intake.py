@@ -80,7 +80,7 @@ class Intake:
         self._unstored: _Poll | None = None
         self._gone: list[str] = []
         self._foreign = self._folder.foreign_journals()
-        self._foreign_since: dict[str, int] = json.loads(self._outbox.notes().get(FOREIGN_SINCE, "{}"))
+        self._foreign_since: dict[str, int] = _read_since(self._outbox.notes().get(FOREIGN_SINCE, "{}"))
         self._playback = Playback(
             per=self._settings.report_per,
             idle_s=self._settings.stream_idle,
@@ -372,3 +372,11 @@ class Intake:
                 log.warning(
                     "%s can be read again", path, extra={"t23_event": "proxy_log_readable", "t23_path": path}
                 )
+
+
+def _read_since(note: str) -> dict[str, int]:
+    """The times in the note :data:`FOREIGN_SINCE`; none if it is damaged, so that they start again."""
+    try:
+        return {name: int(since_ms) for name, since_ms in json.loads(note).items()}
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        return {}

@@ -75,10 +75,16 @@ class Relay:
         try:
             self._run()
         except Exception:
-            if self._failed_starts:  # else each failed start would count as the first
-                with suppress(OSError):
-                    owned.replace(self._folder.relay_start, self._failed_starts)
+            self._restore_failed_starts()
             raise
+        if self._outdated:
+            self._restore_failed_starts()
+
+    def _restore_failed_starts(self) -> None:
+        """If it stored nothing, its start failed: else each failed start would count as the first."""
+        if self._failed_starts:
+            with suppress(OSError):
+                owned.replace(self._folder.relay_start, self._failed_starts)
 
     def _run(self) -> None:
         repaired = False
@@ -184,7 +190,7 @@ class Relay:
             if self._limits.has_room():
                 return True
             self._log_store_fails(OutboxFull("the disk is full"))
-        except OutboxError as error:
+        except (OutboxError, OSError) as error:
             self._log_store_fails(error)
         return False
 
@@ -262,6 +268,8 @@ class Relay:
             return os.path.samestat(owned.lstat(self._folder.relay_lock), os.fstat(self._lock))
         except FileNotFoundError:
             return False
+        except OSError:
+            return True  # the folder can't be read now; the next poll checks again
 
     def _is_outdated(self) -> bool:
         """Whether the live writer that started last needs another relay."""
@@ -311,7 +319,7 @@ class Relay:
         try:
             if not self._outbox.stats().waiting and not self._intake.awaiting_line:
                 owned.remove(self._folder.unfinished)
-        except OutboxError as error:
+        except (OutboxError, OSError) as error:
             self._log_store_fails(error)
 
     def _make_intake(self) -> Intake:

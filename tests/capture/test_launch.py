@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -212,6 +214,28 @@ def test_twelve_workers_try_together(folder: StateFolder, started: list[float], 
     assert len(started) <= 12
 
 
+def test_each_app_tries_itself(folder: StateFolder, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    """Of two apps on one folder with other settings each, neither keeps the other from trying, and each has its waits."""
+    started: list[tuple[float, float]] = []
+
+    def start(settings: Settings, folder: StateFolder) -> int:
+        started.append((settings.timeout, clock.passed))
+        return os.getpid()
+
+    monkeypatch.setattr(launch, "start_relay", start)
+    pass_time([launcher(folder), launcher(folder, timeout=3), launcher(folder, timeout=4)], clock, 16)
+    for timeout in (10, 3, 4):
+        assert [at for which, at in started if which == timeout] == [0.0, 1.0, 3.0, 7.0, 15.0]
+
+
+def test_many_releases_are_forgotten(folder: StateFolder, started: list[float], clock: Clock) -> None:
+    """The file of tries stays short, however many settings were tried."""
+    for timeout in range(1, 50):
+        launcher(folder, timeout=timeout).line_written()
+    assert len(started) == 49
+    assert len(folder.relay_start.read_bytes().splitlines()) <= 4
+
+
 @pytest.mark.parametrize("change", ["settings", "code"])
 def test_new_release_tries_at_once(
     folder: StateFolder,
@@ -239,6 +263,64 @@ def test_damaged_count_of_tries(
     folder.relay_start.write_bytes(content)
     pass_time([launcher(folder)], clock, 2)
     assert started == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["create", "write"])
+def test_full_disk_starts_relay(
+    folder: StateFolder,
+    started: list[float],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    where: str,
+) -> None:
+    """A relay that died is replaced also where its file of tries can't be created or written, with the same waits."""
+
+    def refused(*args: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    if where == "write":
+        monkeypatch.setattr(os, "pwrite", refused)
+    else:
+        monkeypatch.setattr(launch.owned, "open_file", refused)
+    pass_time([launcher(folder)], clock, 16)
+    assert started == [pytest.approx(second, abs=1) for second in (0, 1, 3, 7, 15)]
+
+
+def test_full_disk_starts_without_log(folder: StateFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the relay's log can't be created, the relay starts and logs nothing; another error is reported."""
+    spawned: list[object] = []
+    monkeypatch.setattr(
+        launch.os, "posix_spawn", lambda *args, **options: spawned.append(args) or os.getpid()
+    )
+    for code, starts in ((errno.ENOSPC, 1), (errno.EACCES, 1)):
+
+        def refused(*args: object, code: int = code) -> int:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(launch.owned, "open_file", refused)
+        with contextlib.suppress(PermissionError):
+            start_relay(settings(folder.path), folder)
+        assert len(spawned) == starts
+
+
+def test_each_failure_is_logged(
+    folder: StateFolder, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a relay ran in between, a start that fails again is logged again."""
+
+    def refused(settings: Settings, folder: StateFolder) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(launch, "start_relay", refused)
+    one = launcher(folder)
+    pass_time([one], clock, 5)
+    relay = Relay(folder, settings(folder.path).relay_digest())
+    pass_time([one], clock, 2)
+    relay.end()
+    pass_time([one], clock, 20)
+    assert [record.t23_event for record in caplog.records] == ["relay_not_started"] * 2
 
 
 @pytest.mark.parametrize("left", [False, True])

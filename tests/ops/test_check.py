@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from t23_middleware.ops import check
 from t23_middleware.ops.standin import StandIn, StandInServer
 
+from ..harness import until
 from ..relay.writers import living, transfer
 from .commands import Site, fits
 
@@ -229,6 +231,26 @@ def test_a_relay_that_is_off_delivers_nothing(site: Site):
     done = site.run("check", T23_RELAY="off")
     assert done.returncode == 1
     assert "reports are not delivered" in items(done.stdout)["relay"][1]
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_stopped_relay_is_named(site: Site, automatic: bool):
+    """A relay that is stopped by a signal keeps its lock and delivers nothing: check and status name the remedy."""
+    with living(site.folder, digest=site.digest()) as writer, site.relay(automatic) as relay:
+        writer.write(transfer(1, 1))
+        assert until(
+            site.folder.unfinished.exists
+        )  # it has opened the outbox; before that nothing else can read it
+        relay.send_signal(signal.SIGSTOP)
+        try:
+            done = site.run("check")
+            assert done.returncode == 1
+            level, words = items(done.stdout)["relay"]
+            assert (level, f"'kill -CONT {relay.pid}' continues it" in words) == ("WRONG", True)
+            assert f"'kill -CONT {relay.pid}'" in " ".join(site.run("status").stdout.split())
+        finally:
+            relay.send_signal(signal.SIGCONT)
+        assert items(site.run("check").stdout)["relay"][0] == "ok"
 
 
 def test_relay_with_other_settings_warns(site: Site):

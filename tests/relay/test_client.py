@@ -892,6 +892,9 @@ def deflated(data: bytes, window: int) -> bytes:
         ("gzip, gzip", gzip.compress(gzip.compress(OK), mtime=0)),
         ("gzip", gzip.compress(OK[:20], mtime=0) + gzip.compress(OK[20:], mtime=0)),
         ("gzip", gzip.compress(OK.decode().encode("utf-16"), mtime=0)),
+        ("gzip", gzip.compress(OK, mtime=0) + b"\r\n"),
+        ("gzip", gzip.compress(OK, mtime=0) + bytes(512)),
+        ("deflate", deflated(OK, zlib.MAX_WBITS) + b"\n"),
     ],
 )
 def test_packed_answers_are_understood(encoding: str, body: bytes, serve: Any, client_for: Any) -> None:
@@ -917,6 +920,35 @@ def test_packed_answers_stay_bounded(pack: Callable[[bytes], bytes]) -> None:
     finally:
         tracemalloc.stop()
     assert caught.value.answered
+
+
+@pytest.mark.parametrize("part", [b"<!--", b"<!-- -", b"-->", b"<!--{", b"<!-->"])
+def test_comments_cost_no_time(part: bytes) -> None:
+    """An answer that is full of comments, closed or not, is judged in the time of one look at it."""
+    body = part * (LONGEST_ANSWER // len(part))
+    began = time.process_time()
+    with pytest.raises(NoAnswer):
+        judge(200, {}, body, URL)
+    assert time.process_time() - began < 1  # CPU time: a regular expression took 7 s
+
+
+@pytest.mark.parametrize(
+    ("text", "understood"),
+    [
+        (b"<!-- a --> %b <!-- b -->", True),
+        (b"<!-- a <!-- b --> %b", True),
+        (b"--> %b", True),
+        (b"%b <!-- open", False),
+        (b"<!-- %b -->", False),
+    ],
+)
+def test_comments_are_left_out(text: bytes, understood: bool) -> None:
+    """Only an answer outside of comments counts; a comment that never ends is a page."""
+    if understood:
+        assert judge(200, {}, text % OK, URL).message
+    else:
+        with pytest.raises(NoAnswer):
+            judge(200, {}, text % OK, URL)
 
 
 def test_unknown_packing_is_named() -> None:

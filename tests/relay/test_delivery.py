@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from t23_middleware.errors import Busy, NoAnswer, NotAccepted, Refused, Unexplained, Unreachable
+from t23_middleware.relay import delivery as delivery_module
 from t23_middleware.relay.breaker import LONGEST_UNCLEAR_PROBE
 from t23_middleware.relay.client import Accepted
 from t23_middleware.relay.delivery import (
@@ -360,6 +361,23 @@ def test_internal_error_is_logged(bench, caplog):
     assert any("an error in t23_middleware" in text for text in errors(caplog))
 
 
+def test_senders_that_died_are_replaced(bench, monkeypatch):
+    """Memory that runs out while an error is logged ends a sender, but loses no report and stops no delivery."""
+
+    def no_memory(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(threading, "excepthook", lambda hook: None)
+    monkeypatch.setattr(delivery_module.log, "exception", no_memory)
+    bench.api.says = raising(MemoryError())
+    bench.add(100)
+    bench.run(30)
+    assert bench.delivery.in_flight == 0
+    bench.api.says = lambda report: OK
+    bench.run(120)
+    assert bench.stats() == Stats(100, 0, 100, 0, 0)
+
+
 # An API that is down.
 
 
@@ -639,6 +657,50 @@ def test_without_threads_an_api_that_is_down(retry, tmp_path, monkeypatch):
     bench.run(120)
     assert bench.stats() == Stats(20, 0, 20, 0, 0)
     bench.outbox.close()
+
+
+def test_probe_without_threads_continues(tmp_path, monkeypatch):
+    """Without threads, a site that was down is probed on while another site always has reports."""
+    bench = Bench(tmp_path / "few.db")
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    down = True
+
+    def says(report: Report) -> Accepted:
+        if down and report.host == "down.example.com":
+            raise Unreachable("refused")
+        return OK
+
+    bench.api.says = says
+    bench.add(10, host="down.example.com")
+    bench.run(60)
+    down = False
+    for _ in range(100):
+        bench.add(5, host="up.example.com")
+        bench.clock.now += 1
+        bench.delivery.step()
+    assert ("down.example.com",) not in bench.rows("SELECT DISTINCT host FROM reports")
+    bench.outbox.close()
+
+
+def test_returned_probe_is_no_probe(bench):
+    """A probe that is put back before a sender began it does not stop the probes: a relay that stops and goes on."""
+    bench.add(10)
+    bench.api.says = raising(Unreachable("refused"))
+    bench.run(30)
+    (breaker,) = [each for _, each in bench.delivery.breakers()]
+    (probe,) = bench.outbox.claim(1, 1 << 60, [""])
+    breaker.claimed(probe.id)
+    bench.delivery._tasks.put(probe)
+    bench.delivery.in_flight += 1
+    bench.delivery._requeue(lambda entry: True)
+    bench.delivery.settle()
+    bench.api.says = lambda report: OK
+    bench.run(120)
+    assert bench.stats().sent == 10
 
 
 # An answer that nobody understands.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -176,6 +178,17 @@ for line in sys.stdin:
         answer = ask(site, request(query=f"session_id={name}{number // int(each)}&photo_id=7"))
         wrong += answer.body != b"x" * 1000 or answer.error is not None
     print(wrong, flush=True)
+"""
+
+
+# After the imports: that user may not read where the tests run from.
+_RELAY_OF_NOBODY = f"""
+import os, sys
+from t23_middleware.ops.cli import main
+import t23_middleware.ops.logs, t23_middleware.ops.owner, t23_middleware.relay.process
+t23_middleware.relay.process.import_all()
+os.setgid({NOBODY}), os.setuid({NOBODY})
+sys.exit(main(["relay"]))
 """
 
 
@@ -388,6 +401,56 @@ def test_removed_folder_is_created_again(base, api):
     assert "Traceback" not in server.log()
 
 
+@pytest.mark.parametrize("closed", ["", "journals"])
+def test_closed_folder_ends_no_service(base: Path, api: StandInServer, closed: str) -> None:
+    """A folder whose mode is changed and changed back: the relay that runs as a service stays, and delivers all."""
+    folder = base / "state"
+    (folder / "journals").mkdir(parents=True, mode=0o700)
+    for each in (folder, folder / "journals"):
+        os.chown(each, NOBODY, NOBODY)
+    environ = {"T23_API_URL": api.url, "T23_STATE_DIR": str(folder), "T23_RELAY": "external"}
+    process = subprocess.Popen([sys.executable, "-c", _RELAY_OF_NOBODY], env=os.environ | environ, cwd=ROOT)
+    try:
+        with Site(folder, api.url, base / "site.log", user=NOBODY) as site:
+            site.play("before", 5)
+            assert until(lambda: len(sessions(api)) == 5), site.log()
+            (folder / closed).chmod(0)
+            site.play("meanwhile", 5)
+            assert not until(lambda: process.poll() is not None, 3)
+            (folder / closed).chmod(0o700)
+            site.play("after", 5)
+            assert until(lambda: sessions(api).keys() >= {"meanwhile4", "after4"}), site.log()
+    finally:
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert set(sessions(api).values()) == {1}
+
+
+def test_killed_relay_is_replaced_without_inodes(base: Path, api: StandInServer) -> None:
+    """While no file can be created on the disk, a relay that was killed is replaced, and delivers what waits."""
+    disk = Disk(base)
+    try:
+        disk.mount("8m,nr_inodes=64")
+    except subprocess.CalledProcessError as error:
+        lacking(f"tmpfs can't be mounted here: {error.stderr}")
+    try:
+        with running(GUNICORN, disk.path, api.url) as server:
+            api.fault("status", status=503)
+            play_all(server, named("before", 10))
+            assert until(lambda: stats(disk.state).waiting == 10), server.log()
+            with suppress(OSError):
+                for number in range(64):
+                    (disk.path / f"filler{number}").touch()
+            relay_id = lock_owner(disk.state.relay_lock)
+            assert relay_id
+            os.kill(relay_id, signal.SIGKILL)
+            api.heal()
+            assert until(lambda: bool(play(server, "after")) or len(sessions(api)) == 11), server.log()
+            assert os.statvfs(disk.path).f_ffree == 0
+    finally:
+        disk.unmount()
+
+
 def test_folder_of_another_user(base, api):
     """A folder of another user is left alone by the app and by the relay."""
     folder = base / "theirs"
@@ -399,17 +462,8 @@ def test_folder_of_another_user(base, api):
         assert site.log().count("ERROR") == 1
         assert "the state folder" in site.log()
         assert f"user {NOBODY} may write" in site.log()
-    # After the imports: that user may not read where the tests run from.
-    script = (
-        "import os, sys\n"
-        "from t23_middleware.ops.cli import main\n"
-        "import t23_middleware.ops.logs, t23_middleware.ops.owner, t23_middleware.relay.process\n"
-        "t23_middleware.relay.process.import_all()\n"
-        f"os.setgid({NOBODY}), os.setuid({NOBODY})\n"
-        "sys.exit(main(['relay']))\n"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", _RELAY_OF_NOBODY],
         env=os.environ | {"T23_API_URL": api.url, "T23_STATE_DIR": str(folder)},
         cwd=ROOT,
         capture_output=True,

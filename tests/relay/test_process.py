@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count as numbers
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from t23_middleware.settings import Settings
 from t23_middleware.state import StateFolder, lock_is_held
 from t23_middleware.transfer import FORMAT, Opening, Part, Play, Transfer, encode
 
-from ..harness import PATIENCE, ROOT, until
+from ..harness import MEDIA, PATIENCE, ROOT, running, until
 from ..ports import free_port
 from .readers import rows, seen, stats
 from .writers import MS, alive, end, journal, living, opening, start, transfer
@@ -142,6 +143,23 @@ def test_foreign_journal_dropped_and_counted(api, folder, caplog):
     assert seen(folder).counters == {"journals_given_up": 1}
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 1
     assert not folder.has_work()
+
+
+@pytest.mark.parametrize(
+    "note", ['{"9-later', "[]", "null", '{"9-later.000000.journal": [1]}', '{"a": 1e999}']
+)
+def test_damaged_times_start_again(api, folder, note):
+    """A damaged note on journals of another version stops no relay, and gives up no journal."""
+    theirs = foreign_journal(folder)
+    journal(folder, "1-dead", transfer(1, now() - 10**9, "s"))
+    folder.create()
+    outbox = SQLiteOutbox(folder.outbox)
+    outbox.note({FOREIGN_SINCE: note})
+    outbox.close()
+    made(api, folder).run()
+    assert sessions(api) == {"s": 1}
+    assert theirs.exists()
+    assert list(json.loads(seen(folder).notes[FOREIGN_SINCE])) == [theirs.name]
 
 
 def test_foreign_journal_of_live_writer_kept(api, folder):
@@ -675,6 +693,33 @@ def test_unwanted_relay_exits(other, api, folder, run):
             with StandInServer() as second:
                 run(of=second)  # a service does as it is told
                 assert [report["session_id"] for report in second.wait_for(1, PATIENCE)] == ["new"]
+
+
+@pytest.mark.parametrize("other", [{"digest": "other settings"}, {"version": "99.0"}])
+def test_unwanted_relay_counts_as_failed(api, folder, run, other):
+    """A relay that the newest writer does not want stores nothing, so its workers try less and less often."""
+    folder.create()
+    wanted = {"digest": digest(api, folder)} | other
+    with living(folder, **wanted) as new:
+        new.write(transfer(1, now(), "new"))
+        folder.relay_start.write_bytes(b"5 1 wanted")
+        assert run(automatic=True).wait() == 0
+        assert folder.relay_start.read_bytes() == b"5 1 wanted"
+
+
+def test_two_apps_share_a_folder(api, tmp_path):
+    """Two apps with other settings, asked in turn: one relay stays and delivers the plays of both."""
+    state, site = tmp_path / "state", "gunicorn -w 1 -b 127.0.0.1:PORT examples.flask_app:app"
+    with running(site, state, api.url) as one, running(site, state, api.url, T23_TIMEOUT="7") as other:
+        number = numbers()
+
+        def all_arrived() -> bool:
+            play = next(number)
+            for name, server in (("one", one), ("other", other)):
+                server.get(f"{MEDIA}?session_id={name}{play}", Range="bytes=0-999")
+            return {"one5", "other5"} <= sessions(api).keys()
+
+        assert until(all_arrived), one.log() + other.log()
 
 
 def test_older_writer_settings_ignored(api, folder, run):
