@@ -113,6 +113,8 @@ class PositionedFile:
         #: waitress reads a block, seeks back, and reads again as much as it sent.
         self._seeks_back = seeks_back
         self._start = self._position = _position_of(file)
+        #: Whether waitress has read it; before that it seeks to the end, for the size, and may fail there.
+        self._was_read = not seeks_back
         #: The position at the server's last read: all before it has been sent.
         self._taken: int | None = None
         self._progress_at = listener.progress_at
@@ -128,6 +130,7 @@ class PositionedFile:
             self._taken = self._position
             if self._listener is not None and self._position - self._start >= self._progress_at:
                 self._progress_at = self._listener.progress(self._position - self._start)
+        self._was_read = True
         data = self._file.read(*size) if self._stop is None else self._read_in_range(*size)
         # These servers reject text.
         self._position += 0 if isinstance(data, str) else size_of(data)
@@ -171,7 +174,7 @@ class PositionedFile:
         listener, self._listener = self._listener, None
         if listener is None:
             return
-        moved = max(self._position - self._start, 0)
+        moved = max(self._position - self._start, 0) if self._was_read else 0
         if self._taken is not None and listener.has_link:
             # Only the kernel knows how much of the last block was sent.
             listener.end_file(self._taken - self._start, moved)

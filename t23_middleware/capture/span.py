@@ -81,8 +81,6 @@ class Span:
         written = self._body_bytes(position)
         if written > offered + HEAD_DOUBT:
             return offered, self._position_after(offered)  # more than the Content-Length: not only body
-        if counted > written + HEAD_DOUBT:
-            counted = max(written, 0)  # the server took the file's place for what it wrote, and failed before
         if self._first is not None:
             return min(max(written, counted), offered), position
         # The server may have added to the app's head, so *written* is too high by these bytes.

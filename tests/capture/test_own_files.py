@@ -128,3 +128,19 @@ def test_waitress_with_tell_of_text(wrap: Any, journals: Any, film: Path) -> Non
         body.prepare(len(FILM))
     body.close()
     assert len(journals.sent()) == 1
+
+
+def test_unread_file_counts_nothing(wrap: Any, journals: Any, film: Path) -> None:
+    """waitress fails after it has found the file's size at its end, and sends nothing of it."""
+    body = ReadOnlyFileBasedBuffer(TellsText(film, 0, "seek", "fileno"))
+
+    def app(environ: dict[str, Any], start_response: Any) -> Any:
+        start_response("200 OK", [*HEADERS, ("Content-Length", str(len(FILM)))])
+        return body
+
+    environ = request() | {"wsgi.file_wrapper": ReadOnlyFileBasedBuffer}
+    answer = wrap(app)(environ, lambda *given: None)
+    with pytest.raises(TypeError):
+        answer.prepare(len(FILM))
+    answer.close()
+    assert journals.sent() == [0]

@@ -51,18 +51,6 @@ def test_complete_and_unacknowledged_drains() -> None:
     assert span(link).end(3_000_000, 3_000_000) == SentCount(3_000_000, BEFORE + HEAD + ADDED + 3_000_000)
 
 
-@pytest.mark.parametrize("is_measured", [False, True])
-def test_server_fails_before_file(is_measured: bool) -> None:
-    """The server has read a file to its end, or stood at it, and failed before it wrote it: nothing of it was sent."""
-    link = FakeLink()
-    link.at(30)
-    response = span(link)
-    if is_measured:
-        response.measure(30)
-    sent = response.end(5_000_030, 5_000_030).sent
-    assert 30 <= sent <= 30 + (0 if is_measured else ADDED)
-
-
 def test_reset_connection_counts_acknowledged() -> None:
     """A file that left by one sendfile: its position says what was handed over, the kernel what was taken."""
     link = FakeLink()
