@@ -94,10 +94,8 @@ class JournalWriter:
         prefix: str = "",
     ) -> None:
         self._folder = folder
-        self._reserve, self._reserved = (
-            str(folder.reserve),
-            str(folder.reserved),
-        )  # as text: they are checked often
+        # As text, because they are checked often.
+        self._reserve, self._reserved = str(folder.reserve), str(folder.reserved)
         self._max_bytes = max_bytes
         self._pid = os.getpid()
         self._prefix = prefix
@@ -429,7 +427,11 @@ class JournalWriter:
 
 
 def _has_flags(journal: _OpenJournal) -> bool:
-    """Cheap check before each line whether the descriptor may still be the journal's; :func:`_is_open` is exact."""
+    """Cheap check before each line whether the descriptor may still be the journal's.
+
+    It detects each socket, and each file that was not opened with exactly these flags. :func:`_is_open` is exact, and is
+    called every ``CHECK_EVERY`` seconds.
+    """
     try:
         return fcntl.fcntl(journal.descriptor, fcntl.F_GETFL) == journal.flags
     except OSError:

@@ -116,7 +116,7 @@ class RelayLauncher:
         self._needs_relay = True
         if (
             not self._has_started
-        ):  # counts without a play: this request's check ran before the line was written
+        ):  # counts without a play: the request's check ran before this line was written
             self._has_started, self._next_check = True, 0.0
         if self._settings.ephemeral:
             self._wait_at_exit()

@@ -51,14 +51,12 @@ SMALL_PIECE = 2 * LONGEST_LINE
 USUAL_GROWTH = 16 << 20
 #: Bytes that must be free in the outbox's file, or on its disk, before journals are read.
 LEAST_ROOM = 64 << 10
-#: Size of the reserve, in bytes; and of the small one that is enough while no report waits for its acknowledgement.
-RESERVE, SMALL_RESERVE = 512 << 10, 64 << 10
+#: Size of the reserve, in bytes.
+RESERVE = 512 << 10
 #: Seconds after a failed write before the outbox may grow again.
 RETRY_FULL_EVERY = 10.0
 #: Free pages that the outbox's file keeps as its own room; on a small disk, a share of its size.
 FREE_PAGES, FREE_SHARE = 256, 1 << 18
-#: The same while there is no room for a reserve, which is of more use.
-LEAST_FREE_PAGES = 32
 #: Pages that it returns to the disk at once, and how many if the disk is nearly full: each may need room in the log.
 SHRINK_PAGES, SMALL_SHRINK_PAGES = 1024, 64
 #: From this size of the write-ahead log, in bytes, only acknowledgements are written; with a small ``T23_MAX_BYTES``,
@@ -148,8 +146,7 @@ class Reserve:
         """Create it if it is missing and there is room.
 
         After a full disk the room is tested by writing, since a quota may allow less than the disk has. With
-        *something_waits* twice the size is tested, since workers then write as well. When nothing waits, a small
-        reserve is better than none: workers write nothing without it, and the viewings in the outbox may fill a quota.
+        *something_waits* twice the size is tested, since workers then write as well.
         """
         if self._is_there():
             return
@@ -158,10 +155,13 @@ class Reserve:
             with suppress(OSError):
                 self._mark.unlink()  # the disk itself has too little room, not a quota: workers may write
             return
-        needed = RESERVE * 2 if was_released and something_waits else RESERVE
-        if not self._create(needed, RESERVE) and (
-            not was_released or something_waits or not self._create(SMALL_RESERVE, SMALL_RESERVE)
-        ):
+        try:
+            self._write(RESERVE * 2 if was_released and something_waits else RESERVE)
+            self._mark.touch(mode=0o600)
+            self._new.replace(self._path)  # not earlier: workers write as soon as it exists
+        except OSError:
+            with suppress(OSError):
+                owned.remove(self._new)
             return
         if was_released:
             self._released = False
@@ -169,30 +169,18 @@ class Reserve:
 
     def _is_there(self) -> bool:
         try:
-            return owned.lstat(self._path).st_size in (RESERVE, SMALL_RESERVE)
+            return owned.lstat(self._path).st_size == RESERVE
         except OSError:
             return False
 
-    def _create(self, needed: int, size: int) -> bool:
-        """Create a reserve of *size* bytes if there is room for *needed*. Returns whether there was."""
-        try:
-            self._write(needed, size)
-            self._mark.touch(mode=0o600)
-            self._new.replace(self._path)  # not earlier: workers write as soon as it exists
-        except OSError:
-            with suppress(OSError):
-                owned.remove(self._new)
-            return False
-        return True
-
-    def _write(self, needed: int, size: int) -> None:
+    def _write(self, size: int) -> None:
         descriptor = owned.open_file(self._new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            left = memoryview(os.urandom(needed))  # zeros need no room on a disk that compresses
+            left = memoryview(os.urandom(size))  # zeros need no room on a disk that compresses
             while left:
                 left = left[os.write(descriptor, left) :]
             os.fsync(descriptor)  # some file systems report a full disk only here
-            os.ftruncate(descriptor, size)
+            os.ftruncate(descriptor, RESERVE)
         finally:
             os.close(descriptor)
 
@@ -330,9 +318,8 @@ class Limits:
 
     def _shrink(self, space: DiskSpace) -> None:
         most = SHRINK_PAGES if space.free >= space.low_water else SMALL_SHRINK_PAGES
-        free = LEAST_FREE_PAGES if self._reserve.is_released else FREE_PAGES
         with suppress(OutboxFull):
-            if self._outbox.shrink(min(free, space.size // FREE_SHARE), most):
+            if self._outbox.shrink(min(FREE_PAGES, space.size // FREE_SHARE), most):
                 self._check_at = self._monotonic()
 
     def _dated(self, batch: Ingest) -> Ingest:

@@ -27,7 +27,6 @@ from t23_middleware.relay.bounds import (
     RESERVE,
     RETRY_FULL_EVERY,
     SMALL_PIECE,
-    SMALL_RESERVE,
     DiskSpace,
     Limits,
     Reserve,
@@ -630,28 +629,6 @@ def test_reserve_back_when_nothing_waits(world, monkeypatch):
     monkeypatch.setattr(os, "write", limited)
     world.keep(limits)
     assert world.folder.reserve.stat().st_size == RESERVE
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_small_reserve_when_nothing_waits(world, monkeypatch, waits):
-    """A quota that the outbox fills with what it must keep would else stop the workers for as long as it does."""
-    limits, write = world.limits(), os.write
-    if waits:
-        limits.ingest(batch(report(0)))
-    world.keep(limits)
-    world.folder.reserve.unlink()
-
-    def limited(descriptor: int, data: Any) -> int:
-        if len(data) > SMALL_RESERVE:
-            raise OSError(errno.EDQUOT, "Disk quota exceeded")
-        return write(descriptor, data)
-
-    monkeypatch.setattr(os, "write", limited)
-    world.keep(limits)
-    assert world.folder.reserve.exists() == (not waits)
-    monkeypatch.undo()
-    world.keep(limits)
-    assert world.folder.reserve.stat().st_size == (RESERVE if waits else SMALL_RESERVE)
 
 
 def test_reserve_gone_on_a_small_disk(world):

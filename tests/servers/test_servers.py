@@ -311,7 +311,10 @@ def stall(client: Client) -> None:
         before, now = now, client.kernel_bytes()
     # On a busy machine the last acknowledgement may be late, and the reset of a client that leaves would replace it.
     until(
-        lambda: any(row.info is not None and row.info.acked >= now for row in dump([client.port]).values()), 5
+        lambda: any(
+            row.info is not None and 0 <= row.info.acked - now <= 1 for row in dump([client.port]).values()
+        ),
+        5,
     )
 
 
